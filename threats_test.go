@@ -11,8 +11,9 @@ import (
 	"testing"
 )
 
-// TestThreats: each line of docs/THREATS.md names tests that are there. A test is [TestName](its file), or [TestName: a case of its
-// table](its file); what begins otherwise is a case of some test of that file. One in lower case is a step of a test.
+// TestThreats: each line of docs/THREATS.md names tests that are there. A test is [TestName](its
+// file), or [TestName: a case of its table](its file); what begins otherwise is a case of some test
+// of that file. One in lower case is a step of a test.
 func TestThreats(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("docs", "THREATS.md"))
 	if err != nil {

@@ -108,7 +108,8 @@ type goPackage struct {
 
 func goList(t *testing.T, args ...string) []goPackage {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Standard,Imports,TestImports,XTestImports"}, args...)...)
+	cmd := exec.CommandContext(t.Context(), "go",
+		append([]string{"list", "-json=ImportPath,Standard,Imports,TestImports,XTestImports"}, args...)...)
 	// One answer on every machine.
 	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=amd64", "CGO_ENABLED=0")
 	var stderr bytes.Buffer
@@ -146,24 +147,28 @@ func TestForbiddenImports(t *testing.T) {
 		},
 		{
 			pkg: "./interceptors", deps: true,
-			forbid: []string{"k8s.io", "sigs.k8s.io", module}, except: []string{"k8s.io/cri-api", module + "/proxy", module + "/interceptors"},
+			forbid:  []string{"k8s.io", "sigs.k8s.io", module},
+			except:  []string{"k8s.io/cri-api", module + "/proxy", module + "/interceptors"},
 			because: "kubelet's view is made from CRI messages alone",
 		},
 		{
 			pkg: "./interceptors/view", deps: true,
-			forbid: []string{"k8s.io", "sigs.k8s.io", module}, except: []string{"k8s.io/cri-api", module + "/interceptors/view"},
+			forbid:  []string{"k8s.io", "sigs.k8s.io", module},
+			except:  []string{"k8s.io/cri-api", module + "/interceptors/view"},
 			because: "the view is what kubelet is shown; it knows no calls and no connections",
 		},
 		{
 			pkg: "./cmd/cri-proxy", deps: true,
-			forbid:  []string{module + "/controller", module + "/api/apps", module + "/api/inplace", module + "/test", "sigs.k8s.io/controller-runtime", "k8s.io/client-go", "k8s.io/api", "k8s.io/apiextensions-apiserver"},
+			forbid: []string{module + "/controller", module + "/api/apps", module + "/api/inplace", module + "/test",
+				"sigs.k8s.io/controller-runtime", "k8s.io/client-go", "k8s.io/api", "k8s.io/apiextensions-apiserver"},
 			because: "the node binary links no controller code, and client-go would be a fifth of its memory",
 		},
 		{
 			pkg: "./controller/...", deps: false,
 			forbid: []string{
 				module + "/proxy", module + "/interceptors", module + "/ops", module + "/systemd",
-				module + "/internal/config", module + "/internal/daemon", module + "/internal/takeover", module + "/internal/opscli",
+				module + "/internal/config", module + "/internal/daemon", module + "/internal/takeover",
+				module + "/internal/opscli",
 			},
 			because: "the controller commands nodes over the ops API, it is not one",
 		},
@@ -230,7 +235,8 @@ func TestBinaryDependencies(t *testing.T) {
 	known := strings.Split(string(want), "\n")
 	for _, n := range names {
 		if !slices.Contains(known, n) {
-			t.Errorf("new dependency %s: if it earns its place on every node, run make generate and say why in the commit", n)
+			t.Errorf("new dependency %s: if it earns its place on every node, run make generate and say why in the "+
+				"commit", n)
 		}
 	}
 	for _, n := range known {

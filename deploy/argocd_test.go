@@ -28,13 +28,16 @@ func health(t *testing.T, documents string) string {
 	return string(out)
 }
 
-// TestHealth: objects as the controllers write them, which the tests of controllers and of the cluster look at, each with what
-// kstatus itself and the script for Argo CD say.
+// TestHealth: objects as the controllers write them, which the tests of controllers and of the
+// cluster look at, each with what kstatus itself and the script for Argo CD say.
 func TestHealth(t *testing.T) {
-	const conditions = `conditions: [{type: Available, status: "True"}, {type: Ready, status: "READY", reason: R, message: M}, ` +
-		`{type: Reconciling, status: "WORK", reason: R, message: M}, {type: Stalled, status: "STALL", reason: R, message: M}]`
+	const conditions = `conditions: [{type: Available, status: "True"}, ` +
+		`{type: Ready, status: "READY", reason: R, message: M}, ` +
+		`{type: Reconciling, status: "WORK", reason: R, message: M}, ` +
+		`{type: Stalled, status: "STALL", reason: R, message: M}]`
 	status := func(reason, message, is string) string {
-		text := strings.NewReplacer("reason: R", "reason: "+reason, "message: M", "message: "+message).Replace(conditions)
+		text := strings.NewReplacer("reason: R", "reason: "+reason, "message: M", "message: "+message).
+			Replace(conditions)
 		for _, word := range []string{"READY", "WORK", "STALL"} {
 			to := "False"
 			if word == is {
@@ -47,18 +50,25 @@ func TestHealth(t *testing.T) {
 	var documents, want strings.Builder
 	for _, tt := range []struct{ name, status, want string }{
 		{"new", "observedGeneration: -1", "InProgress Progressing cri-controller has not seen it yet"},
-		{"changed", "observedGeneration: 1, " + status("RolledOut", "done", "READY"), "InProgress Progressing cri-controller has not seen it yet"},
-		{"at-work", "observedGeneration: 2, message: 1 of 3, " + status("RollingOut", `""`, "WORK"), "InProgress Progressing 1 of 3"},
+		{"changed", "observedGeneration: 1, " + status("RolledOut", "done", "READY"),
+			"InProgress Progressing cri-controller has not seen it yet"},
+		{"at-work", "observedGeneration: 2, message: 1 of 3, " + status("RollingOut", `""`, "WORK"),
+			"InProgress Progressing 1 of 3"},
 		{"paused", "observedGeneration: 2, " + status("Paused", "paused", "WORK"), "InProgress Suspended paused"},
 		{"done", "observedGeneration: 2, " + status("RolledOut", "done", "READY"), "Current Healthy done"},
-		{"failed", "observedGeneration: 2, " + status("StoppedOnFailure", "stopped", "STALL"), "Failed Degraded stopped"},
-		{"rolled-back", "observedGeneration: 2, " + status("RolledBack", "rolled back", "STALL"), "Failed Degraded rolled back"},
+		{"failed", "observedGeneration: 2, " + status("StoppedOnFailure", "stopped", "STALL"),
+			"Failed Degraded stopped"},
+		{"rolled-back", "observedGeneration: 2, " + status("RolledBack", "rolled back", "STALL"),
+			"Failed Degraded rolled back"},
 		{"of-openkruise", "completionTime: '2026-11-30T00:00:00Z', message: over", "Current Healthy over"},
 		{"of-openkruise-at-work", "phase: Recreating", "Current Progressing cri-controller has not seen it yet"},
 	} {
-		for _, kind := range []string{"cri-proxy.io/v1alpha1 InPlaceRollout", "apps.kruise.io/v1alpha1 ContainerRecreateRequest", "apps.kruise.io/v1beta1 ImagePullJob", "apps.kruise.io/v1beta1 ImageListPullJob"} {
+		for _, kind := range []string{"cri-proxy.io/v1alpha1 InPlaceRollout",
+			"apps.kruise.io/v1alpha1 ContainerRecreateRequest", "apps.kruise.io/v1beta1 ImagePullJob",
+			"apps.kruise.io/v1beta1 ImageListPullJob"} {
 			version, kind, _ := strings.Cut(kind, " ")
-			documents.WriteString("---\napiVersion: " + version + "\nkind: " + kind + "\nmetadata: {name: " + tt.name + ", generation: 2}\nstatus: {" + tt.status + "}\n")
+			documents.WriteString("---\napiVersion: " + version + "\nkind: " + kind + "\nmetadata: {name: " + tt.name +
+				", generation: 2}\nstatus: {" + tt.status + "}\n")
 			want.WriteString(kind + "/" + tt.name + " " + tt.want + "\n")
 		}
 	}
@@ -67,7 +77,8 @@ func TestHealth(t *testing.T) {
 	}
 }
 
-// TestArgoCD: the component puts the script, as it is, under a key of each kind, beside what Argo CD's own ConfigMap has.
+// TestArgoCD: the component puts the script, as it is, under a key of each kind, beside what Argo
+// CD's own ConfigMap has.
 func TestArgoCD(t *testing.T) {
 	script, err := os.ReadFile("argocd/health.lua")
 	if err != nil {
@@ -79,7 +90,8 @@ func TestArgoCD(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"cm.yaml":            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: argocd-cm, namespace: argocd}\ndata: {url: x}\n",
+		"cm.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: argocd-cm, namespace: " +
+			"argocd}\ndata: {url: x}\n",
 		"kustomization.yaml": "resources: [cm.yaml]\ncomponents: [" + relative + "]\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -105,7 +117,8 @@ func TestArgoCD(t *testing.T) {
 		}
 		for _, crd := range objects(t, string(text)) {
 			spec := crd["spec"].(object)
-			key := "resource.customizations.health." + spec["group"].(string) + "_" + spec["names"].(object)["kind"].(string)
+			key := "resource.customizations.health." + spec["group"].(string) + "_" +
+				spec["names"].(object)["kind"].(string)
 			if data[key] != string(script) {
 				t.Errorf("%s is\n%v", key, data[key])
 			}

@@ -13,27 +13,32 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// TestInstaller: what kustomize makes of deploy/installer is what docs/RBAC.md says, and one namespace holds it all.
+// TestInstaller: what kustomize makes of deploy/installer is what docs/RBAC.md says, and one
+// namespace holds it all.
 func TestInstaller(t *testing.T) {
 	built, err := tool(t, "kustomize", "build", absolute(t, "installer"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
-		"ClusterRole <nil>/cri-proxy-installer", "ClusterRoleBinding <nil>/cri-proxy-installer", "DaemonSet cri-proxy-installer/cri-proxy-installer",
+		"ClusterRole <nil>/cri-proxy-installer", "ClusterRoleBinding <nil>/cri-proxy-installer",
+		"DaemonSet cri-proxy-installer/cri-proxy-installer",
 		"Namespace <nil>/cri-proxy-installer", "ServiceAccount cri-proxy-installer/cri-proxy-installer",
-		"ValidatingAdmissionPolicy <nil>/cri-proxy-installer", "ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer",
+		"ValidatingAdmissionPolicy <nil>/cri-proxy-installer",
+		"ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer",
 	}
 	all := objects(t, built)
 	if got := slices.Sorted(maps.Keys(all)); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
-	if rules := pretty(t, all[want[0]]["rules"]); rules != "- apiGroups:\n  - \"\"\n  resources:\n  - nodes\n  verbs:\n  - patch\n" {
+	if rules := pretty(t, all[want[0]]["rules"]); rules != "- apiGroups:\n  - \"\"\n  resources:\n  - nodes\n  "+
+		"verbs:\n  - patch\n" {
 		t.Errorf("the role has\n%s", rules)
 	}
 }
 
-// TestInstallerPolicy: it denies what it cannot judge, and is about the label and the annotation that the installer sets.
+// TestInstallerPolicy: it denies what it cannot judge, and is about the label and the annotation
+// that the installer sets.
 func TestInstallerPolicy(t *testing.T) {
 	text, err := os.ReadFile("installer/policy.yaml")
 	if err != nil {
@@ -44,7 +49,9 @@ func TestInstallerPolicy(t *testing.T) {
 	if policy["failurePolicy"] != "Fail" {
 		t.Errorf("failurePolicy %v", policy["failurePolicy"])
 	}
-	if spec := pretty(t, all["ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer"]["spec"]); spec != "policyName: cri-proxy-installer\nvalidationActions:\n- Deny\n" {
+	if spec := pretty(t,
+		all["ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer"]["spec"]); spec != "policyName: "+
+		"cri-proxy-installer\nvalidationActions:\n- Deny\n" {
 		t.Errorf("the binding has\n%s", spec)
 	}
 	source, err := os.ReadFile("../systemd/node/installer/installer.go")
@@ -77,10 +84,13 @@ func TestCloudInit(t *testing.T) {
 	if err := yaml.UnmarshalStrict(text, &c); err != nil {
 		t.Fatal(err)
 	}
-	if len(c.WriteFiles) != 1 || c.WriteFiles[0].Content != "KUBELET_EXTRA_ARGS=--container-runtime-endpoint=unix:///run/cri-proxy/kubelet.sock\n" {
+	if len(c.WriteFiles) != 1 ||
+		c.WriteFiles[0].Content != "KUBELET_EXTRA_ARGS="+
+			"--container-runtime-endpoint=unix:///run/cri-proxy/kubelet.sock\n" {
 		t.Errorf("%+v", c.WriteFiles)
 	}
-	if !slices.ContainsFunc(c.RunCmd, func(cmd []string) bool { return slices.Equal(cmd, []string{"cri-proxy", "install", "--no-kubelet"}) }) {
+	if !slices.ContainsFunc(c.RunCmd,
+		func(cmd []string) bool { return slices.Equal(cmd, []string{"cri-proxy", "install", "--no-kubelet"}) }) {
 		t.Errorf("%q", c.RunCmd)
 	}
 }

@@ -113,7 +113,9 @@ func TestUserRoles(t *testing.T) {
 
 func TestEveryVerbHasAReason(t *testing.T) {
 	for section, file := range map[string]string{
-		"In all namespaces": "rbac/role.yaml", "In its own namespace": "rbac/leader_election.yaml", "For its CA": "rbac/identity.yaml", "What nodes may do": "rbac/nodes.yaml", "What users may do": "rbac/users.yaml", "For the webhooks": "webhook/rbac.yaml",
+		"In all namespaces": "rbac/role.yaml", "In its own namespace": "rbac/leader_election.yaml",
+		"For its CA": "rbac/identity.yaml", "What nodes may do": "rbac/nodes.yaml",
+		"What users may do": "rbac/users.yaml", "For the webhooks": "webhook/rbac.yaml",
 	} {
 		t.Run(section, func(t *testing.T) {
 			grants, reasons := granted(t, file), explained(t, section)

@@ -29,7 +29,8 @@ func tool(t *testing.T, args ...string) (string, error) {
 	cmd := exec.CommandContext(t.Context(), "go", append([]string{"tool"}, args...)...)
 	cmd.Dir = filepath.Join("..", "tools", "deploy")
 	// Nothing of the user's own settings and plugins.
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "CGO_ENABLED=0", "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
+	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "CGO_ENABLED=0", "HELM_CACHE_HOME="+home,
+		"HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
 	var out, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &stderr
 	if err := cmd.Run(); err != nil {
@@ -49,7 +50,9 @@ func absolute(t *testing.T, path string) string {
 
 func template(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	return tool(t, append([]string{"helm", "template", "cri-proxy", absolute(t, chart), "--namespace", "cri-proxy-system"}, args...)...)
+	return tool(t,
+		append([]string{"helm", "template", "cri-proxy", absolute(t, chart), "--namespace", "cri-proxy-system"},
+			args...)...)
 }
 
 type object = map[string]any
@@ -101,7 +104,8 @@ func pretty(t *testing.T, v any) string {
 	return string(out)
 }
 
-// TestSameObjects: with its defaults the chart is the kustomize base. Helm makes the Namespace itself.
+// TestSameObjects: with its defaults the chart is the kustomize base. Helm makes the Namespace
+// itself.
 func TestSameObjects(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
@@ -109,13 +113,20 @@ func TestSameObjects(t *testing.T) {
 		values    []string
 	}{
 		{name: "defaults"},
-		{name: "without asking for rights", component: "components/without-rights", values: []string{"--set", "rights.enabled=false"}},
-		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
-		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
-		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
-		{name: "without roles for users", component: "components/without-user-roles", values: []string{"--set", "rbac.aggregate=false"}},
-		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
-		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
+		{name: "without asking for rights", component: "components/without-rights",
+			values: []string{"--set", "rights.enabled=false"}},
+		{name: "identity from files", component: "components/identity-files",
+			values: []string{"--set", "identity.mode=files"}},
+		{name: "with the ServiceMonitor", component: "components/servicemonitor",
+			values: []string{"--set", "serviceMonitor.enabled=true"}},
+		{name: "without webhooks", component: "components/without-webhooks",
+			values: []string{"--set", "webhook.enabled=false"}},
+		{name: "without roles for users", component: "components/without-user-roles",
+			values: []string{"--set", "rbac.aggregate=false"}},
+		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager",
+			values: []string{"--set", "webhook.certManager.enabled=true"}},
+		{name: "with the PrometheusRule", component: "components/prometheusrule",
+			values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			base := absolute(t, ".")
@@ -176,7 +187,8 @@ func TestLint(t *testing.T) {
 
 // TestCopies: the chart's copies are those that `make generate` makes.
 func TestCopies(t *testing.T) {
-	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "rights/policies.yaml": chart + "/files/rights.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
+	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "rights/policies.yaml": chart +
+		"/files/rights.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
 	crds, err := filepath.Glob("crds/*.yaml")
 	if err != nil || len(crds) == 0 {
 		t.Fatalf("no CRDs: %v", err)
@@ -210,44 +222,75 @@ func TestValues(t *testing.T) {
 		not  []string
 		fail string // in the error
 	}{
-		{name: "image", set: []string{"image.repository=r.example/c", "image.tag=v1"}, want: []string{`image: "r.example/c:v1"`}},
-		{name: "image by digest", set: []string{"image.repository=r.example/c", "image.digest=" + digest}, want: []string{`image: "r.example/c@` + digest + `"`}},
-		{name: "pull secret", set: []string{"imagePullSecrets[0].name=reg"}, want: []string{"imagePullSecrets:\n- name: reg"}},
-		{name: "node port", set: []string{"nodePort=7443"}, want: []string{"--node-port=7443", "port: 7443"}, not: []string{"10260"}},
-		{name: "log", set: []string{"log.level=debug", "log.format=text"}, want: []string{"--log-level=debug", "--log-format=text"}},
-		{name: "extra", set: []string{"extraArgs[0]=--workers=2", "extraEnv[0].name=A", "extraEnv[0].value=b"}, want: []string{`- "--workers=2"`, "- name: A\n          value: b"}},
+		{name: "image", set: []string{"image.repository=r.example/c", "image.tag=v1"},
+			want: []string{`image: "r.example/c:v1"`}},
+		{name: "image by digest", set: []string{"image.repository=r.example/c", "image.digest=" + digest},
+			want: []string{`image: "r.example/c@` + digest + `"`}},
+		{name: "pull secret", set: []string{"imagePullSecrets[0].name=reg"},
+			want: []string{"imagePullSecrets:\n- name: reg"}},
+		{name: "node port", set: []string{"nodePort=7443"}, want: []string{"--node-port=7443", "port: 7443"},
+			not: []string{"10260"}},
+		{name: "log", set: []string{"log.level=debug", "log.format=text"},
+			want: []string{"--log-level=debug", "--log-format=text"}},
+		{name: "extra", set: []string{"extraArgs[0]=--workers=2", "extraEnv[0].name=A", "extraEnv[0].value=b"},
+			want: []string{`- "--workers=2"`, "- name: A\n          value: b"}},
 		{name: "no network policy", set: []string{"networkPolicy.enabled=false"}, not: []string{"kind: NetworkPolicy"}},
-		{name: "who scrapes", set: []string{"networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus"}, want: []string{"from:\n    - podSelector:\n        matchLabels:\n          app: prometheus"}},
-		{name: "other ports out", set: []string{"networkPolicy.extraEgress[0].ports[0].port=7000"}, want: []string{"- ports:\n    - port: 7000"}},
-		{name: "no budget", set: []string{"podDisruptionBudget.enabled=false"}, not: []string{"kind: PodDisruptionBudget"}},
-		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"}, want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
-		{name: "no rights", set: []string{"rights.enabled=false"}, want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
-		{name: "budget in percent", set: []string{"podDisruptionBudget.maxUnavailable=50%"}, want: []string{"maxUnavailable: 50%"}},
-		{name: "scheduling", set: []string{"tolerations[0].operator=Exists", "affinity.nodeAffinity.x=y", "nodeSelector.pool=system", "priorityClassName=mine", "replicas=3"},
-			want: []string{"tolerations:\n        - operator: Exists", "affinity:\n        nodeAffinity:", "pool: system", "priorityClassName: mine", "replicas: 3"}},
-		{name: "lives", set: []string{"identity.certificateLife=24h", "identity.caLife=2400h"}, want: []string{"--identity=csr", "--certificate-life=24h", "--ca-life=2400h"}, not: []string{"secretName", "--tls-"}},
-		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
-		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
+		{name: "who scrapes", set: []string{"networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus"},
+			want: []string{"from:\n    - podSelector:\n        matchLabels:\n          app: prometheus"}},
+		{name: "other ports out", set: []string{"networkPolicy.extraEgress[0].ports[0].port=7000"},
+			want: []string{"- ports:\n    - port: 7000"}},
+		{name: "no budget", set: []string{"podDisruptionBudget.enabled=false"},
+			not: []string{"kind: PodDisruptionBudget"}},
+		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"},
+			want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
+		{name: "no rights", set: []string{"rights.enabled=false"},
+			want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
+		{name: "budget in percent", set: []string{"podDisruptionBudget.maxUnavailable=50%"},
+			want: []string{"maxUnavailable: 50%"}},
+		{name: "scheduling", set: []string{"tolerations[0].operator=Exists", "affinity.nodeAffinity.x=y",
+			"nodeSelector.pool=system", "priorityClassName=mine", "replicas=3"},
+			want: []string{"tolerations:\n        - operator: Exists", "affinity:\n        nodeAffinity:",
+				"pool: system", "priorityClassName: mine", "replicas: 3"}},
+		{name: "lives", set: []string{"identity.certificateLife=24h", "identity.caLife=2400h"},
+			want: []string{"--identity=csr", "--certificate-life=24h", "--ca-life=2400h"},
+			not:  []string{"secretName", "--tls-"}},
+		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"},
+			want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
+		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true",
+			"tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
-		{name: "pins", set: []string{"images.pinMax=12h", "images.pinPercent=10"}, want: []string{"--image-pin-max=12h", "--image-pin-percent=10"}},
+		{name: "pins", set: []string{"images.pinMax=12h", "images.pinPercent=10"},
+			want: []string{"--image-pin-max=12h", "--image-pin-percent=10"}},
 		{name: "no such share", set: []string{"images.pinPercent=101"}, fail: "/images/pinPercent"},
-		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"WebhookConfiguration", "cri-controller-webhook", "webhook-port", "webhook-tls", "9443"}},
-		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
-			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
-		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
-		{name: "alerts", set: []string{"prometheusRule.enabled=true", "prometheusRule.labels.release=prom"}, want: []string{"kind: PrometheusRule", "alert: CRIProxyBypassed", "release: prom"}},
+		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"},
+			not: []string{"WebhookConfiguration", "cri-controller-webhook", "webhook-port", "webhook-tls", "9443"}},
+		{name: "webhooks by an issuer",
+			set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp",
+				"webhook.certManager.issuerRef.kind=ClusterIssuer"},
+			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp",
+				"inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="},
+			not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
+		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s",
+			"serviceMonitor.labels.release=prom"},
+			want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
+		{name: "alerts", set: []string{"prometheusRule.enabled=true", "prometheusRule.labels.release=prom"},
+			want: []string{"kind: PrometheusRule", "alert: CRIProxyBypassed", "release: prom"}},
 		{name: "no CRDs", set: []string{"crds.enabled=false"}, not: []string{"kind: CustomResourceDefinition"}},
-		{name: "CRDs go too", set: []string{"crds.keep=false"}, want: []string{"kind: CustomResourceDefinition"}, not: []string{"resource-policy"}},
+		{name: "CRDs go too", set: []string{"crds.keep=false"}, want: []string{"kind: CustomResourceDefinition"},
+			not: []string{"resource-policy"}},
 
-		{name: "cert-manager for nothing", set: []string{"tls.certManager.enabled=true"}, fail: "needs identity.mode=files"},
+		{name: "cert-manager for nothing", set: []string{"tls.certManager.enabled=true"},
+			fail: "needs identity.mode=files"},
 		{name: "no such identity", set: []string{"identity.mode=none"}, fail: "/identity/mode"},
-		{name: "issuer missing", set: []string{"identity.mode=files", "tls.certManager.enabled=true"}, fail: "issuerRef.name must name the issuer"},
+		{name: "issuer missing", set: []string{"identity.mode=files", "tls.certManager.enabled=true"},
+			fail: "issuerRef.name must name the issuer"},
 		{name: "misspelt value", set: []string{"replica=3"}, fail: "replica"},
 		{name: "unknown value below", set: []string{"log.leveling=debug"}, fail: "leveling"},
 		{name: "no such level", set: []string{"log.level=loud"}, fail: "/log/level"},
 		{name: "no port", set: []string{"nodePort=70000"}, fail: "/nodePort"},
 		{name: "no digest", set: []string{"image.digest=abc"}, fail: "/image/digest"},
-		{name: "budget of nothing", set: []string{"podDisruptionBudget.maxUnavailable=0"}, fail: "/podDisruptionBudget/maxUnavailable"},
+		{name: "budget of nothing", set: []string{"podDisruptionBudget.maxUnavailable=0"},
+			fail: "/podDisruptionBudget/maxUnavailable"},
 		{name: "argument without dashes", set: []string{"extraArgs[0]=workers=2"}, fail: "/extraArgs/0"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -294,7 +337,8 @@ func leaves(prefix string, v object) []string {
 	return all
 }
 
-// TestValuesAreDocumented: each has a row in the chart's README and a place in the schema, and there are no others.
+// TestValuesAreDocumented: each has a row in the chart's README and a place in the schema, and
+// there are no others.
 func TestValuesAreDocumented(t *testing.T) {
 	var values object
 	var schema struct{ Properties object }
@@ -358,7 +402,8 @@ func TestWithOpenKruise(t *testing.T) {
 	}
 	want, got := objects(t, all), objects(t, without)
 	for key := range want {
-		theirs := strings.HasSuffix(key, ".apps.kruise.io") || strings.Contains(key, "recreaterequest.rights.") || strings.Contains(key, "pulljob.rights.")
+		theirs := strings.HasSuffix(key, ".apps.kruise.io") || strings.Contains(key, "recreaterequest.rights.") ||
+			strings.Contains(key, "pulljob.rights.")
 		if theirs == (got[key] != nil) {
 			t.Errorf("%s: there %v", key, got[key] != nil)
 		}
@@ -368,7 +413,8 @@ func TestWithOpenKruise(t *testing.T) {
 	}
 }
 
-// TestUninstall: the Job that the chart runs before the release goes is the one for users of kubectl.
+// TestUninstall: the Job that the chart runs before the release goes is the one for users of
+// kubectl.
 func TestUninstall(t *testing.T) {
 	const key = "Job cri-proxy-system/cri-controller-uninstall"
 	built, err := tool(t, "kustomize", "build", absolute(t, "uninstall"))

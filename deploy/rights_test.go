@@ -26,7 +26,8 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// rights are what a user may do in namespace ns: "verb resource[/subresource][.group][ name]". Without a name it is all of them.
+// rights are what a user may do in namespace ns: "verb resource[/subresource][.group][ name]".
+// Without a name it is all of them.
 type rights []string
 
 // Authorize implements authorizer.UnconditionalAuthorizer, as RBAC does.
@@ -46,7 +47,8 @@ func (r *rights) Authorize(_ context.Context, a authorizer.Attributes) (authoriz
 	return authorizer.DecisionNoOpinion, "", nil
 }
 
-// policies are the admission plugin of the API server with deploy/rights in it, for a user with the rights that may leads to.
+// policies are the admission plugin of the API server with deploy/rights in it, for a user with the
+// rights that may leads to.
 func policies(t *testing.T, may *rights) *validating.Plugin {
 	t.Helper()
 	text, err := os.ReadFile("rights/policies.yaml")
@@ -64,7 +66,8 @@ func policies(t *testing.T, may *rights) *validating.Plugin {
 		}
 		if p, ok := o.(*admissionv1.ValidatingAdmissionPolicy); ok {
 			// The API server sets them.
-			p.Spec.MatchConstraints.NamespaceSelector, p.Spec.MatchConstraints.ObjectSelector = &metav1.LabelSelector{}, &metav1.LabelSelector{}
+			p.Spec.MatchConstraints.NamespaceSelector, p.Spec.MatchConstraints.ObjectSelector = &metav1.LabelSelector{},
+				&metav1.LabelSelector{}
 		}
 		objects = append(objects, o)
 	}
@@ -96,7 +99,9 @@ func policies(t *testing.T, may *rights) *validating.Plugin {
 }
 
 // write asks the policies about an object, or its status; before is nil for a new one.
-func write(t *testing.T, plugin *validating.Plugin, before, after *unstructured.Unstructured, subresource string) error {
+func write(
+	t *testing.T, plugin *validating.Plugin, before, after *unstructured.Unstructured, subresource string,
+) error {
 	t.Helper()
 	kind := after.GroupVersionKind()
 	resource, _ := meta.UnsafeGuessKindToResource(kind)
@@ -104,7 +109,8 @@ func write(t *testing.T, plugin *validating.Plugin, before, after *unstructured.
 	if before != nil {
 		operation, old, options = admission.Update, before, &metav1.UpdateOptions{}
 	}
-	return plugin.Validate(t.Context(), admission.NewAttributesRecord(after, old, kind, "ns", after.GetName(), resource, subresource, operation, options, false,
+	return plugin.Validate(t.Context(), admission.NewAttributesRecord(after, old, kind, "ns", after.GetName(), resource,
+		subresource, operation, options, false,
 		&user.DefaultInfo{Name: "jane"}), admission.NewObjectInterfacesFromScheme(runtime.NewScheme()))
 }
 
@@ -120,18 +126,22 @@ func manifest(t *testing.T, text string) *unstructured.Unstructured {
 // TestRightsOfUsers: who asks the controller for something must be allowed to do it himself.
 func TestRightsOfUsers(t *testing.T) {
 	rollout := func(target string) string {
-		return "{apiVersion: cri-proxy.io/v1alpha1, kind: InPlaceRollout, metadata: {name: x, namespace: ns}, spec: {target: {" + target +
+		return "{apiVersion: cri-proxy.io/v1alpha1, kind: InPlaceRollout, metadata: {name: x, namespace: ns}, spec: " +
+			"{target: {" + target +
 			"}, containers: [{name: app, image: 'app:2'}], strategy: {}}}"
 	}
 	workload := func(kind string) string {
 		return rollout("workloadRef: {apiVersion: apps/v1, kind: " + kind + ", name: web}")
 	}
-	const restart = "{apiVersion: apps.kruise.io/v1alpha1, kind: ContainerRecreateRequest, metadata: {name: x, namespace: ns}, spec: {podName: web-0, containers: [{name: app}]}}"
+	const restart = "{apiVersion: apps.kruise.io/v1alpha1, kind: ContainerRecreateRequest, metadata: {name: x, " +
+		"namespace: ns}, spec: {podName: web-0, containers: [{name: app}]}}"
 	job := func(rest string) string {
-		return "{apiVersion: apps.kruise.io/v1beta1, kind: ImagePullJob, metadata: {name: x, namespace: ns}, spec: {image: a" + rest + "}}"
+		return "{apiVersion: apps.kruise.io/v1beta1, kind: ImagePullJob, metadata: {name: x, namespace: ns}, spec: " +
+			"{image: a" + rest + "}}"
 	}
 	list := func(rest string) string {
-		return "{apiVersion: apps.kruise.io/v1beta1, kind: ImageListPullJob, metadata: {name: x, namespace: ns}, spec: {images: [a]" + rest + "}}"
+		return "{apiVersion: apps.kruise.io/v1beta1, kind: ImageListPullJob, metadata: {name: x, namespace: ns}, " +
+			"spec: {images: [a]" + rest + "}}"
 	}
 	with := func(text, metadata string) string { return strings.Replace(text, "name: x", "name: x, "+metadata, 1) }
 	const nine = ", pullSecrets: [a, b, c, d, e, f, g, h, i]"
@@ -148,43 +158,94 @@ func TestRightsOfUsers(t *testing.T) {
 		enough []string
 		wrong  string // in the refusal; empty means that it is let through
 	}{
-		{name: "a pod", after: rollout("podName: web-0"), may: rights{"patch pods web-1", "update pods", "patch statefulsets.apps", "patch pods/status"},
-			enough: []string{"patch pods", "patch pods web-0"}, wrong: `user "jane" may write InPlaceRollouts, but must be allowed to change what this one changes: grant the verb patch on pods "web-0" in namespace "ns"`},
-		{name: "pods by their labels", after: rollout("selector: {matchLabels: {app: web}}"), may: rights{"patch pods web-0"}, enough: []string{"patch pods"}, wrong: `grant the verb patch on pods in namespace "ns"`},
-		{name: "a Deployment", after: workload("Deployment"), may: rights{"patch pods", "patch deployments.apps other", "patch deployments", "patch deployments/scale.apps"},
-			enough: []string{"patch deployments.apps", "patch deployments.apps web"}, wrong: `grant the verb patch on deployments.apps "web" in namespace "ns"`},
-		{name: "a StatefulSet", after: workload("StatefulSet"), may: rights{"patch pods"}, enough: []string{"patch statefulsets.apps web"}, wrong: `grant the verb patch on statefulsets.apps "web"`},
-		{name: "a DaemonSet", after: workload("DaemonSet"), may: rights{"patch pods"}, enough: []string{"patch daemonsets.apps web"}, wrong: `grant the verb patch on daemonsets.apps "web"`},
-		{name: "another image", before: workload("Deployment"), after: strings.Replace(workload("Deployment"), "app:2", "app:3", 1), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
-		{name: "going on", before: strings.Replace(workload("Deployment"), "spec: {", "spec: {paused: true, ", 1), after: workload("Deployment"), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
-		{name: "again", before: workload("Deployment"), after: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
-		{name: "again, another time", before: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"), after: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '2'}"), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
-		{name: "labels and finalizers", before: with(workload("Deployment"), "finalizers: [cri-proxy.io/in-place-rollout]"), after: with(workload("Deployment"), "labels: {a: b}")},
-		{name: "the end of what is being deleted", before: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z', finalizers: [cri-proxy.io/in-place-rollout]"), after: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'")},
-		{name: "another image of what is being deleted", before: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"), after: strings.Replace(with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"), "app:2", "app:3", 1), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
+		{name: "a pod", after: rollout("podName: web-0"),
+			may:    rights{"patch pods web-1", "update pods", "patch statefulsets.apps", "patch pods/status"},
+			enough: []string{"patch pods", "patch pods web-0"},
+			wrong:  `user "jane" may write InPlaceRollouts, but must be allowed to change what this one changes: grant the verb patch on pods "web-0" in namespace "ns"`},
+		{name: "pods by their labels", after: rollout("selector: {matchLabels: {app: web}}"),
+			may: rights{"patch pods web-0"}, enough: []string{"patch pods"},
+			wrong: `grant the verb patch on pods in namespace "ns"`},
+		{name: "a Deployment", after: workload("Deployment"),
+			may: rights{"patch pods", "patch deployments.apps other", "patch deployments",
+				"patch deployments/scale.apps"},
+			enough: []string{"patch deployments.apps", "patch deployments.apps web"},
+			wrong:  `grant the verb patch on deployments.apps "web" in namespace "ns"`},
+		{name: "a StatefulSet", after: workload("StatefulSet"), may: rights{"patch pods"},
+			enough: []string{"patch statefulsets.apps web"}, wrong: `grant the verb patch on statefulsets.apps "web"`},
+		{name: "a DaemonSet", after: workload("DaemonSet"), may: rights{"patch pods"},
+			enough: []string{"patch daemonsets.apps web"}, wrong: `grant the verb patch on daemonsets.apps "web"`},
+		{name: "another image", before: workload("Deployment"),
+			after:  strings.Replace(workload("Deployment"), "app:2", "app:3", 1),
+			enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
+		{name: "going on", before: strings.Replace(workload("Deployment"), "spec: {", "spec: {paused: true, ", 1),
+			after: workload("Deployment"), enough: []string{"patch deployments.apps"},
+			wrong: `on deployments.apps "web"`},
+		{name: "again", before: workload("Deployment"),
+			after:  with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"),
+			enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
+		{name: "again, another time", before: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"),
+			after:  with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '2'}"),
+			enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
+		{name: "labels and finalizers",
+			before: with(workload("Deployment"), "finalizers: [cri-proxy.io/in-place-rollout]"),
+			after:  with(workload("Deployment"), "labels: {a: b}")},
+		{name: "the end of what is being deleted",
+			before: with(workload("Deployment"),
+				"deletionTimestamp: '2026-01-01T00:00:00Z', finalizers: [cri-proxy.io/in-place-rollout]"),
+			after: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'")},
+		{name: "another image of what is being deleted",
+			before: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"),
+			after: strings.Replace(with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"), "app:2",
+				"app:3", 1), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
 		// A rollback puts back what the status says.
-		{name: "status", before: workload("Deployment"), after: strings.Replace(workload("Deployment"), "spec: {", "status: {previousImages: {app: 'app:3'}}, spec: {", 1), subresource: "status", enough: []string{"patch deployments.apps web"}, wrong: `on deployments.apps "web"`},
-		{name: "status of an image job", before: job(", pullSecrets: [a]"), after: job(", pullSecrets: [a]"), subresource: "status"},
+		{name: "status", before: workload("Deployment"),
+			after: strings.Replace(workload("Deployment"), "spec: {",
+				"status: {previousImages: {app: 'app:3'}}, spec: {", 1), subresource: "status",
+			enough: []string{"patch deployments.apps web"}, wrong: `on deployments.apps "web"`},
+		{name: "status of an image job", before: job(", pullSecrets: [a]"), after: job(", pullSecrets: [a]"),
+			subresource: "status"},
 
-		{name: "a restart", after: restart, may: rights{"get pods", "list pods", "patch pods/status", "delete pods web-1", "restart pods web-1", "create pods/log", "create pods", "get pods/exec"},
-			enough: []string{"patch pods", "delete pods web-0", "create pods/exec", "create pods/exec web-0", "restart pods", "restart pods web-0"},
-			wrong:  `user "jane" may write ContainerRecreateRequests, but must be allowed to restart containers of pod "web-0": grant one of the verbs patch, delete and restart on pods, or create on pods/exec, in namespace "ns"`},
-		{name: "another order", before: restart, after: with(restart, "annotations: {cri-proxy.io/restart-order: StartFirst}"), enough: []string{"restart pods"}, wrong: "must be allowed to restart"},
+		{name: "a restart", after: restart,
+			may: rights{"get pods", "list pods", "patch pods/status", "delete pods web-1", "restart pods web-1",
+				"create pods/log", "create pods", "get pods/exec"},
+			enough: []string{"patch pods", "delete pods web-0", "create pods/exec", "create pods/exec web-0",
+				"restart pods", "restart pods web-0"},
+			wrong: `user "jane" may write ContainerRecreateRequests, but must be allowed to restart containers of pod "web-0": grant one of the verbs patch, delete and restart on pods, or create on pods/exec, in namespace "ns"`},
+		{name: "another order", before: restart,
+			after:  with(restart, "annotations: {cri-proxy.io/restart-order: StartFirst}"),
+			enough: []string{"restart pods"}, wrong: "must be allowed to restart"},
 		{name: "a label of a request", before: restart, after: with(restart, "labels: {a: b}")},
 
 		{name: "an image", after: job("")},
-		{name: "an image for some nodes", after: job(", selector: {matchLabels: {a: b}}, podSelector: {matchLabels: {}}")},
-		{name: "an image by pods", after: job(", podSelector: {matchLabels: {a: b}}"), may: rights{"get pods", "list pods web-0"}, enough: []string{"list pods"}, wrong: `grant the verb list on pods in namespace "ns"`},
-		{name: "an image by an expression", after: job(", podSelector: {matchExpressions: [{key: a, operator: Exists}]}"), enough: []string{"list pods"}, wrong: `grant the verb list on pods in namespace "ns"`},
-		{name: "a private image", after: job(", pullSecrets: [a, b, c]"), may: rights{"get secrets a", "get secrets b", "list secrets", "create pods"},
-			enough: []string{"get secrets", "get secrets c"}, wrong: `user "jane" may write imagepulljobs, but must be allowed to read the secrets with which this one pulls: grant the verb get on secrets "a", "b", "c" in namespace "ns"`},
-		{name: "many secrets", after: job(eight + ", podSelector: {matchLabels: {a: b}}"), may: rights{"get secrets a", "get secrets b", "get secrets c", "get secrets d", "get secrets e", "get secrets f", "get secrets g", "list pods"},
-			enough: []string{"get secrets h", "get secrets"}, wrong: `on secrets "a", "b", "c", "d", "e", "f", "g", "h" in`},
-		{name: "too many secrets", after: job(nine), may: rights{"get secrets a", "get secrets b", "get secrets c", "get secrets d", "get secrets e", "get secrets f", "get secrets g", "get secrets h", "get secrets i"},
-			enough: []string{"get secrets"}, wrong: "with more than 8 pullSecrets a job needs the verb get on all secrets of its namespace"},
-		{name: "private images", after: list(", pullSecrets: [a]"), enough: []string{"get secrets a"}, wrong: `user "jane" may write imagelistpulljobs, but must be allowed to read the secrets`},
-		{name: "images by pods", after: list(", podSelector: {matchLabels: {a: b}}"), enough: []string{"list pods"}, wrong: "grant the verb list on pods"},
-		{name: "another image with the same secret", before: job(", pullSecrets: [a]"), after: strings.Replace(job(", pullSecrets: [a]"), "image: a", "image: b", 1), enough: []string{"get secrets a"}, wrong: "grant the verb get"},
+		{name: "an image for some nodes",
+			after: job(", selector: {matchLabels: {a: b}}, podSelector: {matchLabels: {}}")},
+		{name: "an image by pods", after: job(", podSelector: {matchLabels: {a: b}}"),
+			may: rights{"get pods", "list pods web-0"}, enough: []string{"list pods"},
+			wrong: `grant the verb list on pods in namespace "ns"`},
+		{name: "an image by an expression",
+			after:  job(", podSelector: {matchExpressions: [{key: a, operator: Exists}]}"),
+			enough: []string{"list pods"}, wrong: `grant the verb list on pods in namespace "ns"`},
+		{name: "a private image", after: job(", pullSecrets: [a, b, c]"),
+			may:    rights{"get secrets a", "get secrets b", "list secrets", "create pods"},
+			enough: []string{"get secrets", "get secrets c"},
+			wrong:  `user "jane" may write imagepulljobs, but must be allowed to read the secrets with which this one pulls: grant the verb get on secrets "a", "b", "c" in namespace "ns"`},
+		{name: "many secrets", after: job(eight + ", podSelector: {matchLabels: {a: b}}"),
+			may: rights{"get secrets a", "get secrets b", "get secrets c", "get secrets d", "get secrets e",
+				"get secrets f", "get secrets g", "list pods"},
+			enough: []string{"get secrets h", "get secrets"},
+			wrong:  `on secrets "a", "b", "c", "d", "e", "f", "g", "h" in`},
+		{name: "too many secrets", after: job(nine),
+			may: rights{"get secrets a", "get secrets b", "get secrets c", "get secrets d", "get secrets e",
+				"get secrets f", "get secrets g", "get secrets h", "get secrets i"},
+			enough: []string{"get secrets"},
+			wrong:  "with more than 8 pullSecrets a job needs the verb get on all secrets of its namespace"},
+		{name: "private images", after: list(", pullSecrets: [a]"), enough: []string{"get secrets a"},
+			wrong: `user "jane" may write imagelistpulljobs, but must be allowed to read the secrets`},
+		{name: "images by pods", after: list(", podSelector: {matchLabels: {a: b}}"), enough: []string{"list pods"},
+			wrong: "grant the verb list on pods"},
+		{name: "another image with the same secret", before: job(", pullSecrets: [a]"),
+			after:  strings.Replace(job(", pullSecrets: [a]"), "image: a", "image: b", 1),
+			enough: []string{"get secrets a"}, wrong: "grant the verb get"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var before *unstructured.Unstructured

@@ -29,7 +29,8 @@ type rules struct {
 	}
 }
 
-// known are the metrics that nodes, controller and libraries have, which other tests compare with the programs.
+// known are the metrics that nodes, controller and libraries have, which other tests compare with
+// the programs.
 func known(t *testing.T) map[string]metricdoc.Row {
 	t.Helper()
 	all := map[string]metricdoc.Row{}
@@ -42,9 +43,10 @@ func known(t *testing.T) map[string]metricdoc.Row {
 }
 
 var (
-	metricName = regexp.MustCompile(`\b((?:criproxy|workqueue|controller_runtime|leader_election|process|go)_\w+)(\{[^}]*\})?`)
-	matcher    = regexp.MustCompile(`(\w+)\s*(?:=~|!~|!=|=)\s*"`)
-	grouping   = regexp.MustCompile(`\b(?:by|on)\s*\(([^)]*)\)`)
+	metricName = regexp.MustCompile(
+		`\b((?:criproxy|workqueue|controller_runtime|leader_election|process|go)_\w+)(\{[^}]*\})?`)
+	matcher  = regexp.MustCompile(`(\w+)\s*(?:=~|!~|!=|=)\s*"`)
+	grouping = regexp.MustCompile(`\b(?:by|on)\s*\(([^)]*)\)`)
 )
 
 // checkQuery reports metrics and labels of a query that do not exist.
@@ -83,7 +85,8 @@ func checkQuery(t *testing.T, where, query string, metrics map[string]metricdoc.
 	}
 }
 
-// TestAlerts: every alert asks for what there is, and says what to do about it in docs/OPERATIONS.md.
+// TestAlerts: every alert asks for what there is, and says what to do about it in
+// docs/OPERATIONS.md.
 func TestAlerts(t *testing.T) {
 	var all rules
 	read(t, rulesFile, &all)
@@ -106,10 +109,12 @@ func TestAlerts(t *testing.T) {
 			}
 			seen[r.Alert] = true
 			checkQuery(t, r.Alert, r.Expr, metrics)
-			if !slices.Contains([]string{"warning", "critical"}, r.Labels["severity"]) || r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
+			if !slices.Contains([]string{"warning", "critical"}, r.Labels["severity"]) ||
+				r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
 				t.Errorf("%s says too little: %v %v", r.Alert, r.Labels, r.Annotations)
 			}
-			if want := "/docs/OPERATIONS.md#" + strings.ToLower(r.Alert); !strings.HasSuffix(r.Annotations["runbook_url"], want) {
+			if want := "/docs/OPERATIONS.md#" +
+				strings.ToLower(r.Alert); !strings.HasSuffix(r.Annotations["runbook_url"], want) {
 				t.Errorf("%s: runbook_url %q, want one that ends in %s", r.Alert, r.Annotations["runbook_url"], want)
 			}
 			if !headings[r.Alert] {
@@ -131,7 +136,8 @@ func TestAlerts(t *testing.T) {
 
 // TestAlertsFire: Prometheus' own tool finds the rules right, and they fire when they should.
 func TestAlertsFire(t *testing.T) {
-	for _, args := range [][]string{{"check", "rules", "--lint=all", "--lint-fatal", rulesFile}, {"test", "rules", "alerts/cri-proxy.test.yaml"}} {
+	for _, args := range [][]string{{"check", "rules", "--lint=all", "--lint-fatal", rulesFile},
+		{"test", "rules", "alerts/cri-proxy.test.yaml"}} {
 		args[len(args)-1] = absolute(t, args[len(args)-1])
 		cmd := exec.CommandContext(t.Context(), "go", append([]string{"tool", "promtool"}, args...)...)
 		cmd.Dir = filepath.Join("..", "tools", "alerts")

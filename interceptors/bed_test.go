@@ -22,6 +22,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -37,7 +38,7 @@ const (
 	token     = "0123456789abcdef0123456789abcdef"
 )
 
-var slot = interceptors.Slot{PodUID: "uid-1", Container: "app"}
+var slot = view.Slot{PodUID: "uid-1", Container: "app"}
 
 func labels(container string) map[string]string {
 	return map[string]string{"io.kubernetes.pod.uid": "uid-1", "io.kubernetes.container.name": container}
@@ -48,15 +49,18 @@ func labels(container string) map[string]string {
 func containers() []*runtimeapi.Container {
 	return []*runtimeapi.Container{
 		{
-			Id: successor, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_CREATED,
-			Annotations: map[string]string{interceptors.StagedAnnotation: token},
+			Id: successor, PodSandboxId: sandbox, Labels: labels("app"),
+			State:       runtimeapi.ContainerState_CONTAINER_CREATED,
+			Annotations: map[string]string{view.StagedAnnotation: token},
 		},
-		{Id: incumbent, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_EXITED},
+		{Id: incumbent, PodSandboxId: sandbox, Labels: labels("app"),
+			State: runtimeapi.ContainerState_CONTAINER_EXITED},
 		{Id: web, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_RUNNING},
 		// A survivor of an earlier swap: it keeps the annotation and is not hidden by it.
 		{
-			Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_EXITED,
-			Annotations: map[string]string{interceptors.StagedAnnotation: "ffff"},
+			Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"),
+			State:       runtimeapi.ContainerState_CONTAINER_EXITED,
+			Annotations: map[string]string{view.StagedAnnotation: "ffff"},
 		},
 	}
 }
@@ -64,7 +68,7 @@ func containers() []*runtimeapi.Container {
 // bed is a director over a scripted runtime.
 type bed struct {
 	t        testing.TB
-	view     *interceptors.View
+	view     *view.View
 	director *interceptors.Director
 	records  *recorder
 
@@ -85,13 +89,13 @@ func (f judgeFunc) Judge(ctx context.Context) error { return f(ctx) }
 func newJudgedBed(t testing.TB, judge interceptors.Judge) *bed {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	b := &bed{t: t, view: interceptors.NewView(), records: &recorder{}, script: map[string]answer{}}
+	b := &bed{t: t, view: view.New(), records: &recorder{}, script: map[string]answer{}}
 	b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Judge: judge})
 	return b
 }
 
 // claimed takes the slot and binds it, hiding nothing.
-func (b *bed) claimed() *interceptors.Claim {
+func (b *bed) claimed() *view.Claim {
 	b.t.Helper()
 	c, err := b.view.TryClaim(slot)
 	if err != nil {
@@ -102,7 +106,7 @@ func (b *bed) claimed() *interceptors.Claim {
 }
 
 // swapping is the state of containers(): successor hidden, incumbent masked.
-func (b *bed) swapping() *interceptors.Claim {
+func (b *bed) swapping() *view.Claim {
 	b.t.Helper()
 	c := b.claimed()
 	if err := c.Hide(b.t.Context(), token); err != nil {

@@ -37,7 +37,7 @@ type lifecycle struct {
 
 // createContainer records the request as kubelet sent it, and lets an operation on the slot finish
 // first: kubelet creates in a slot only after it stopped the incumbent, which made the operation
-// give way. An operation that has the very container ready answers with it.
+// yield. An operation that has the very container ready answers with it.
 func (l *lifecycle) createContainer(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
@@ -165,7 +165,7 @@ func (l *lifecycle) startContainer(ctx context.Context, _ string, raw []byte, ne
 	}
 }
 
-// stopContainer makes an operation on the slot give way. The stop itself goes to the runtime at
+// stopContainer makes an operation on the slot yield. The stop itself goes to the runtime at
 // once, so that the shorter grace wins. The answer comes when the operation has cleaned up, so that
 // kubelet finds no process that was not asked to stop.
 func (l *lifecycle) stopContainer(
@@ -188,12 +188,12 @@ func (l *lifecycle) stopContainer(
 	}
 	if driver := claim.AwaitDriver(ctx); driver != nil {
 		if ok, err := driver.Stop(ctx, req.GetTimeout()); ok {
-			did(ctx, didHandOver)
+			did(ctx, didSwitchOver)
 			if err != nil {
 				return nil, err
 			}
-			// The pod may be going away: then kubelet stops its sandbox next, and nobody has asked the
-			// successor to stop.
+			// The pod may be going away: then kubelet stops its sandbox next, and nobody has asked
+			// the successor to stop.
 			l.view.StopAfterReveal(id, req.GetTimeout())
 			return encode(&runtimeapi.StopContainerResponse{})
 		}
@@ -221,7 +221,7 @@ func (l *lifecycle) awaitYield(ctx context.Context, c *view.Claim, grace time.Du
 	ctx, cancel := context.WithTimeout(ctx, grace+yieldTimeout)
 	defer cancel()
 	if err := c.Wait(ctx); err != nil {
-		l.log.WithFields(logrusFields(c.Slot(), "")).WithError(err).Warn("operation did not give way in time")
+		l.log.WithFields(logrusFields(c.Slot(), "")).WithError(err).Warn("operation did not yield in time")
 	}
 }
 

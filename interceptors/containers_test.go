@@ -156,7 +156,7 @@ func TestCallsOnAHiddenContainer(t *testing.T) {
 					t.Errorf("the runtime saw %s", got)
 				}
 				if c.YieldedTo() != nil {
-					t.Error("the operation gives way to a call that cannot be meant")
+					t.Error("the operation yields to a call that cannot be meant")
 				}
 			})
 		}
@@ -180,7 +180,7 @@ func TestCallsOnARevealedContainerPass(t *testing.T) {
 	}
 }
 
-// Whoever takes the slot back makes the operation give way, and is answered when it has.
+// Whoever takes the slot back makes the operation yield, and is answered when it has.
 func TestTakingBack(t *testing.T) {
 	cases := []struct {
 		name   string
@@ -240,7 +240,7 @@ func TestTakingBack(t *testing.T) {
 					if round == 1 {
 						c.Release()
 					}
-					if err := <-done; err != nil { // in round 0 after its patience: Stop* and Remove* never fail for us
+					if err := <-done; err != nil { // in round 0 after its timeout: Stop* and Remove* never fail for us
 						t.Error(err)
 					}
 					b.mu.Lock()
@@ -266,7 +266,7 @@ func TestStopOfTheRuntimeFails(t *testing.T) {
 	)
 	wantCode(t, err, codes.Unavailable) // at once: kubelet tries again
 	if c.YieldedTo() == nil {
-		t.Error("the operation does not give way")
+		t.Error("the operation does not yield")
 	}
 }
 
@@ -374,7 +374,8 @@ func TestUpdateContainerResources(t *testing.T) {
 		},
 		// Kubelet asked for the incumbent only: what the successor says is ours.
 		{
-			name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor, updates: "old=3 new=3",
+			name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor,
+			updates: "old=3 new=3",
 			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
 		},
 		{

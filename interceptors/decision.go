@@ -19,18 +19,18 @@ import (
 type decision uint32
 
 const (
-	didHide     decision = 1 << iota // a container was kept from the caller
-	didMask                          // a container was shown running that was not
-	didCorrect                       // the start of a container was put right
-	didAdopt                         // the caller got the container that an operation had ready
-	didHold                          // the call waited for an operation, or the event for its end
-	didYield                         // an operation was made to give way
-	didHandOver                      // the stop became the moment at which the successor took over
-	didOverride                      // the image of the pod's spec was replaced
-	didRefuse                        // the caller was told to try again
-	didStop                          // a successor was stopped too
-	didRepeat                        // the call was made for a successor too
-	didKeep                          // a sandbox was kept, because a successor runs in it
+	didHide       decision = 1 << iota // a container was kept from the caller
+	didMask                            // a container was shown running that was not
+	didCorrect                         // the start of a container was put right
+	didAdopt                           // the caller got the container that an operation had ready
+	didHold                            // the call waited for an operation, or the event for its end
+	didYield                           // an operation was made to yield
+	didSwitchOver                      // the stop became the moment at which the successor took over
+	didOverride                        // the image of the pod's spec was replaced
+	didRefuse                          // the caller was told to try again
+	didStop                            // a successor was stopped too
+	didRepeat                          // the call was made for a successor too
+	didKeep                            // a sandbox was kept, because a successor runs in it
 )
 
 // decisions are the label values, in the order of the bits.
@@ -130,7 +130,8 @@ func (c *counter) stream(take proxy.StreamInterceptor) proxy.StreamInterceptor {
 		if filter == nil || err != nil {
 			return upstream, filter, err
 		}
-		return upstream, &countedFilter{StreamFilter: filter, decided: d, counter: c, span: trace.SpanFromContext(ctx)}, nil
+		return upstream, &countedFilter{StreamFilter: filter, decided: d, counter: c, span: trace.SpanFromContext(ctx)},
+			nil
 	}
 }
 

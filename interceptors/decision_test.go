@@ -42,7 +42,8 @@ func TestDecisionsAreCounted(t *testing.T) {
 	call(methodList, &runtimeapi.ListContainersRequest{})
 	call(runtimeapi.RuntimeService_ExecSync_FullMethodName, &runtimeapi.ExecSyncRequest{ContainerId: incumbent})
 	call(
-		runtimeapi.RuntimeService_StartContainer_FullMethodName, &runtimeapi.StartContainerRequest{ContainerId: successor},
+		runtimeapi.RuntimeService_StartContainer_FullMethodName,
+		&runtimeapi.StartContainerRequest{ContainerId: successor},
 	)
 	claim.Release()
 	call(runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: web})

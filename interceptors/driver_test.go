@@ -20,6 +20,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // driver is an operation that lets kubelet drive.
@@ -28,7 +29,7 @@ type driver struct {
 	create func(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool)
 }
 
-var _ interceptors.Driver = driver{}
+var _ view.Driver = driver{}
 
 func (d driver) Stop(ctx context.Context, grace int64) (bool, error) { return d.stop(ctx, grace) }
 
@@ -91,7 +92,10 @@ func TestStopIsDriven(t *testing.T) {
 		defer c.Release()
 		c.Drive(
 			driver{
-				stop: func(context.Context, int64) (bool, error) { return true, status.Error(codes.DeadlineExceeded, "later") },
+				stop: func(context.Context, int64) (bool, error) {
+					return true,
+						status.Error(codes.DeadlineExceeded, "later")
+				},
 			},
 		)
 		wantCode(t, b.stops(t.Context(), incumbent, 17), codes.DeadlineExceeded)
@@ -102,7 +106,7 @@ func TestStopIsDriven(t *testing.T) {
 			t.Errorf("taken back by %v", y)
 		}
 	})
-	t.Run("gives way", func(t *testing.T) {
+	t.Run("yields", func(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
 		c.Drive(driver{stop: func(context.Context, int64) (bool, error) { return false, nil }})
@@ -169,10 +173,13 @@ func TestCreateIsDriven(t *testing.T) {
 			t.Errorf("taken back by %v", y)
 		}
 	})
-	t.Run("gives way", func(t *testing.T) {
+	t.Run("yields", func(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
-		c.Drive(driver{create: func(context.Context, *runtimeapi.CreateContainerRequest) (string, bool) { return "", false }})
+		c.Drive(driver{create: func(context.Context, *runtimeapi.CreateContainerRequest) (string,
+			bool) {
+			return "", false
+		}})
 		go func() { // the operation
 			<-c.Yielded()
 			c.Discard()
@@ -188,7 +195,7 @@ func TestCreateIsDriven(t *testing.T) {
 // than their callers.
 func TestCallsWaitForTheDriver(t *testing.T) {
 	const soon = 10 * time.Second
-	inBubble := func(name string, f func(t *testing.T, b *bed, c *interceptors.Claim)) {
+	inBubble := func(name string, f func(t *testing.T, b *bed, c *view.Claim)) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBed(t).gives()
@@ -199,7 +206,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			})
 		})
 	}
-	inBubble("which comes", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which comes", func(t *testing.T, b *bed, c *view.Claim) {
 		go func() {
 			time.Sleep(soon)
 			c.Drive(driver{stop: func(context.Context, int64) (bool, error) { return true, nil }})
@@ -210,7 +217,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			t.Errorf("%v after %s", err, time.Since(began))
 		}
 	})
-	inBubble("which ends before", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which ends before", func(t *testing.T, b *bed, c *view.Claim) {
 		go func() {
 			time.Sleep(soon)
 			c.Release()
@@ -224,7 +231,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			t.Errorf("got %q, %v", id, err)
 		}
 	})
-	inBubble("which does not come", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which does not come", func(t *testing.T, b *bed, c *view.Claim) {
 		for _, call := range []func(ctx context.Context) error{
 			func(ctx context.Context) error { _, err := b.creates(ctx); return err },
 			func(ctx context.Context) error { return b.stops(ctx, incumbent, 30) },
@@ -248,7 +255,8 @@ func TestLateSuccessorOfADrivenStop(t *testing.T) {
 		b := newBed(t).gives()
 		log := logrus.New()
 		log.SetOutput(io.Discard)
-		b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Runtime: stopped})
+		b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log,
+			Runtime: stopped})
 		b.on(methodStopSandbox, always(&runtimeapi.StopPodSandboxResponse{}, nil))
 		c := b.swapping()
 		c.Drive(driver{

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -67,12 +67,12 @@ const (
 
 func TestContainerEventsAreHeldUntilTheReveal(t *testing.T) {
 	for name, tc := range map[string]struct {
-		end  func(*interceptors.Claim)
+		end  func(*view.Claim)
 		want string
 	}{
-		"reveal":  {(*interceptors.Claim).Reveal, "new CREATED, old STOPPED, new STARTED"},
-		"discard": {(*interceptors.Claim).Discard, "old STOPPED"},
-		"release": {(*interceptors.Claim).Release, "new CREATED, old STOPPED, new STARTED"},
+		"reveal":  {(*view.Claim).Reveal, "new CREATED, old STOPPED, new STARTED"},
+		"discard": {(*view.Claim).Discard, "old STOPPED"},
+		"release": {(*view.Claim).Release, "new CREATED, old STOPPED, new STARTED"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
@@ -167,7 +167,7 @@ func TestContainerEventsOfSeveralStreamsAndClaims(t *testing.T) {
 	_, two := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
 	app := b.swapping()
 	defer app.Release()
-	other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})
+	other, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: "web"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,7 +200,7 @@ func TestContainerEventsHeldTellWhatIsShownNow(t *testing.T) {
 	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
 	app := b.swapping()
 	defer app.Release()
-	other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})
+	other, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: "web"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,7 +216,7 @@ func TestContainerEventsHeldTellWhatIsShownNow(t *testing.T) {
 		return s
 	}
 	hiddenByID, hiddenByToken := running("dddd"), running("eeee")
-	hiddenByToken.Annotations = map[string]string{interceptors.StagedAnnotation: "other"}
+	hiddenByToken.Annotations = map[string]string{view.StagedAnnotation: "other"}
 	e := event(successor, started, status(900), exited(incumbent), exited(web), hiddenByID, hiddenByToken)
 	if got := sent(t, f, withUnknown(e)); got != "" {
 		t.Fatalf("kubelet gets %q", got)

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -50,7 +50,8 @@ func TestCallsIntoContainers(t *testing.T) {
 			&runtimeapi.CheckpointContainerResponse{},
 		},
 		{
-			methodReopen, func(id string) proto.Message { return &runtimeapi.ReopenContainerLogRequest{ContainerId: id} },
+			methodReopen,
+			func(id string) proto.Message { return &runtimeapi.ReopenContainerLogRequest{ContainerId: id} },
 			&runtimeapi.ReopenContainerLogResponse{},
 		},
 	}
@@ -206,7 +207,10 @@ func TestBytesThatCannotBeDecoded(t *testing.T) {
 			// The answer alone is garbage. An update and a removal read none.
 			if strings.HasPrefix(m, "/runtime.v1.RuntimeService/List") ||
 				strings.HasSuffix(m, "Status") || strings.HasSuffix(m, "CreateContainer") {
-				_, err := take(t.Context(), m, nil, func(context.Context, []byte) ([]byte, error) { return garbage, nil })
+				_, err := take(t.Context(), m, nil, func(context.Context, []byte) ([]byte, error) {
+					return garbage,
+						nil
+				})
 				wantPass(t, err)
 			}
 		})
@@ -225,7 +229,7 @@ func TestBytesThatCannotBeDecoded(t *testing.T) {
 			wantPass(t, err)
 		})
 	}
-	if b.view.Claimed(interceptors.Slot{}) {
+	if b.view.Claimed(view.Slot{}) {
 		t.Error("a claim is left")
 	}
 }

@@ -29,10 +29,12 @@ func FuzzDirector(f *testing.F) {
 		&runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
 		&runtimeapi.ContainerStatusResponse{Status: exited(incumbent)},
 	)
-	seed(&runtimeapi.ContainerStatusRequest{ContainerId: successor}, &runtimeapi.ContainerStatusResponse{Status: staged()})
+	seed(&runtimeapi.ContainerStatusRequest{ContainerId: successor},
+		&runtimeapi.ContainerStatusResponse{Status: staged()})
 	seed(
 		&runtimeapi.PodSandboxStatusRequest{PodSandboxId: "nobody's"},
-		&runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{staged(), exited(incumbent)}},
+		&runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{staged(),
+			exited(incumbent)}},
 	)
 	seed(&runtimeapi.GetEventsRequest{}, event(successor, created, staged()))
 	seed(
@@ -46,7 +48,8 @@ func FuzzDirector(f *testing.F) {
 		&runtimeapi.UpdateContainerResourcesResponse{},
 	)
 	seed(
-		&runtimeapi.ListPodSandboxStatsRequest{}, &runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(successor, web)},
+		&runtimeapi.ListPodSandboxStatsRequest{},
+		&runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(successor, web)},
 	)
 	seed(
 		&runtimeapi.ListPodSandboxStatsRequest{},

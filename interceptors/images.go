@@ -36,7 +36,7 @@ func (i *imageCalls) imageStatus(ctx context.Context, _ string, raw []byte, next
 	return encode(&runtimeapi.ImageStatusResponse{})
 }
 
-// pullImage makes pre-pulls give way to kubelet's pull. The call goes through as it is: only the
+// pullImage makes pre-pulls yield to kubelet's pull. The call goes through as it is: only the
 // image's name is read from it. Its answer is decoded while there is an image that kubelet has not
 // pulled yet.
 func (i *imageCalls) pullImage(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {

@@ -44,7 +44,8 @@ func TestImageStatus(t *testing.T) {
 		b.on(
 			status,
 			always(
-				&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id}, Info: map[string]string{"info": "{}"}}, nil,
+				&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id},
+					Info: map[string]string{"info": "{}"}}, nil,
 			),
 		)
 		raw, err := b.director.Unary(status)(t.Context(), status, nil, b.next(status))
@@ -72,7 +73,7 @@ func TestImageStatus(t *testing.T) {
 	}
 }
 
-// told is what pulls ahead of time are told of kubelet's.
+// told is what pre-pulls are told of kubelet's.
 type told []string
 
 func (l *told) KubeletPulls(image string) func() {
@@ -80,7 +81,7 @@ func (l *told) KubeletPulls(image string) func() {
 	return func() { *l = append(*l, "done") }
 }
 
-// TestPullImage: pulls ahead of time are told which image kubelet pulls, and what is no request is
+// TestPullImage: pre-pulls are told which image kubelet pulls, and what is no request is
 // the runtime's to refuse.
 func TestPullImage(t *testing.T) {
 	const pull = runtimeapi.ImageService_PullImage_FullMethodName
@@ -111,7 +112,8 @@ func TestPullImage(t *testing.T) {
 			var l told
 			d := interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Pulls: &l})
 			b.on(pull, always(&runtimeapi.PullImageResponse{ImageRef: "sha256:1"}, tt.err))
-			if _, err := d.Unary(pull)(t.Context(), pull, tt.raw, b.next(pull)); status.Code(err) != status.Code(tt.err) {
+			if _, err := d.Unary(pull)(t.Context(), pull, tt.raw, b.next(pull)); status.Code(err) != status.Code(
+				tt.err) {
 				t.Error(err)
 			}
 			if !slices.Equal(l, tt.want) {

@@ -28,12 +28,13 @@ func (a *answers) listContainers(ctx context.Context, _ string, raw []byte, next
 	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	snapshot.HideUnacknowledged(all)
-	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
-		m.Containers = snapshot.showContainers(m.Containers, want)
-		if want == nil {
-			a.view.AckList(m.Containers)
-		}
-	})
+	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{},
+		func(m *runtimeapi.ListContainersResponse) {
+			m.Containers = snapshot.showContainers(m.Containers, want)
+			if want == nil {
+				a.view.AckList(m.Containers)
+			}
+		})
 }
 
 // streamContainers is listContainers for the streaming form.
@@ -43,8 +44,8 @@ func (a *answers) streamContainers(ctx context.Context, _ string, raw []byte) ([
 		return nil, nil, err
 	}
 	all := everything(req.GetFilter())
-	// The state filter is always evaluated here: an operation may begin while the stream is open. An
-	// active one may end in the middle; then kubelet has been told of what the stream lists.
+	// The state filter is always evaluated here: an operation may begin while the stream is open.
+	// An active one may end in the middle; then kubelet has been told of what the stream lists.
 	upstream, want, err := withoutState(raw, req, req.GetFilter())
 	if err != nil {
 		return nil, nil, err

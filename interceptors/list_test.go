@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -76,7 +76,8 @@ func (b *bed) serveStatus() {
 func (b *bed) readAll() {
 	b.t.Helper()
 	b.listSandboxes()
-	resp, err := call[runtimeapi.ListContainersResponse](b.t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+	resp, err := call[runtimeapi.ListContainersResponse](b.t.Context(), b, methodList,
+		&runtimeapi.ListContainersRequest{})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -168,7 +169,8 @@ func TestListContainersShowsTheVirtualState(t *testing.T) {
 			}
 			var streamed []*runtimeapi.Container
 			for _, c := range list(containers(), sent.GetFilter()) { // one a message, as small as it gets
-				for _, m := range through(t, filter, &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}}) {
+				for _, m := range through(t, filter,
+					&runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}}) {
 					streamed = append(streamed, m.GetContainers()...)
 				}
 			}
@@ -186,7 +188,8 @@ func TestListContainersHidesByToken(t *testing.T) {
 	c := b.claimed()
 	defer c.Release()
 	c.HideNow(token)
-	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+		&runtimeapi.ListContainersRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,12 +214,14 @@ func TestRevealedIsListedBeforeItsIncumbent(t *testing.T) {
 			c := b.swapping()
 			c.Reveal()
 			c.Release()
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			at := func(id string) int {
-				return slices.IndexFunc(resp.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetId() == id })
+				return slices.IndexFunc(resp.GetContainers(),
+					func(c *runtimeapi.Container) bool { return c.GetId() == id })
 			}
 			if len(resp.GetContainers()) != len(containers()) || at(successor) < 0 || at(successor) > at(incumbent) {
 				t.Errorf("the list is %v", resp.GetContainers())
@@ -230,7 +235,8 @@ func TestRevealedTwiceIsListedNewestFirst(t *testing.T) {
 	for range 20 { // whichever pair comes first
 		b := newBed(t)
 		b.on(methodList, func(context.Context, []byte) (proto.Message, error) {
-			return &runtimeapi.ListContainersResponse{Containers: []*runtimeapi.Container{{Id: "0"}, {Id: "1"}, {Id: "2"}}}, nil
+			return &runtimeapi.ListContainersResponse{Containers: []*runtimeapi.Container{{Id: "0"}, {Id: "1"},
+				{Id: "2"}}}, nil
 		})
 		for _, next := range []string{"1", "2"} {
 			c, err := b.view.TryClaim(slot)
@@ -244,7 +250,8 @@ func TestRevealedTwiceIsListedNewestFirst(t *testing.T) {
 			c.Reveal()
 			c.Release()
 		}
-		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+			&runtimeapi.ListContainersRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -266,7 +273,8 @@ func TestRevealWithinARound(t *testing.T) {
 	b.serveList()
 	b.serveStatus()
 	listed := func() string {
-		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+			&runtimeapi.ListContainersRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -317,36 +325,36 @@ func TestListContainersStepByStep(t *testing.T) {
 		before    = "old EXITED, web RUNNING, web-before EXITED"
 	)
 	steps := map[string]struct {
-		do   func(*testing.T, *interceptors.Claim)
+		do   func(*testing.T, *view.Claim)
 		want string
 	}{
-		"claim":    {func(*testing.T, *interceptors.Claim) {}, untouched},
-		"mask too": {func(_ *testing.T, c *interceptors.Claim) { c.Mask() }, untouched}, // speaks only once it hides
-		"hide": {func(t *testing.T, c *interceptors.Claim) {
+		"claim":    {func(*testing.T, *view.Claim) {}, untouched},
+		"mask too": {func(_ *testing.T, c *view.Claim) { c.Mask() }, untouched}, // speaks only once it hides
+		"hide": {func(t *testing.T, c *view.Claim) {
 			if err := c.Hide(t.Context(), token); err != nil {
 				t.Fatal(err)
 			}
 		}, before},
 		"mask": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.Mask()
 		}, "old RUNNING, web RUNNING, web-before EXITED"},
-		"staged": {func(_ *testing.T, c *interceptors.Claim) { c.Staged(successor) }, before},
+		"staged": {func(_ *testing.T, c *view.Claim) { c.Staged(successor) }, before},
 		"another token": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.HideNow("fresh")
 		}, "old RUNNING, web RUNNING, web-before EXITED"},
 		"and forget the old": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.Staged("")
 		}, "new CREATED, old RUNNING, web RUNNING, web-before EXITED"},
-		"reveal":  {func(_ *testing.T, c *interceptors.Claim) { c.Reveal() }, untouched},
-		"discard": {func(_ *testing.T, c *interceptors.Claim) { c.Discard() }, untouched},
-		"release": {func(_ *testing.T, c *interceptors.Claim) { c.Release() }, untouched},
-		"reveal if it may be": {func(t *testing.T, c *interceptors.Claim) {
+		"reveal":  {func(_ *testing.T, c *view.Claim) { c.Reveal() }, untouched},
+		"discard": {func(_ *testing.T, c *view.Claim) { c.Discard() }, untouched},
+		"release": {func(_ *testing.T, c *view.Claim) { c.Release() }, untouched},
+		"reveal if it may be": {func(t *testing.T, c *view.Claim) {
 			if !c.TryReveal() {
 				t.Error("not revealed")
 			}
@@ -395,17 +403,17 @@ func TestListContainersStepByStep(t *testing.T) {
 // A list that the runtime made in the middle of a swap and that is answered after
 // the reveal must not show a created container, nor the exited one alone.
 func TestAnswersAcrossAReveal(t *testing.T) {
-	for name, end := range map[string]func(*interceptors.Claim){
-		"reveal":  (*interceptors.Claim).Reveal,
-		"discard": (*interceptors.Claim).Discard,
-		"release": (*interceptors.Claim).Release,
+	for name, end := range map[string]func(*view.Claim){
+		"reveal":  (*view.Claim).Reveal,
+		"discard": (*view.Claim).Discard,
+		"release": (*view.Claim).Release,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			c := b.swapping()
 			defer c.Release()
 			// Another operation keeps the view active.
-			other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-2", Container: "x"})
+			other, err := b.view.TryClaim(view.Slot{PodUID: "uid-2", Container: "x"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -418,7 +426,8 @@ func TestAnswersAcrossAReveal(t *testing.T) {
 				return &runtimeapi.ListContainersResponse{Containers: containers()}, nil
 			})
 			const want = "old RUNNING, web RUNNING, web-before EXITED"
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -434,7 +443,7 @@ func TestAnswersAcrossAReveal(t *testing.T) {
 	}
 	t.Run("a whole operation within the call", func(t *testing.T) {
 		b := newBed(t)
-		other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-2", Container: "x"})
+		other, err := b.view.TryClaim(view.Slot{PodUID: "uid-2", Container: "x"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -446,7 +455,8 @@ func TestAnswersAcrossAReveal(t *testing.T) {
 			c.Release()
 			return &runtimeapi.ListContainersResponse{Containers: made}, nil
 		})
-		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+			&runtimeapi.ListContainersRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -475,7 +485,8 @@ func TestListContainersKeepsUnknownFields(t *testing.T) {
 	})
 	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
 		withUnknown(
-			&runtimeapi.ListContainersRequest{Filter: withUnknown(inState(runtimeapi.ContainerState_CONTAINER_RUNNING))},
+			&runtimeapi.ListContainersRequest{
+				Filter: withUnknown(inState(runtimeapi.ContainerState_CONTAINER_RUNNING))},
 		))
 	if err != nil {
 		t.Fatal(err)
@@ -492,7 +503,8 @@ func TestListContainersChangesStateOnly(t *testing.T) {
 	b.serveList()
 	c := b.swapping()
 	defer c.Release()
-	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+		&runtimeapi.ListContainersRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

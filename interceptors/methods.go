@@ -26,8 +26,8 @@ type method struct {
 	judged bool
 	// starts says that the answer has the start of a container in it.
 	starts bool
-	// relists says that kubelet begins a relist with this method. The sandboxes that it lists do not
-	// matter to the view.
+	// relists says that kubelet begins a relist with this method. The sandboxes that it lists do
+	// not matter to the view.
 	relists bool
 }
 

@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // overrides is one override of the slot, with any image.
@@ -29,7 +30,7 @@ type overrides struct {
 func (o *overrides) Any() bool       { return o.image != "" || o.err != nil }
 func (o *overrides) SandboxRemoved() { o.removed++ }
 func (o *overrides) Apply(
-	_ context.Context, s interceptors.Slot, req *runtimeapi.CreateContainerRequest,
+	_ context.Context, s view.Slot, req *runtimeapi.CreateContainerRequest,
 ) (bool, error) {
 	o.applied++
 	if o.err != nil || s != slot || o.image == "" {
@@ -54,13 +55,15 @@ func (b *bed) createIn(container string) (asked *runtimeapi.CreateContainerReque
 		asked = &runtimeapi.CreateContainerRequest{}
 		return &runtimeapi.CreateContainerResponse{ContainerId: "made"}, proto.Unmarshal(raw, asked)
 	})
-	_, err = call[runtimeapi.CreateContainerResponse](b.t.Context(), b, methodCreate, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: sandbox,
-		Config: &runtimeapi.ContainerConfig{
-			Labels: labels(container), Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: "app:v1"},
-			Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
-		},
-	})
+	_, err = call[runtimeapi.CreateContainerResponse](b.t.Context(), b, methodCreate,
+		&runtimeapi.CreateContainerRequest{
+			PodSandboxId: sandbox,
+			Config: &runtimeapi.ContainerConfig{
+				Labels: labels(container),
+				Image:  &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: "app:v1"},
+				Envs:   []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
+			},
+		})
 	return asked, err
 }
 

@@ -16,7 +16,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// stopPodSandbox makes all operations in the sandbox give way first.
+// stopPodSandbox makes all operations in the sandbox yield first.
 func (l *lifecycle) stopPodSandbox(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
@@ -90,7 +90,8 @@ func (l *lifecycle) stopSuccessors(ctx context.Context, sandbox string) {
 			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
 				if p := recover(); p != nil {
 					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).
-						Error("container not stopped before its sandbox: the daemon would have panicked; please report this")
+						Error("container not stopped before its sandbox: the daemon would have panicked; please " +
+							"report this")
 				}
 			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
@@ -103,7 +104,7 @@ func (l *lifecycle) stopSuccessors(ctx context.Context, sandbox string) {
 	wg.Wait()
 }
 
-// removePodSandbox makes all operations in the sandbox give way first. It stops what still runs in
+// removePodSandbox makes all operations in the sandbox yield first. It stops what still runs in
 // the sandbox, as the runtime does (sandbox_remove.go in containerd).
 func (l *lifecycle) removePodSandbox(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
@@ -133,13 +134,13 @@ const sandboxGrace = 2
 // some of them.
 const sandboxTimeout = time.Minute
 
-// takeBackSandbox makes the operations in the sandbox give way, and waits for them.
+// takeBackSandbox makes the operations in the sandbox yield, and waits for them.
 func (l *lifecycle) takeBackSandbox(ctx context.Context, method, sandbox string) {
 	claims := l.view.BySandbox(sandbox)
 	for _, c := range claims {
 		did(ctx, didYield)
 		c.TakeBack(view.Yield{Method: method, Grace: sandboxGrace})
-		l.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
+		l.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation yields")
 	}
 	wait, cancel := context.WithTimeout(ctx, sandboxTimeout)
 	defer cancel()

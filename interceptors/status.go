@@ -75,9 +75,10 @@ func (a *answers) podSandboxStatus(ctx context.Context, _ string, raw []byte, ne
 	a.view.AckSandboxStatus(req.GetPodSandboxId())
 	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
-	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
-		m.ContainersStatuses = snapshot.showStatuses(m.ContainersStatuses)
-	})
+	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{},
+		func(m *runtimeapi.PodSandboxStatusResponse) {
+			m.ContainersStatuses = snapshot.showStatuses(m.ContainersStatuses)
+		})
 }
 
 // showStatuses drops what is hidden and shows masked ones running.

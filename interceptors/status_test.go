@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -39,7 +39,8 @@ func running(id string) *runtimeapi.ContainerStatus {
 }
 
 func staged() *runtimeapi.ContainerStatus {
-	return &runtimeapi.ContainerStatus{Id: successor, Annotations: map[string]string{interceptors.StagedAnnotation: token}}
+	return &runtimeapi.ContainerStatus{Id: successor,
+		Annotations: map[string]string{view.StagedAnnotation: token}}
 }
 
 func TestContainerStatus(t *testing.T) {
@@ -74,7 +75,8 @@ func TestContainerStatus(t *testing.T) {
 			b.on(
 				methodStatus,
 				always(
-					withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil,
+					withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real,
+						Info: map[string]string{"info": "{}"}}), nil,
 				),
 			)
 			resp, err := call[runtimeapi.ContainerStatusResponse](
@@ -127,10 +129,12 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	other := running(webBefore)
 	other.StartedAt = 1000
 	b.on(methodStatus, func(context.Context, []byte) (proto.Message, error) {
-		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}), nil
+		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}),
+			nil
 	})
 	b.on(methodSandboxStatus, func(context.Context, []byte) (proto.Message, error) {
-		return &runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{raw(), other}}, nil
+		return &runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{raw(), other}},
+			nil
 	})
 	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
 	told := func() (status, sandbox, event int64) {
@@ -155,7 +159,8 @@ func TestStartedAtIsCorrected(t *testing.T) {
 			t.Errorf("another container is told as %v", got)
 		}
 		msgs := through(
-			t, f, &runtimeapi.ContainerEventResponse{ContainerId: web, ContainersStatuses: []*runtimeapi.ContainerStatus{raw()}},
+			t, f, &runtimeapi.ContainerEventResponse{ContainerId: web,
+				ContainersStatuses: []*runtimeapi.ContainerStatus{raw()}},
 		)
 		return one.GetStatus().GetStartedAt(), all.GetContainersStatuses()[0].GetStartedAt(),
 			msgs[0].GetContainersStatuses()[0].GetStartedAt()
@@ -188,7 +193,8 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	b.view.Forget(successor)
 	b.view.Forget(successor)
 	b.on(methodStatus, func(context.Context, []byte) (proto.Message, error) {
-		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}), nil
+		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}),
+			nil
 	})
 	b.view.Forget(web)
 	check("forgotten", 1000)

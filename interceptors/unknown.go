@@ -21,8 +21,8 @@ func (d *Director) PassUnknown(ctx context.Context, method string, cut func()) (
 	if !tells {
 		return nil, true
 	}
-	// What an earlier process has left is hidden by then. Where the runtime does not tell of it, the
-	// runtime does not answer this call either.
+	// What an earlier process has left is hidden by then. Where the runtime does not tell of it,
+	// the runtime does not answer this call either.
 	if err := d.awaitJudge(ctx); err != nil {
 		d.log.WithError(err).WithField("method", method).
 			Debug("answered before the containers of an earlier process are known")

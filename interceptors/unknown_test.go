@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // What kubelet may call in years to come, or called years ago.
@@ -168,7 +168,8 @@ func TestUnknownMethodsWaitForTheJudge(t *testing.T) {
 			return nil
 		}))
 		b.view.Guard()
-		c, other := b.unknown(t.Context(), methodListNew), b.unknown(t.Context(), "/runtime.v1.RuntimeService/OpenSomething")
+		c, other := b.unknown(t.Context(), methodListNew),
+			b.unknown(t.Context(), "/runtime.v1.RuntimeService/OpenSomething")
 		if !c.waits() || other.waits() {
 			t.Error("a list of a new kind does not wait for the judge, or something else does")
 		}
@@ -197,10 +198,10 @@ func TestUnknownMethodsWaitWithinBounds(t *testing.T) {
 			c := b.unknown(ctx, methodListNew)
 			<-c.passed
 			if waited := time.Since(began); waited >= 2*time.Minute || !c.ok {
-				t.Errorf("kubelet's patience has ended: %s", waited)
+				t.Errorf("kubelet's deadline has passed: %s", waited)
 			}
 			// The next operation waits for it like for any other.
-			other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})
+			other, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: "web"})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // passing begins a list that goes through undecoded; the returned functions wait until the
@@ -53,7 +53,7 @@ func TestHideWaitsForCallsThatPassedUndecoded(t *testing.T) {
 		var hidden sync.WaitGroup
 		done := make([]bool, 3)
 		for i := range done {
-			c, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: fmt.Sprint(i)})
+			c, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: fmt.Sprint(i)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -116,7 +116,8 @@ func TestHideGivesUp(t *testing.T) {
 func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
 	tells := map[string]bool{}
 	for _, name := range []string{
-		"ListContainers", "ContainerStatus", "PodSandboxStatus", "ContainerStats", "ListContainerStats", "PodSandboxStats",
+		"ListContainers", "ContainerStatus", "PodSandboxStatus", "ContainerStats", "ListContainerStats",
+		"PodSandboxStats",
 		"ListPodSandboxStats", "ListPodSandboxMetrics",
 	} {
 		tells["/runtime.v1.RuntimeService/"+name] = true
@@ -155,7 +156,7 @@ func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
 	}
 }
 
-func TestPassTurnsBackOnceActive(t *testing.T) {
+func TestPassEndsOnceActive(t *testing.T) {
 	b := newBed(t)
 	if b.director.Unary(methodList) != nil {
 		t.Fatal("takes a list with nothing to say")
@@ -188,7 +189,8 @@ func TestTryRevealYields(t *testing.T) {
 		if c.TryReveal() {
 			t.Error("revealed though kubelet takes the slot back")
 		}
-		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+			&runtimeapi.ListContainersRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -211,13 +213,13 @@ func (r *swappedRuntime) create(id, token string) {
 	defer r.mu.Unlock()
 	r.list = append(r.list, &runtimeapi.Container{
 		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{
-			interceptors.StagedAnnotation: token,
+			view.StagedAnnotation: token,
 		},
 	})
 }
 
 // stage makes a successor, hidden, and masks the incumbent.
-func (r *swappedRuntime) stage(t *testing.T, c *interceptors.Claim, incumbent, id string) {
+func (r *swappedRuntime) stage(t *testing.T, c *view.Claim, incumbent, id string) {
 	c.Bind(sandbox, incumbent)
 	if err := c.Hide(t.Context(), "token"+id); err != nil {
 		t.Error(err)
@@ -258,7 +260,8 @@ func (r *swappedRuntime) serve(b *bed) {
 		for _, c := range r.list {
 			if c.GetId() == req.GetContainerId() {
 				return &runtimeapi.ContainerStatusResponse{
-					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()},
+					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(),
+						Annotations: c.GetAnnotations()},
 				}, nil
 			}
 		}
@@ -280,7 +283,8 @@ func TestViewUnderLoad(t *testing.T) {
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			b.listSandboxes()
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -325,7 +329,8 @@ func TestViewUnderLoad(t *testing.T) {
 	// what runs.
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -407,7 +412,8 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 		round := func() {
 			b.listSandboxes()
 			time.Sleep(time.Microsecond) // others have a turn
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -533,7 +539,8 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 			b.inspect("another")
 			ask(b, successor)
 		}, false},
-		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) }, true},
+		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) },
+			true},
 		{"running ones", func(b *bed) {
 			b.listSandboxes()
 			look(b, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
@@ -599,7 +606,7 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 
 // What has been revealed and never listed must not keep the view busy, nor the incumbent shown
 // running, when it goes away.
-func TestUntoldIsForgotten(t *testing.T) {
+func TestUnacknowledgedIsForgotten(t *testing.T) {
 	for name, do := range map[string]func(b *bed) error{
 		"incumbent removed": func(b *bed) error {
 			_, err := call[runtimeapi.RemoveContainerResponse](
@@ -625,8 +632,10 @@ func TestUntoldIsForgotten(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
-			b.on(runtimeapi.RuntimeService_RemoveContainer_FullMethodName, always(&runtimeapi.RemoveContainerResponse{}, nil))
-			b.on(runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, always(&runtimeapi.RemovePodSandboxResponse{}, nil))
+			b.on(runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				always(&runtimeapi.RemoveContainerResponse{}, nil))
+			b.on(runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName,
+				always(&runtimeapi.RemovePodSandboxResponse{}, nil))
 			c := b.swapping()
 			c.Reveal()
 			c.Release()

@@ -229,7 +229,7 @@ func TestDrainIdle(t *testing.T) {
 
 // A new instance that has taken the path over before the old one drains: no
 // call fails.
-func TestHandOverWithoutFailedCalls(t *testing.T) {
+func TestTakeoverWithoutFailedCalls(t *testing.T) {
 	b := newBed(t, proxy.Options{})
 	ctx := testContext(t)
 	stop, failed := make(chan struct{}), make(chan string, 1)

@@ -78,7 +78,8 @@ func TestRequestMetadata(t *testing.T) {
 				return echo(method, s)
 			})
 			got := exchange(metadata.NewOutgoingContext(ctx, md), conn, method, []byte("ping"))
-			if len(backend.Header["several"]) != 3 || backend.Header["raw-bin"][0] != "\x00\xff\x80 binary, with comma" {
+			if len(backend.Header["several"]) != 3 ||
+				backend.Header["raw-bin"][0] != "\x00\xff\x80 binary, with comma" {
 				t.Errorf("the runtime got %v", backend.Header)
 			}
 			return got
@@ -366,8 +367,8 @@ func TestCallerGivesUp(t *testing.T) {
 						s, _ := giveUp(ctx, t, b, conn, method, tc.open, 0)
 						return s
 					}
-					// A deadline may end before the call has come to the runtime, which says nothing; then it gets
-					// more.
+					// A deadline may end before the call has come to the runtime, which says
+					// nothing; then it gets more.
 					s, came := giveUp(ctx, t, b, conn, method, tc.open, 100*time.Millisecond)
 					for left := 200 * time.Millisecond; !came && ctx.Err() == nil; left *= 2 {
 						s, came = giveUp(ctx, t, b, conn, method, tc.open, left)

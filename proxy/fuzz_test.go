@@ -43,7 +43,8 @@ func FuzzDifferential(f *testing.F) {
 
 	b := newBed(f, proxy.Options{})
 	f.Fuzz(func(
-		t *testing.T, method string, requests, responses []byte, md, header, trailer string, code uint32, message string,
+		t *testing.T, method string, requests, responses []byte, md, header, trailer string, code uint32,
+		message string,
 		details bool,
 	) {
 		method = "/" + printable(strings.TrimPrefix(method, "/"), '!')
@@ -51,7 +52,8 @@ func FuzzDifferential(f *testing.F) {
 		end := status.New(codes.Code(code), message)
 		if details && codes.Code(code) != codes.OK {
 			var err error
-			if end, err = end.WithDetails(wrapperspb.String(printable(message, ' ')), wrapperspb.UInt32(code)); err != nil {
+			if end, err = end.WithDetails(wrapperspb.String(printable(message, ' ')),
+				wrapperspb.UInt32(code)); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -56,7 +56,8 @@ func TestHold(t *testing.T) {
 			defer cancel()
 			held, err := b.server.Hold(ctx)
 			if c.waits {
-				if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "calls under way: Version") {
+				if !errors.Is(err, context.DeadlineExceeded) ||
+					!strings.Contains(err.Error(), "calls under way: Version") {
 					t.Fatalf("%v", err)
 				}
 			} else {

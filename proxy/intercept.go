@@ -242,7 +242,7 @@ type filteredStream struct {
 }
 
 // download sends what the filter makes of the answers. The calling goroutine alone sends to the
-// caller and calls the filter; a second one only reads the runtime and hands over one message at a
+// caller and calls the filter; a second one only reads the runtime and passes on one message at a
 // time, so that back-pressure holds. cancel ends the upstream, and with it the reader.
 func (s *filteredStream) download(ctx context.Context, cancel context.CancelCauseFunc) error {
 	c := s.call

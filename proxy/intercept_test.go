@@ -129,12 +129,14 @@ func TestUnaryInterceptor(t *testing.T) {
 			_, _ = next(ctx, req)
 			return nil, pass
 		}, want: "no such container", code: codes.NotFound, asked: []string{"fail"}, faults: 1},
-		{name: "an error that is no status", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
-			return nil, errors.New("bug")
-		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
-		{name: "a context error of its own", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
-			return nil, context.DeadlineExceeded
-		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
+		{name: "an error that is no status",
+			take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
+				return nil, errors.New("bug")
+			}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
+		{name: "a context error of its own",
+			take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
+				return nil, context.DeadlineExceeded
+			}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
 		{name: "panics before next", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
 			panic("bug")
 		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},

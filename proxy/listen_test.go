@@ -36,7 +36,8 @@ func TestListenModeAndOwner(t *testing.T) {
 		uid, gid uint32
 	}{
 		{"default", own, 0o660, uint32(os.Geteuid()), uint32(os.Getegid())},
-		{"root only", proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1}, 0o600, uint32(os.Geteuid()), uint32(os.Getegid())},
+		{"root only", proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1}, 0o600, uint32(os.Geteuid()),
+			uint32(os.Getegid())},
 		{"a group", proxy.ListenOptions{Mode: 0o660, GID: 4711}, 0o660, 0, 4711},
 		{"a user", proxy.ListenOptions{Mode: 0o606, UID: 4712, GID: 4711}, 0o606, 4712, 4711},
 	} {

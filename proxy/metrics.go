@@ -63,7 +63,8 @@ func newMetrics(r prometheus.Registerer, s *Server, up *Upstream, log logrus.Fie
 	}, func() float64 { return float64(s.inflight.count()) })
 	all := []prometheus.Collector{m.calls, m.added, m.faults, inFlight}
 	for _, state := range []connectivity.State{
-		connectivity.Idle, connectivity.Connecting, connectivity.Ready, connectivity.TransientFailure, connectivity.Shutdown,
+		connectivity.Idle, connectivity.Connecting, connectivity.Ready, connectivity.TransientFailure,
+		connectivity.Shutdown,
 	} {
 		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "criproxy_upstream_state",

@@ -186,7 +186,8 @@ func TestRuntimeNotThereAtStart(t *testing.T) {
 func TestUpstreamEndpoint(t *testing.T) {
 	for endpoint, ok := range map[string]bool{
 		"/run/x.sock": true, "unix:///run/x.sock": true, "unix:/run/x.sock": true,
-		"": false, "run/x.sock": false, "unix://run/x.sock": false, "tcp://127.0.0.1:1": false, "npipe:////./pipe/x": false,
+		"": false, "run/x.sock": false, "unix://run/x.sock": false, "tcp://127.0.0.1:1": false,
+		"npipe:////./pipe/x": false,
 	} {
 		u, err := proxy.NewUpstream(endpoint, proxy.UpstreamOptions{})
 		if (err == nil) != ok {

@@ -40,8 +40,8 @@ type Options struct {
 	Log logrus.FieldLogger
 	// Registerer gets the metrics criproxy_*. Nil: they are kept but not served.
 	Registerer prometheus.Registerer
-	// Tracer makes a span for every call whose caller traces it, and for others as its sampler says.
-	// Nil: none, and trace context goes through as it comes.
+	// Tracer makes a span for every call whose caller traces it, and for others as its sampler
+	// says. Nil: none, and trace context goes through as it comes.
 	Tracer trace.Tracer
 	// Recorder sees every call. Nil: none.
 	Recorder CallRecorder

@@ -25,11 +25,10 @@ import (
 )
 
 const (
-	// streamWindow and connWindow are what the proxy lets a peer send ahead of
-	// its reading. A list of a thousand containers crosses without waiting for window
-	// updates; for a larger message gRPC opens the window as soon as it has read its length. A stream
-	// that nobody reads leaves as much in memory. They are
-	// static because gRPC's estimator starts at 64 KiB and would wait.
+	// streamWindow and connWindow are what the proxy lets a peer send ahead of its reading. A list
+	// of a thousand containers crosses without waiting for window updates; for a larger message
+	// gRPC opens the window as soon as it has read its length. A stream that nobody reads leaves as
+	// much in memory. They are static because gRPC's estimator starts at 64 KiB and would wait.
 	streamWindow = 2 << 20
 	connWindow   = 16 << 20
 

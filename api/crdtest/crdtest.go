@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package crdtest reads the custom resource definitions in deploy/crds as the API server does, through its own packages.
+// Package crdtest reads the custom resource definitions in deploy/crds as the API server does,
+// through its own packages.
 package crdtest
 
 import (
@@ -19,14 +20,16 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Schema is what the API server checks objects of a definition with. All versions of a definition have the same.
+// Schema is what the API server checks objects of a definition with. All versions of a definition
+// have the same.
 type Schema struct {
 	Structural *schema.Structural
 	Validator  validation.SchemaCreateValidator
 	Rules      *cel.Validator
 }
 
-// Read returns the definition in a file of deploy/crds, which is given relative to the directory of the test.
+// Read returns the definition in a file of deploy/crds, which is given relative to the directory of
+// the test.
 func Read(t testing.TB, crds, file string) *apiextensionsv1.CustomResourceDefinition {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(crds, file))
@@ -40,13 +43,15 @@ func Read(t testing.TB, crds, file string) *apiextensionsv1.CustomResourceDefini
 	return definition
 }
 
-// Load returns the schema of a definition that is stored as a version, and checks that the API server would take it.
+// Load returns the schema of a definition that is stored as a version, and checks that the API
+// server would take it.
 func Load(t testing.TB, definition *apiextensionsv1.CustomResourceDefinition, stored string) Schema {
 	t.Helper()
 	apiextensionsv1.SetDefaults_CustomResourceDefinition(definition)
 	apiextensionsv1.SetDefaults_CustomResourceDefinitionSpec(&definition.Spec)
 	var internal apiextensions.CustomResourceDefinition
-	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(definition, &internal, nil); err != nil {
+	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(definition,
+		&internal, nil); err != nil {
 		t.Fatal(err)
 	}
 	internal.Status.StoredVersions = []string{stored}

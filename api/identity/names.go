@@ -4,9 +4,11 @@
 package identity
 
 const (
-	// SignerName is the signer of node certificates, in spec.signerName of CertificateSigningRequests: cri-controller.
+	// SignerName is the signer of node certificates, in spec.signerName of
+	// CertificateSigningRequests: cri-controller.
 	SignerName = "cri-proxy.io/node"
-	// BundleName is the ConfigMap in the controller's namespace, BundleKey the key in it, with the PEM certificates of who signs both sides.
+	// BundleName is the ConfigMap in the controller's namespace, BundleKey the key in it, with the
+	// PEM certificates of who signs both sides.
 	BundleName = "cri-proxy-ca"
 	// BundleKey is described at [BundleName].
 	BundleKey = "ca.crt"

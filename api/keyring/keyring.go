@@ -16,8 +16,8 @@ import (
 // defaultRegistry is the key of docker.io in docker config files.
 const defaultRegistry = "index.docker.io"
 
-// Matching returns the credentials for the image, the most specific first, as kubelet's keyring finds and orders
-// them (pkg/credentialprovider/keyring.go, Add and Lookup).
+// Matching returns the credentials for the image, the most specific first, as kubelet's keyring
+// finds and orders them (pkg/credentialprovider/keyring.go, Add and Lookup).
 func Matching(all []*opsv1.RegistryCredential, named reference.Named) []*opsv1.RegistryCredential {
 	type entry struct {
 		key        string
@@ -46,8 +46,8 @@ func Matching(all []*opsv1.RegistryCredential, named reference.Named) []*opsv1.R
 	return out
 }
 
-// parseMatch returns host and path of an entry's key, without what docker config files carry along: a scheme, and an
-// API version in front of the path.
+// parseMatch returns host and path of an entry's key, without what docker config files carry along:
+// a scheme, and an API version in front of the path.
 func parseMatch(match string) (host, path string, err error) {
 	if !strings.HasPrefix(match, "https://") && !strings.HasPrefix(match, "http://") {
 		match = "https://" + match
@@ -66,7 +66,8 @@ func parseMatch(match string) (host, path string, err error) {
 	return u.Host, path, nil
 }
 
-// ForImage is [Matching] for an image as a pod names it; none for what is no reference, which cannot be pulled either.
+// ForImage is [Matching] for an image as a pod names it; none for what is no reference, which
+// cannot be pulled either.
 func ForImage(all []*opsv1.RegistryCredential, image string) []*opsv1.RegistryCredential {
 	named, err := reference.ParseDockerRef(image)
 	if err != nil {

@@ -10,9 +10,10 @@ import (
 	"strings"
 )
 
-// Match reports whether an image, such as registry:5000/team/app, is one that a pattern such as *.registry.example/team is for. The
-// host matches part by part, with * in each; the port must be equal; the path is a prefix of whole characters. It is kubelet's
-// URLsMatch (pkg/credentialprovider/keyring.go).
+// Match reports whether an image, such as registry:5000/team/app, is one that a pattern such as
+// *.registry.example/team is for. The host matches part by part, with * in each; the port must be
+// equal; the path is a prefix of whole characters. It is kubelet's URLsMatch
+// (pkg/credentialprovider/keyring.go).
 func Match(pattern, image string) bool {
 	want, err := url.Parse("https://" + pattern)
 	if err != nil {

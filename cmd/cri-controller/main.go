@@ -34,8 +34,8 @@ import (
 )
 
 const (
-	kubeconfigHelp = "kubeconfig file; empty means $KUBECONFIG, then the pod's service account"
-	logLevelHelp   = "error, warn, info, debug or trace"
+	kubeconfigHelp = "kubeconfig file; if empty, $KUBECONFIG, else the pod's service account"
+	logLevelHelp   = "log level: error, warn, info, debug or trace"
 )
 
 // settings are the flags that are no [controller.Options].
@@ -68,9 +68,8 @@ func newCommand() *cobra.Command {
 	var s settings
 	var o controller.Options
 	cmd := &cobra.Command{
-		Use: "cri-controller",
-		Short: "Restart containers in place, change their images in place and pull images ahead of time, " +
-			"as custom resources say",
+		Use:           "cri-controller",
+		Short:         "Restart containers, update images in place and pre-pull images, as custom resources request",
 		Version:       version.Short(),
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
@@ -84,54 +83,52 @@ func newCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&s.kubeconfig, "kubeconfig", "", kubeconfigHelp)
 	f.IntVar(&o.NodePort, "node-port", nodes.DefaultPort,
-		"TCP port of cri-proxy's command interface on the nodes; a node's annotation "+nodes.AddressAnnotation+
-			" overrides it")
+		"TCP port of the ops API on nodes; the annotation "+nodes.AddressAnnotation+" of a node overrides it")
 	f.StringVar(&o.Identity, "identity", "",
-		"csr: this controller is the authority of the nodes' certificates and of its own; files: it has one "+
-			"from --tls-cert-file; empty means files if that is given, else csr")
+		"where certificates come from: \"csr\", this controller signs those of nodes and its own; \"files\", "+
+			"--tls-cert-file has the controller's; if empty, files with --tls-cert-file, else csr")
 	f.StringVar(&o.Namespace, "identity-namespace", "",
-		"csr: namespace of Secret "+authority.SecretName+" and ConfigMap "+identity.BundleName+"; empty means "+
-			"the pod's own")
+		"with csr: namespace of Secret "+authority.SecretName+" and ConfigMap "+identity.BundleName+
+			"; if empty, the pod's")
 	f.DurationVar(&o.Lives.Life, "certificate-life", 72*time.Hour,
-		"csr: how long a node's certificate, and this controller's own, is good; nodes renew theirs at 70 to "+
-			"80 %")
+		"with csr: lifetime of certificates of nodes and of the controller; nodes renew theirs after 70 to 80 % of it")
 	f.DurationVar(&o.Lives.CALife, "ca-life", 365*24*time.Hour,
-		"csr: how long the CA is good; the next one is made at 70 %")
+		"with csr: lifetime of the CA; after 70 % of it the controller makes the next CA")
 	f.StringVar(&o.Files.Cert, "tls-cert-file", "",
-		"files: PEM certificate this controller shows to nodes; read again when it changes")
-	f.StringVar(&o.Files.Key, "tls-key-file", "", "files: PEM key of that certificate")
-	f.StringVar(&o.Files.CA, "tls-ca-file", "", "files: PEM file with the CAs that node certificates must chain to")
+		"with files: PEM file with the certificate that the controller shows to nodes; read again when it changes")
+	f.StringVar(&o.Files.Key, "tls-key-file", "", "with files: PEM file with the key of that certificate")
+	f.StringVar(&o.Files.CA, "tls-ca-file", "",
+		"with files: PEM file with the CAs that must have signed node certificates")
 	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8080",
-		"address of the Prometheus metrics; 0 switches them off")
+		"address of the metrics endpoint; 0 disables it")
 	f.StringVar(&o.ProbeAddress, "health-probe-bind-address", ":8081",
-		"address of /healthz and /readyz; 0 switches them off")
+		"address of /healthz and /readyz; 0 disables them")
 	f.BoolVar(&o.LeaderElect, "leader-elect", false,
-		"work only while holding the Lease "+controller.LeaseName+", so that several replicas can run")
+		"work only while this replica holds the Lease "+controller.LeaseName+", so that several replicas can run")
 	f.StringVar(&o.LeaderNamespace, "leader-election-namespace", "",
-		"namespace of that Lease; empty means the pod's own")
+		"namespace of that Lease; if empty, the pod's")
 	f.StringVar(&s.logLevel, "log-level", "info", logLevelHelp)
-	f.StringVar(&s.format, "log-format", "text", "text or json")
-	f.IntVar(&o.Workers, "workers", 8, "requests worked on at the same time")
+	f.StringVar(&s.format, "log-format", "text", "log format: text or json")
+	f.IntVar(&o.Workers, "workers", 8, "number of objects of each kind to reconcile at the same time")
 	f.DurationVar(&o.NodeConditionPeriod, "node-condition-period", nodecondition.DefaultEvery,
-		"how often a node is asked whether its cri-proxy is bypassed, for the condition "+
-			string(nodes.BypassedCondition)+" on Nodes")
+		"how often to ask each node whether cri-proxy is bypassed, for the Node condition "+
+			string(nodes.BypassedCondition))
 	f.DurationVar(&o.Pins.PinFor, "image-pin-max", 7*24*time.Hour,
-		"the longest time for which an ImagePullJob keeps its image from kubelet's image garbage collection; 0 "+
-			"means 744h, which is what nodes take")
+		"maximum time for which an ImagePullJob may pin its image; 0 means 744h, the maximum of a node")
 	f.Int32Var(&o.Pins.PinPercent, "image-pin-percent", 40,
-		"how much of a node's image file system the pins of all ImagePullJobs may hold together, in percent; 0 "+
-			"means no bound")
+		"maximum share of a node's image file system, in percent, that the pins of all ImagePullJobs together "+
+			"may take; 0 means no limit")
 	f.DurationVar(&o.OpenKruisePeriod, "openkruise-period", kruise.Every,
-		"how often it is looked whether OpenKruise is in the cluster, which its kinds are left to then")
-	f.IntVar(&o.Webhooks.Port, "webhook-port", 0, "TCP port of the admission webhooks; 0 switches them off")
+		"how often to check whether OpenKruise is in the cluster; if it is, its kinds are left to it")
+	f.IntVar(&o.Webhooks.Port, "webhook-port", 0, "TCP port of the admission webhooks; 0 disables them")
 	f.StringVar(&o.Webhooks.CertDir, "webhook-cert-dir", "",
-		"directory with tls.crt and tls.key for the webhooks, read again when they change; empty means that a "+
-			"certificate is made and renewed here, kept in the Secret "+servingcert.Secret+" and its CA put into "+
-			"the webhook configurations")
+		"directory with tls.crt and tls.key of the webhooks, read again when they change; if empty, the "+
+			"controller makes and renews a certificate, keeps it in Secret "+servingcert.Secret+
+			", and writes its CA into the webhook configurations")
 	f.StringVar(&o.Webhooks.Namespace, "webhook-namespace", "",
-		"namespace of that Secret and of the Service "+servingcert.Service+"; empty means the pod's own")
+		"namespace of that Secret and of Service "+servingcert.Service+"; if empty, the pod's")
 	f.DurationVar(&o.Webhooks.Validity, "webhook-cert-validity", servingcert.DefaultValidity,
-		"how long a certificate made here is valid; it is renewed when two thirds of that have passed")
+		"validity of a certificate that the controller makes; it is renewed after two thirds of that")
 	cmd.AddCommand(uninstallCommand())
 	return cmd
 }

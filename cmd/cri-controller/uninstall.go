@@ -24,10 +24,15 @@ func uninstallCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Stop the controller and take off what it has on objects and pods, before its manifests are deleted",
-		Long: `Without a controller, its finalizers would keep objects and their namespaces from being deleted, pods whose readiness gate it has closed would stay out
-of service, and Deployments that it has paused would stay so. This command scales the Deployment ` + uninstall.DeploymentName + ` to 0, waits until its pods are gone, and
-undoes all of that. Requests, jobs and rollouts stay, and so do the images that pods have. It can be run again.`,
+		Short: "Stop the controller and remove its traces from objects and pods, before you delete its manifests",
+		Long: `Run this command before you delete the controller's manifests. Without a controller,
+its finalizers would keep objects and their namespaces from being deleted, pods whose
+readiness gate it has closed would stay out of service, and Deployments that it has
+paused would stay paused.
+
+The command scales the Deployment ` + uninstall.DeploymentName + ` to 0, waits until its pods are gone,
+and undoes all of that. Requests, jobs, rollouts and the images of pods stay. You may
+run it again.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
@@ -37,9 +42,10 @@ undoes all of that. Requests, jobs and rollouts stay, and so do the images that 
 	}
 	f := cmd.Flags()
 	f.StringVar(&s.kubeconfig, "kubeconfig", "", kubeconfigHelp)
-	f.StringVar(&namespace, "namespace", "", "namespace of the controller; empty means the pod's own, outside a pod "+defaultNamespace)
+	f.StringVar(&namespace, "namespace", "",
+		"namespace of the controller; if empty, the pod's, or "+defaultNamespace+" outside a pod")
 	f.StringVar(&s.logLevel, "log-level", "info", logLevelHelp)
-	f.DurationVar(&timeout, "timeout", 5*time.Minute, "how long all of it may take")
+	f.DurationVar(&timeout, "timeout", 5*time.Minute, "maximum time for the whole command")
 	return cmd
 }
 

@@ -37,7 +37,8 @@ func TestOutlive(t *testing.T) {
 	if file := os.Getenv("OUTLIVE_FILE"); file != "" {
 		outlive()
 		_, werr := os.Stdout.WriteString("to nobody\n")
-		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP), os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
+		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP),
+			os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
 			t.Fatal(err, werr)
 		}
 		os.Exit(0)

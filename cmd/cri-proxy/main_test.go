@@ -36,17 +36,21 @@ func TestRun(t *testing.T) {
 		{"version", []string{"version"}, 0, "cri-proxy ", ""},
 		{"help", []string{"--help"}, 0, "completion", ""},
 		{"good file", []string{"config", "check", good}, 0, good + ": ok\n", ""},
-		{"unknown key", []string{"config", "check", unknown}, 2, "", "cri-proxy: " + unknown + `:2:3: unknown key "log.lvel", did you mean "log.level"?`},
-		{"invalid value", []string{"config", "check", invalid}, 2, "", invalid + `: listen.path: "relative" is not an absolute path`},
+		{"unknown key", []string{"config", "check", unknown}, 2, "", "cri-proxy: " + unknown +
+			`:2:3: unknown key "log.lvel", did you mean "log.level"?`},
+		{"invalid value", []string{"config", "check", invalid}, 2, "",
+			invalid + `: listen.path: "relative" is not an absolute path`},
 		{"missing file", []string{"config", "check", dir + "/none"}, 2, "", "no such file"},
 		{"unknown flag", []string{"serve", "--bogus"}, 2, "", "unknown flag: --bogus; see cri-proxy serve --help"},
 		{"unknown flag of ctl", []string{"ctl", "restart", "--bogus"}, 2, "", "see cri-proxy ctl restart --help"},
 		{"unknown command", []string{"bogus"}, 2, "", `unknown command "bogus"`},
 		{"too many arguments", []string{"serve", "x"}, 2, "", `unknown command "x" for "cri-proxy serve"`},
 		{"no command", []string{"ctl"}, 0, "restart     Restart containers", ""},
-		{"unknown command of ctl", []string{"ctl", "restrat"}, 2, "", `unknown command "restrat" for "cri-proxy ctl", did you mean restart?`},
+		{"unknown command of ctl", []string{"ctl", "restrat"}, 2, "",
+			`unknown command "restrat" for "cri-proxy ctl", did you mean restart?`},
 		{"too few arguments", []string{"config", "check"}, 2, "", "accepts 1 arg(s), received 0"},
-		{"no daemon", []string{"ctl", "status", "--admin-socket", dir + "/none"}, 1, "", "no cri-proxy at " + dir + "/none"},
+		{"no daemon", []string{"ctl", "status", "--admin-socket", dir + "/none"}, 1, "", "no cri-proxy at " +
+			dir + "/none"},
 		{"print config", []string{"serve", "--print-config", "--config", good}, 0, "level: debug", ""},
 		{"completion", []string{"completion", "bash"}, 0, "cri-proxy", ""},
 	} {
@@ -92,12 +96,14 @@ func TestOldNames(t *testing.T) {
 			"hint: --hold-timeout is now --commit-timeout\n", "--commit-timeout -1s is negative",
 		},
 		{
-			"takeover-drain-timeout", []string{"serve", "--print-config", "--config", file, "--upgrade-drain-timeout", "7m"}, 0,
+			"takeover-drain-timeout", []string{"serve", "--print-config", "--config", file, "--upgrade-drain-timeout",
+				"7m"}, 0,
 			"hint: --upgrade-drain-timeout is now --takeover-drain-timeout\n", "",
 		},
 		{
 			"of install", []string{"install", "--upgrade-drain-timeout", "7m", "--record-calls", "x"}, 2,
-			"hint: --upgrade-drain-timeout is now --takeover-drain-timeout\n", "--record-calls is for cri-proxy serve only",
+			"hint: --upgrade-drain-timeout is now --takeover-drain-timeout\n",
+			"--record-calls is for cri-proxy serve only",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -16,12 +16,12 @@ import (
 type Driver interface {
 	// Stop is asked when kubelet stops the incumbent, with the grace in seconds. If it returns
 	// true, the incumbent has been stopped and the successor has taken over, or the error says why
-	// the incumbent has not been stopped. If it returns false, the operation gives way and
+	// the incumbent has not been stopped. If it returns false, the operation yields and
 	// kubelet's call goes on as without it.
 	Stop(ctx context.Context, grace int64) (bool, error)
 	// Create is asked when kubelet creates a container in the slot. If it returns true, the ID is
 	// that of the container that kubelet asks for, or "" when the call waits for the end of the
-	// operation and then goes on as without it. If it returns false, the operation gives way.
+	// operation and then goes on as without it. If it returns false, the operation yields.
 	Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (id string, ok bool)
 }
 

@@ -114,7 +114,7 @@ func TestClaimGivesUpItsPlace(t *testing.T) {
 }
 
 // Giving up at the very moment of one's turn must not lose the slot.
-func TestClaimGivesUpAsItsTurnComes(t *testing.T) {
+func TestClaimGivesUpAsItIsAdmitted(t *testing.T) {
 	for range 200 {
 		v := view.New()
 		first, err := v.TryClaim(slot)

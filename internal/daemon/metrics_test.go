@@ -8,7 +8,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/test/metricdoc"
 )
 
@@ -25,10 +25,11 @@ func TestMetricsAreDocumented(t *testing.T) {
 	if err := n.identify(); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.openState(t.Context(), interceptors.Carry{}); err != nil {
+	if err := n.openState(t.Context(), view.State{}); err != nil {
 		t.Fatal(err)
 	}
 	n.registry.MustRegister(&drains{here: func() int { return -1 }})
 	n.commands.calls.WithLabelValues("admin", "NodeInfo", "OK").Inc()
-	metricdoc.Compare(t, metricdoc.Read(t, "../../docs/METRICS.md", "Node"), "criproxy_", n.registry, n.state.Load().registry)
+	metricdoc.Compare(t, metricdoc.Read(t, "../../docs/METRICS.md", "Node"), "criproxy_", n.registry,
+		n.state.Load().registry)
 }

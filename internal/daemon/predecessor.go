@@ -16,7 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/connectivity"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/internal/version"
 )
@@ -60,7 +60,7 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 		return nil, fmt.Errorf("asking for the state: %w", err)
 	}
 	log := d.log.WithField("predecessor", pid)
-	log.Info("another process serves, asking it to hand over")
+	log.Info("another process serves, asking it for the state")
 	for {
 		m, err := conn.Receive()
 		switch {
@@ -75,10 +75,10 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 			conn.Close()
 			return nil, fmt.Errorf("process %d serves on: %s", pid, m.Refused)
 		case m.Granted != nil:
-			log.Info("the other process has handed over")
+			log.Info("the other process has given the state")
 			return &predecessor{conn: conn, pid: pid, granted: m.Granted, log: log}, nil
 		case m.Waiting != "":
-			log.WithField("for", m.Waiting).Info("the hand-over waits")
+			log.WithField("for", m.Waiting).Info("the takeover waits")
 			d.notify.send(fmt.Sprintf("STATUS=Waiting for process %d to hand over: "+
 				"%s\nEXTEND_TIMEOUT_USEC=%d", pid, m.Waiting, (time.Minute).Microseconds()))
 		}
@@ -101,9 +101,9 @@ func (d *daemon) awaitUpstream(ctx context.Context) {
 }
 
 // view returns the view that the predecessor has transferred.
-func (p *predecessor) view() interceptors.Carry {
+func (p *predecessor) view() view.State {
 	if p == nil {
-		return interceptors.Carry{}
+		return view.State{}
 	}
 	return p.granted.View
 }

@@ -47,9 +47,11 @@ func TestProfiles(t *testing.T) {
 		{name: "heap", req: &opsv1.ProfileRequest{Name: "heap"}},
 		{name: "cpu", req: &opsv1.ProfileRequest{Name: "cpu", Duration: durationpb.New(10 * time.Millisecond)}},
 		{name: "goroutines as text", req: &opsv1.ProfileRequest{Name: "goroutine", Text: true}, want: "daemon.Run("},
-		{name: "trace", req: &opsv1.ProfileRequest{Name: "trace", Duration: durationpb.New(10 * time.Millisecond)}, want: "go 1."},
+		{name: "trace", req: &opsv1.ProfileRequest{Name: "trace", Duration: durationpb.New(10 * time.Millisecond)},
+			want: "go 1."},
 		{name: "unknown", req: &opsv1.ProfileRequest{Name: "secrets"}, code: codes.InvalidArgument},
-		{name: "too long", req: &opsv1.ProfileRequest{Name: "cpu", Duration: durationpb.New(time.Hour)}, code: codes.InvalidArgument},
+		{name: "too long", req: &opsv1.ProfileRequest{Name: "cpu", Duration: durationpb.New(time.Hour)},
+			code: codes.InvalidArgument},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := take(tt.req)
@@ -74,7 +76,8 @@ func TestProfiles(t *testing.T) {
 		})
 	}
 	// One that takes its time does not keep the daemon.
-	stream, err := debug.Profile(t.Context(), &opsv1.ProfileRequest{Name: "cpu", Duration: durationpb.New(5 * time.Minute)})
+	stream, err := debug.Profile(t.Context(),
+		&opsv1.ProfileRequest{Name: "cpu", Duration: durationpb.New(5 * time.Minute)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,8 +35,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
-// door is a daemon that takes commands over TCP, and what clients need to come in.
-type door struct {
+// tcpDaemon is a daemon that takes commands over TCP, and what clients need to come in.
+type tcpDaemon struct {
 	*daemonUnderTest
 	t       testing.TB
 	ca      *mtlstest.CA
@@ -45,12 +45,13 @@ type door struct {
 
 const controllerName = "cri-controller"
 
-func newDoor(t testing.TB) *door {
+func newTCPDaemon(t testing.TB) *tcpDaemon {
 	t.Helper()
 	c := newConfig(t)
-	d := &door{t: t, ca: mtlstest.NewCA(t, "ca")}
+	d := &tcpDaemon{t: t, ca: mtlstest.NewCA(t, "ca")}
 	c.Ops.Address = anyPort
-	c.Ops.CertFile, c.Ops.KeyFile = d.ca.Issue(filepath.Dir(c.StateDir), "server", x509.Certificate{DNSNames: []string{"node"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	c.Ops.CertFile, c.Ops.KeyFile = d.ca.Issue(filepath.Dir(c.StateDir), "server",
+		x509.Certificate{DNSNames: []string{"node"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	c.Ops.ClientCAFile = d.ca.File
 	c.Ops.AllowedClients = []string{controllerName}
 	startRuntime(t, runtimePath(c))
@@ -68,22 +69,26 @@ func client(t testing.TB, ca *mtlstest.CA, template x509.Certificate) *tls.Confi
 		t.Fatal(err)
 	}
 	// Sent whatever the server asks for.
-	return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}, GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }}
+	return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }}
 }
 
 func controllerCert() x509.Certificate {
-	return x509.Certificate{Subject: pkix.Name{CommonName: controllerName}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	return x509.Certificate{Subject: pkix.Name{CommonName: controllerName},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
 }
 
 // healthy: the controller is let in, and kubelet is served.
-func (d *door) healthy() {
+func (d *tcpDaemon) healthy() {
 	d.t.Helper()
-	if info, err := callNodeInfo(d.t, d.address, credentials.NewTLS(client(d.t, d.ca, controllerCert()))); err != nil || info.GetNodeName() != "node" {
+	if info, err := callNodeInfo(d.t, d.address, credentials.NewTLS(client(d.t, d.ca, controllerCert()))); err != nil ||
+		info.GetNodeName() != "node" {
 		d.t.Errorf("the controller is not let in: %v %v", info, err)
 	}
 	ctx, cancel := context.WithTimeout(d.t.Context(), deadline)
 	defer cancel()
-	if _, err := runtimeapi.NewRuntimeServiceClient(dial(d.t, d.config.Listen.Path)).Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := runtimeapi.NewRuntimeServiceClient(dial(d.t, d.config.Listen.Path)).
+		Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true)); err != nil {
 		d.t.Errorf("kubelet is not served: %v", err)
 	}
 	if d.logged("panic") {
@@ -91,8 +96,9 @@ func (d *door) healthy() {
 	}
 }
 
-// said waits for a log line with all these in it: clients know of a refusal a moment before it is logged.
-func (d *door) said(what ...string) {
+// said waits for a log line with all these in it: clients know of a refusal a moment before it is
+// logged.
+func (d *tcpDaemon) said(what ...string) {
 	d.t.Helper()
 	end := time.Now().Add(deadline)
 	for {
@@ -113,9 +119,10 @@ func (d *door) said(what ...string) {
 	}
 }
 
-func (d *door) conn() *grpc.ClientConn {
+func (d *tcpDaemon) conn() *grpc.ClientConn {
 	d.t.Helper()
-	conn, err := grpc.NewClient(d.address, grpc.WithTransportCredentials(credentials.NewTLS(client(d.t, d.ca, controllerCert()))))
+	conn, err := grpc.NewClient(d.address,
+		grpc.WithTransportCredentials(credentials.NewTLS(client(d.t, d.ca, controllerCert()))))
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -123,40 +130,46 @@ func (d *door) conn() *grpc.ClientConn {
 	return conn
 }
 
-func TestStrangersAreRefused(t *testing.T) {
+func TestOthersAreRefused(t *testing.T) {
 	other := mtlstest.NewCA(t, "other")
 	for _, tt := range []struct {
 		name   string
-		client func(*door) *tls.Config // nil: no TLS
+		client func(*tcpDaemon) *tls.Config // nil: no TLS
 		says   string
 	}{
 		{"no TLS", nil, "first record does not look like a TLS handshake"},
-		{"no certificate", func(*door) *tls.Config { return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} }, "client didn't provide a certificate"},
-		{"TLS 1.2", func(d *door) *tls.Config {
+		{"no certificate",
+			func(*tcpDaemon) *tls.Config { return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} },
+			"client didn't provide a certificate"},
+		{"TLS 1.2", func(d *tcpDaemon) *tls.Config {
 			c := client(t, d.ca, controllerCert())
 			c.MaxVersion = tls.VersionTLS12
 			return c
 		}, "unsupported versions"},
-		{"another CA", func(*door) *tls.Config { return client(t, other, controllerCert()) }, "unknown authority"},
-		{"another name", func(d *door) *tls.Config {
+		{"another CA", func(*tcpDaemon) *tls.Config { return client(t, other, controllerCert()) }, "unknown authority"},
+		{"another name", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: "cri-controller2"}})
 		}, "none of them is among the allowed clients"},
-		{"no name", func(d *door) *tls.Config { return client(t, d.ca, x509.Certificate{}) }, "none of them is among the allowed clients"},
-		{"the name as an organization", func(d *door) *tls.Config {
+		{"no name", func(d *tcpDaemon) *tls.Config { return client(t, d.ca, x509.Certificate{}) },
+			"none of them is among the allowed clients"},
+		{"the name as an organization", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{Organization: []string{controllerName}}})
 		}, "none of them is among the allowed clients"},
-		{"a node's certificate", func(d *door) *tls.Config {
-			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: "node-2"}, DNSNames: []string{"node-2"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+		{"a node's certificate", func(d *tcpDaemon) *tls.Config {
+			return client(t, d.ca,
+				x509.Certificate{Subject: pkix.Name{CommonName: "node-2"}, DNSNames: []string{"node-2"},
+					ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 		}, "incompatible key usage"},
-		{"a node's that is named as the controller", func(d *door) *tls.Config {
-			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: controllerName}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+		{"a node's that is named as the controller", func(d *tcpDaemon) *tls.Config {
+			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: controllerName},
+				ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 		}, "incompatible key usage"},
-		{"expired", func(d *door) *tls.Config {
+		{"expired", func(d *tcpDaemon) *tls.Config {
 			c := controllerCert()
 			c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Minute)
 			return client(t, d.ca, c)
 		}, "expired"},
-		{"not valid yet", func(d *door) *tls.Config {
+		{"not valid yet", func(d *tcpDaemon) *tls.Config {
 			c := controllerCert()
 			c.NotBefore, c.NotAfter = time.Now().Add(time.Minute), time.Now().Add(time.Hour)
 			return client(t, d.ca, c)
@@ -164,7 +177,7 @@ func TestStrangersAreRefused(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			d := newDoor(t)
+			d := newTCPDaemon(t)
 			if tt.client == nil {
 				c, err := net.Dial("tcp", d.address)
 				if err != nil {
@@ -176,7 +189,9 @@ func TestStrangersAreRefused(t *testing.T) {
 					t.Error("not hung up")
 				}
 				c.Close()
-			} else if info, err := callNodeInfo(t, d.address, credentials.NewTLS(tt.client(d))); status.Code(err) != codes.Unavailable {
+			} else if info,
+				err := callNodeInfo(t, d.address, credentials.NewTLS(tt.client(d))); status.Code(
+				err) != codes.Unavailable {
 				t.Errorf("%v %v", info, err)
 			}
 			d.said("ops client denied", tt.says, "127.0.0.1:")
@@ -186,11 +201,13 @@ func TestStrangersAreRefused(t *testing.T) {
 }
 
 func TestRequestsAreBounded(t *testing.T) {
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	conn := d.conn()
-	if _, err := opsv1.NewOpsClient(conn).Restart(ctx, &opsv1.RestartRequest{Uid: strings.Repeat("x", 17<<20)}); status.Code(err) != codes.ResourceExhausted {
+	if _, err := opsv1.NewOpsClient(conn).
+		Restart(ctx, &opsv1.RestartRequest{Uid: strings.Repeat("x", 17<<20)}); status.Code(
+		err) != codes.ResourceExhausted {
 		t.Errorf("large message: %v", err)
 	}
 	d.said("ops call refused", "Restart", "larger than max")
@@ -198,20 +215,23 @@ func TestRequestsAreBounded(t *testing.T) {
 	if _, err := opsv1.NewOpsClient(conn).NodeInfo(large, &opsv1.NodeInfoRequest{}); err == nil {
 		t.Error("large header accepted")
 	}
-	if err := conn.Invoke(ctx, "/criproxy.ops.v1.Ops/"+strings.Repeat("x", 300), &opsv1.NodeInfoRequest{}, &opsv1.NodeInfoResponse{}); status.Code(err) != codes.Unimplemented {
+	if err := conn.Invoke(ctx, "/criproxy.ops.v1.Ops/"+strings.Repeat("x", 300), &opsv1.NodeInfoRequest{},
+		&opsv1.NodeInfoResponse{}); status.Code(err) != codes.Unimplemented {
 		t.Errorf("unknown method: %v", err)
 	}
 	d.said("ops call refused", "unknown method")
-	if err := conn.Invoke(ctx, "/criproxy.ops.v1.Ops/\xff\xfe", &opsv1.NodeInfoRequest{}, &opsv1.NodeInfoResponse{}); err == nil {
+	if err := conn.Invoke(ctx, "/criproxy.ops.v1.Ops/\xff\xfe", &opsv1.NodeInfoRequest{},
+		&opsv1.NodeInfoResponse{}); err == nil {
 		t.Error("a method that is no text is accepted")
 	}
 	d.healthy()
 }
 
-// TestSlowStrangers: connections that do not speak take all places, and the controller comes in nevertheless.
-func TestSlowStrangers(t *testing.T) {
+// TestSlowUnauthenticated: connections that do not speak take all places, and the controller comes
+// in nevertheless.
+func TestSlowUnauthenticated(t *testing.T) {
 	t.Parallel()
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	for range 70 {
 		c, err := net.Dial("tcp", d.address)
 		if err != nil {
@@ -221,14 +241,15 @@ func TestSlowStrangers(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*deadline)
 	defer cancel()
-	if _, err := opsv1.NewOpsClient(d.conn()).NodeInfo(ctx, &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := opsv1.NewOpsClient(d.conn()).
+		NodeInfo(ctx, &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true)); err != nil {
 		t.Errorf("the controller does not come in: %v", err)
 	}
 	d.healthy()
 }
 
 func TestCommandsAreRepeatableAndAudited(t *testing.T) {
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	images, node := opsv1.NewImagesClient(d.conn()), opsv1.NewOpsClient(d.conn())
@@ -250,8 +271,13 @@ func TestCommandsAreRepeatableAndAudited(t *testing.T) {
 		t.Errorf("%v %v", list, err)
 	}
 	_, err := node.Restart(ctx, &opsv1.RestartRequest{
-		Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "p"}, Requester: "ContainerRecreateRequest/default/c/5678",
-		Containers: []*opsv1.ContainerRestart{{Name: "one", PreStop: &opsv1.Hook{Action: &opsv1.Hook_Exec{Exec: &opsv1.ExecAction{Command: []string{"the-secret-word"}}}}}, {Name: "two"}},
+		Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "p"},
+		Requester: "ContainerRecreateRequest/default/c/5678",
+		Containers: []*opsv1.ContainerRestart{
+			{Name: "one",
+				PreStop: &opsv1.Hook{
+					Action: &opsv1.Hook_Exec{Exec: &opsv1.ExecAction{Command: []string{"the-secret-word"}}}}},
+			{Name: "two"}},
 	})
 	if status.Code(err) != codes.InvalidArgument {
 		t.Errorf("without the pod's UID: %v", err)
@@ -269,13 +295,16 @@ func TestCommandsAreRepeatableAndAudited(t *testing.T) {
 		if !strings.HasPrefix(remote, "127.0.0.1:") || e.Data["client"] != controllerName {
 			t.Errorf("who? %v", e.Data)
 		}
-		lines = append(lines, fmt.Sprint(e.Level, " ", e.Message, " ", e.Data["method"], " ", e.Data["op"], " ", e.Data["pod"], " ", e.Data["container"], " ", e.Data["image"], " ", e.Data["requester"], " ", e.Data["code"]))
+		lines = append(lines, fmt.Sprint(e.Level, " ", e.Message, " ", e.Data["method"], " ", e.Data["op"], " ",
+			e.Data["pod"], " ", e.Data["container"], " ", e.Data["image"], " ", e.Data["requester"], " ",
+			e.Data["code"]))
 	}
 	want := []string{
 		"info command accepted Pull op-1 <nil> <nil> registry.example/a:1 ImagePullJob/default/a/1234 OK",
 		"info command accepted Pull op-1 <nil> <nil> registry.example/a:1 ImagePullJob/default/a/1234 OK",
 		"warning command refused Pull op-1 <nil> <nil> registry.example/b:1 ImagePullJob/default/a/1234 AlreadyExists",
-		"warning command refused Restart op-2 default/p one,two <nil> ContainerRecreateRequest/default/c/5678 InvalidArgument",
+		"warning command refused Restart op-2 default/p one,two <nil> ContainerRecreateRequest/default/c/5678 " +
+			"InvalidArgument",
 		"info command accepted CancelPull op-1 <nil> <nil> registry.example/a:1 ImagePullJob/default/a/1234 OK",
 	}
 	if got := strings.Join(lines, "\n"); got != strings.Join(want, "\n") {
@@ -288,16 +317,18 @@ func TestCommandsAreRepeatableAndAudited(t *testing.T) {
 	}
 }
 
-// TestEnrolment: neither kubelet nor root waits for a certificate, and who comes for commands is told nothing but no until there is one.
+// TestEnrolment: neither kubelet nor root waits for a certificate, and who comes for commands is
+// told nothing but no until there is one.
 func TestEnrolment(t *testing.T) {
 	c := newConfig(t)
 	c.Ops.Address = anyPort
 	c.Ops.Enrol.Kubeconfig = filepath.Join(filepath.Dir(c.StateDir), "kubelet.conf") // not there
 	startRuntime(t, runtimePath(c))
-	d := &door{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca")}
+	d := &tcpDaemon{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca")}
 	d.address = d.daemonUnderTest.address(t, opsListens)
 	d.said("identity of this node", "kubelet.conf: no such file") // it has tried, and knows why
-	if _, err := callNodeInfo(t, d.address, credentials.NewTLS(client(t, d.ca, controllerCert()))); status.Code(err) != codes.Unavailable {
+	if _, err := callNodeInfo(t, d.address, credentials.NewTLS(client(t, d.ca, controllerCert()))); status.Code(
+		err) != codes.Unavailable {
 		t.Errorf("let in: %v", err)
 	}
 	d.said("ops client denied", "this node has no certificate yet", "kubelet.conf: no such file")
@@ -305,7 +336,8 @@ func TestEnrolment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if i := info.GetIdentity(); i.GetSource() != "controller" || i.GetExpireTime() != nil || !strings.Contains(i.GetProblem(), "no such file") || i.GetRetryTime() == nil {
+	if i := info.GetIdentity(); i.GetSource() != "controller" || i.GetExpireTime() != nil ||
+		!strings.Contains(i.GetProblem(), "no such file") || i.GetRetryTime() == nil {
 		t.Errorf("%v", i)
 	}
 
@@ -314,7 +346,8 @@ func TestEnrolment(t *testing.T) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	cert, key := d.ca.Issue(dir, "node", x509.Certificate{Subject: pkix.Name{CommonName: "node"}, DNSNames: []string{"node"}})
+	cert, key := d.ca.Issue(dir, "node",
+		x509.Certificate{Subject: pkix.Name{CommonName: "node"}, DNSNames: []string{"node"}})
 	both := ""
 	for _, f := range []string{cert, key} {
 		text, err := os.ReadFile(f)
@@ -327,7 +360,8 @@ func TestEnrolment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for file, text := range map[string]string{enrol.CertFile(c.StateDir): both, enrol.CAFile(c.StateDir): string(roots)} {
+	for file, text := range map[string]string{enrol.CertFile(c.StateDir): both,
+		enrol.CAFile(c.StateDir): string(roots)} {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -351,7 +385,8 @@ func (rawCodec) Name() string { return "proto" }
 
 var _ encoding.CodecV2 = rawCodec{}
 
-// FuzzCommands sends any bytes as any command, and as HTTP/2 frames, to a daemon whose client is let in. It must go on serving.
+// FuzzCommands sends any bytes as any command, and as HTTP/2 frames, to a daemon whose client is
+// let in. It must go on serving.
 func FuzzCommands(f *testing.F) {
 	var methods []string
 	for _, s := range []grpc.ServiceDesc{opsv1.Ops_ServiceDesc, opsv1.Images_ServiceDesc} {
@@ -362,11 +397,14 @@ func FuzzCommands(f *testing.F) {
 			methods = append(methods, "/"+s.ServiceName+"/"+m.StreamName)
 		}
 	}
-	restart, err := proto.Marshal(&opsv1.RestartRequest{Uid: "u", Pod: &opsv1.PodRef{Namespace: "n", Name: "p", Uid: "u"}, Containers: []*opsv1.ContainerRestart{{Name: "c", Image: "i"}, nil}})
+	restart, err := proto.Marshal(&opsv1.RestartRequest{Uid: "u",
+		Pod:        &opsv1.PodRef{Namespace: "n", Name: "p", Uid: "u"},
+		Containers: []*opsv1.ContainerRestart{{Name: "c", Image: "i"}, nil}})
 	if err != nil {
 		f.Fatal(err)
 	}
-	pull, err := proto.Marshal(&opsv1.PullRequest{Uid: "u", Image: "a:b", Credentials: []*opsv1.RegistryCredential{{Match: "*"}, nil}})
+	pull, err := proto.Marshal(&opsv1.PullRequest{Uid: "u", Image: "a:b",
+		Credentials: []*opsv1.RegistryCredential{{Match: "*"}, nil}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -376,12 +414,15 @@ func FuzzCommands(f *testing.F) {
 		}
 	}
 	const frames = 0xff
-	f.Add(uint8(frames), []byte{0, 0, 1, 4, 0, 0, 0, 0, 0, 0})                                             // SETTINGS of a wrong size
-	f.Add(uint8(frames), append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0}, 0, 0, 3, 1, 5, 0, 0, 0, 1, 0xff, 0, 0)) // HEADERS that cannot be read
-	f.Add(uint8(frames), []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1})                                       // DATA of 16 MiB
+	// SETTINGS of a wrong size
+	f.Add(uint8(frames), []byte{0, 0, 1, 4, 0, 0, 0, 0, 0, 0})
+	// HEADERS that cannot be read
+	f.Add(uint8(frames), append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0}, 0, 0, 3, 1, 5, 0, 0, 0, 1, 0xff, 0, 0))
+	// DATA of 16 MiB
+	f.Add(uint8(frames), []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1})
 	f.Add(uint8(frames), []byte("GET / HTTP/1.1\r\n\r\n"))
 
-	d := newDoor(f)
+	d := newTCPDaemon(f)
 	conn := d.conn()
 	secure := client(f, d.ca, controllerCert())
 	f.Fuzz(func(t *testing.T, which uint8, payload []byte) {
@@ -396,7 +437,8 @@ func FuzzCommands(f *testing.F) {
 			_, _ = raw.Write(append([]byte(http2.ClientPreface), payload...))
 			_ = raw.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 			_, _ = io.Copy(io.Discard, raw)
-		} else if stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, methods[int(which)%len(methods)], grpc.ForceCodecV2(rawCodec{})); err == nil {
+		} else if stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true},
+			methods[int(which)%len(methods)], grpc.ForceCodecV2(rawCodec{})); err == nil {
 			_ = stream.SendMsg(&payload)
 			_ = stream.CloseSend()
 			for answer := new([]byte); err == nil; {
@@ -405,7 +447,8 @@ func FuzzCommands(f *testing.F) {
 		}
 		check, cancelCheck := context.WithTimeout(t.Context(), deadline)
 		defer cancelCheck()
-		if _, err := opsv1.NewOpsClient(conn).GetOperation(check, &opsv1.GetOperationRequest{Uid: "none"}, grpc.WaitForReady(true)); status.Code(err) != codes.NotFound {
+		if _, err := opsv1.NewOpsClient(conn).GetOperation(check, &opsv1.GetOperationRequest{Uid: "none"},
+			grpc.WaitForReady(true)); status.Code(err) != codes.NotFound {
 			t.Errorf("does not answer any more: %v", err)
 		}
 		for _, e := range d.log.AllEntries() {

@@ -18,7 +18,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/daemon/profile"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
@@ -42,7 +42,7 @@ const (
 
 // Run serves until ctx ends. Then it drains until all calls are over, the drain timeout has passed
 // or hard ends. It returns the first error because of which the node is not served; a drain that
-// had to cut calls is one too. If another process has taken over, Run returns a [HandedOverError].
+// had to cut calls is one too. If another process has taken over, Run returns a [TakenOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {
@@ -155,7 +155,7 @@ type daemon struct {
 	requests  chan *request // for the state
 	// given is the view of a state that another process has taken over. It knows the remaining
 	// calls.
-	given *interceptors.View
+	given *view.View
 }
 
 // start serves kubelet first, then the rest.

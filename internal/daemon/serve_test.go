@@ -50,7 +50,7 @@ const asDaemon = "CRI_PROXY_TEST_DAEMON"
 func TestMain(m *testing.M) {
 	if os.Getenv(asDaemon) != "" {
 		err := serveAsProcess(os.Args[1:])
-		if over := (*HandedOverError)(nil); errors.As(err, &over) {
+		if over := (*TakenOverError)(nil); errors.As(err, &over) {
 			os.Exit(over.ExitCode())
 		}
 		if err != nil {
@@ -102,11 +102,15 @@ func (*runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeap
 	return &runtimeapi.VersionResponse{RuntimeName: "stand-in", RuntimeVersion: "v9"}, nil
 }
 
-func (r *runtime) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+func (r *runtime) ListContainers(
+	context.Context, *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
 	return &runtimeapi.ListContainersResponse{}, nil
 }
 
-func (r *runtime) RemoveContainer(ctx context.Context, _ *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+func (r *runtime) RemoveContainer(
+	ctx context.Context, _ *runtimeapi.RemoveContainerRequest,
+) (*runtimeapi.RemoveContainerResponse, error) {
 	close(r.entered)
 	select {
 	case <-r.release:
@@ -185,7 +189,8 @@ func start(t testing.TB, c *config.Config) *daemonUnderTest {
 		<-over
 	})
 	admin := dial(t, c.AdminSocket)
-	if _, err := opsv1.NewOpsClient(admin).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := opsv1.NewOpsClient(admin).
+		NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true)); err != nil {
 		t.Fatalf("not started: %v; log: %v", err, entries(hook))
 	}
 	d.await(t, "serving") // the admin socket answers before the others listen
@@ -206,10 +211,12 @@ func (d *daemonUnderTest) await(t testing.TB, message string) *logrus.Entry {
 	return nil
 }
 
-// anyPort is for a listener whose address is in the log: a port that was free a moment ago may be somebody else's.
+// anyPort is for a listener whose address is in the log: a port that was free a moment ago may be
+// somebody else's.
 const anyPort = "127.0.0.1:0"
 
-// address is where the daemon listens, of the listener that the log line with that message is about.
+// address is where the daemon listens, of the listener that the log line with that message is
+// about.
 func (d *daemonUnderTest) address(t testing.TB, message string) string {
 	t.Helper()
 	address, _ := d.await(t, message).Data["address"].(string)
@@ -253,8 +260,8 @@ func (d *daemonUnderTest) ended(t testing.TB) error {
 
 func dial(t testing.TB, path string) *grpc.ClientConn {
 	t.Helper()
-	// Without a back-off, for what is waited for at once; and with patience, for a connection that a machine with too much to do takes up late
-	// must not fail the call.
+	// Without a back-off, for what is waited for at once; and for a while, for a connection that
+	// a machine with too much to do takes up late must not fail the call.
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: deadline}))
 	if err != nil {
@@ -304,17 +311,22 @@ func TestServesWithoutRuntimeAndWithIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info.GetNodeName() != "node" || info.GetListen() != c.Listen.Path || info.GetVersion() == "" || info.GetStartTime() == nil ||
+	if info.GetNodeName() != "node" || info.GetListen() != c.Listen.Path || info.GetVersion() == "" ||
+		info.GetStartTime() == nil ||
 		info.GetKubeletLastCall() == nil || !strings.HasPrefix(info.GetKubeletUserAgent(), "grpc-go/") ||
 		info.GetCounters().GetCalls() < 2 || info.GetCounters().GetCallErrors() == 0 ||
-		info.GetRuntime().GetName() != "stand-in" || info.GetRuntime().GetVersion() != "v9" || info.GetRuntime().GetState() != "READY" || info.GetRuntime().GetEndpoint() != c.RuntimeEndpoint {
+		info.GetRuntime().GetName() != "stand-in" || info.GetRuntime().GetVersion() != "v9" || info.GetRuntime().
+		GetState() != "READY" || info.GetRuntime().GetEndpoint() != c.RuntimeEndpoint {
 		t.Errorf("node info: %v", info)
 	}
 	// The runtime's own health service must be asked, not one of the proxy's.
-	if _, err := healthpb.NewHealthClient(dial(t, c.Listen.Path)).Check(t.Context(), &healthpb.HealthCheckRequest{}); status.Code(err) != codes.Unimplemented {
+	if _, err := healthpb.NewHealthClient(dial(t, c.Listen.Path)).
+		Check(t.Context(), &healthpb.HealthCheckRequest{}); status.Code(err) != codes.Unimplemented {
 		t.Errorf("health through the CRI socket: %v, want the stand-in's Unimplemented", err)
 	}
-	if r, err := healthpb.NewHealthClient(dial(t, c.AdminSocket)).Check(t.Context(), &healthpb.HealthCheckRequest{Service: "criproxy.ops.v1.Ops"}); err != nil || r.GetStatus() != healthpb.HealthCheckResponse_SERVING {
+	if r, err := healthpb.NewHealthClient(dial(t, c.AdminSocket)).
+		Check(t.Context(), &healthpb.HealthCheckRequest{Service: "criproxy.ops.v1.Ops"}); err != nil ||
+		r.GetStatus() != healthpb.HealthCheckResponse_SERVING {
 		t.Errorf("health on the admin socket: %v, %v", r, err)
 	}
 
@@ -410,7 +422,8 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 	}
 }
 
-// Who connects to the admin socket and says nothing is hung up on: the end of the daemon would wait for it.
+// Who connects to the admin socket and says nothing is hung up on: the end of the daemon would wait
+// for it.
 func TestSilentAdmin(t *testing.T) {
 	t.Parallel()
 	d := start(t, newConfig(t))
@@ -449,8 +462,10 @@ func TestStartErrors(t *testing.T) {
 		setup func(*testing.T, *config.Config)
 		want  string
 	}{
-		{"listen path in use", func(t *testing.T, c *config.Config) { busy(t, c.Listen.Path) }, fmt.Sprintf("is in use by a live process (pid %d)", os.Getpid())},
-		{"admin socket in use", func(t *testing.T, c *config.Config) { busy(t, c.AdminSocket) }, "adminSocket: listen path"},
+		{"listen path in use", func(t *testing.T, c *config.Config) { busy(t, c.Listen.Path) },
+			fmt.Sprintf("is in use by a live process (pid %d)", os.Getpid())},
+		{"admin socket in use", func(t *testing.T, c *config.Config) { busy(t, c.AdminSocket) },
+			"adminSocket: listen path"},
 		{"listen path is a file", func(t *testing.T, c *config.Config) {
 			c.Listen.Path = filepath.Join(filepath.Dir(c.StateDir), "file")
 			if err := os.WriteFile(c.Listen.Path, nil, 0o600); err != nil {
@@ -462,11 +477,14 @@ func TestStartErrors(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "stateDir: "},
-		{"metrics address in use", func(_ *testing.T, c *config.Config) { c.MetricsAddress = taken.Addr().String() }, "metricsAddress: listen tcp"},
+		{"metrics address in use", func(_ *testing.T, c *config.Config) { c.MetricsAddress = taken.Addr().String() },
+			"metricsAddress: listen tcp"},
 		{"missing certificates", func(_ *testing.T, c *config.Config) {
-			c.Ops = config.Ops{Address: "127.0.0.1:0", CertFile: "/no/a", KeyFile: "/no/b", ClientCAFile: "/no/c", AllowedClients: []string{"x"}}
+			c.Ops = config.Ops{Address: "127.0.0.1:0", CertFile: "/no/a", KeyFile: "/no/b", ClientCAFile: "/no/c",
+				AllowedClients: []string{"x"}}
 		}, "ops: TLS file: stat /no/a: no such file"},
-		{"record file out of reach", func(_ *testing.T, c *config.Config) { c.RecordCalls = "/no/such/file" }, "record-calls: open /no/such/file"},
+		{"record file out of reach", func(_ *testing.T, c *config.Config) { c.RecordCalls = "/no/such/file" },
+			"record-calls: open /no/such/file"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newConfig(t)
@@ -546,9 +564,11 @@ func TestHTTP(t *testing.T) {
 		}
 	}
 	for path, want := range map[string]string{
-		"/healthz?verbose":             "[+]cri ok\nhealthz check passed\n",
-		"/readyz?verbose":              "[+]draining ok\n[+]cri ok\n[+]runtime ok\n[+]journal ok\n[+]bypass ok\nreadyz check passed\n",
-		"/readyz?verbose&exclude=cri":  "[+]draining ok\n[+]cri excluded: ok\n[+]runtime ok\n[+]journal ok\n[+]bypass ok\nreadyz check passed\n",
+		"/healthz?verbose": "[+]cri ok\nhealthz check passed\n",
+		"/readyz?verbose": "[+]draining ok\n[+]cri ok\n[+]runtime ok\n[+]journal ok\n[+]bypass " +
+			"ok\nreadyz check passed\n",
+		"/readyz?verbose&exclude=cri": "[+]draining ok\n[+]cri excluded: ok\n[+]runtime ok\n[+]journal " +
+			"ok\n[+]bypass ok\nreadyz check passed\n",
 		"/healthz?verbose&exclude=cri": "[+]cri excluded: ok\nhealthz check passed\n",
 	} {
 		if code, body := get(path); code != http.StatusOK || body != want {
@@ -558,14 +578,17 @@ func TestHTTP(t *testing.T) {
 	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
 		t.Errorf("profiles over TCP: %d", code)
 	}
-	if err := os.WriteFile(filepath.Join(c.StateDir, "bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(c.StateDir, "bypass"),
+		[]byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if code, body := get("/readyz?verbose"); code != http.StatusOK || !strings.Contains(body, "[!]bypass: since ") || !strings.Contains(body, ": a test (does not count)\n") {
+	if code, body := get("/readyz?verbose"); code != http.StatusOK || !strings.Contains(body, "[!]bypass: since ") ||
+		!strings.Contains(body, ": a test (does not count)\n") {
 		t.Errorf("bypassed: %d %q", code, body)
 	}
 	_, body := get("/metrics")
-	for _, want := range []string{"criproxy_calls_total{", "criproxy_upstream_state{", "go_goroutines", "process_resident_memory_bytes", "go_build_info"} {
+	for _, want := range []string{"criproxy_calls_total{", "criproxy_upstream_state{", "go_goroutines",
+		"process_resident_memory_bytes", "go_build_info"} {
 		if !strings.Contains(body, want) {
 			t.Errorf("no %s in the metrics", want)
 		}
@@ -577,11 +600,14 @@ func TestHTTP(t *testing.T) {
 	d.term()
 	for {
 		code, body := get("/readyz")
-		if code == http.StatusServiceUnavailable && strings.Contains(body, "[-]draining failed: draining, 1 calls are left\n") && strings.HasSuffix(body, "readyz check failed\n") {
+		if code == http.StatusServiceUnavailable &&
+			strings.Contains(body, "[-]draining failed: draining, 1 calls are left\n") &&
+			strings.HasSuffix(body, "readyz check failed\n") {
 			break
 		}
 	}
-	if _, body := get("/metrics"); !strings.Contains(body, "\ncriproxy_draining{process=\"this\"} 1\n") || !strings.Contains(body, "\ncriproxy_drain_calls_left{process=\"this\"} 1\n") {
+	if _, body := get("/metrics"); !strings.Contains(body, "\ncriproxy_draining{process=\"this\"} 1\n") ||
+		!strings.Contains(body, "\ncriproxy_drain_calls_left{process=\"this\"} 1\n") {
 		t.Errorf("the drain is not in the metrics:\n%s", body)
 	}
 	if code, body := get("/healthz"); code != http.StatusOK {
@@ -598,14 +624,16 @@ func TestOpsOverTLS(t *testing.T) {
 	dir := t.TempDir()
 	c := newConfig(t)
 	c.Ops.Address = anyPort
-	c.Ops.CertFile, c.Ops.KeyFile = ca.Issue(dir, "server", x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	c.Ops.CertFile, c.Ops.KeyFile = ca.Issue(dir, "server",
+		x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	c.Ops.ClientCAFile = ca.File
 	c.Ops.AllowedClients = []string{"controller"}
 	address := start(t, c).address(t, opsListens)
 	call := func(name string) (*opsv1.NodeInfoResponse, error) {
 		t.Helper()
 		cert, key := ca.Issue(dir, name, x509.Certificate{DNSNames: []string{name}})
-		creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: ca.File, Log: logrus.New()})
+		creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: ca.File,
+			Log: logrus.New()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -622,7 +650,9 @@ func TestOpsOverTLS(t *testing.T) {
 	}
 }
 
-func callNodeInfo(t testing.TB, address string, creds credentials.TransportCredentials) (*opsv1.NodeInfoResponse, error) {
+func callNodeInfo(
+	t testing.TB, address string, creds credentials.TransportCredentials,
+) (*opsv1.NodeInfoResponse, error) {
 	t.Helper()
 	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(creds))
 	if err != nil {
@@ -649,10 +679,12 @@ func TestRecordedCalls(t *testing.T) {
 			Image:    &runtimeapi.ImageSpec{Image: "busybox"},
 			Envs:     []*runtimeapi.KeyValue{{Key: "PASSWORD", Value: []byte("secret")}},
 		},
-		SandboxConfig: &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Name: "web", Namespace: "default", Uid: "u"}},
+		SandboxConfig: &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Name: "web",
+			Namespace: "default", Uid: "u"}},
 	})
 	_, _ = kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: "c1", Timeout: 30})
-	if _, err := kubelet.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: "c1"}); err != nil {
+	if _, err := kubelet.RemoveContainer(t.Context(),
+		&runtimeapi.RemoveContainerRequest{ContainerId: "c1"}); err != nil {
 		t.Fatal(err)
 	}
 	d.term()
@@ -682,7 +714,8 @@ func TestRecordedCalls(t *testing.T) {
 		found[strings.TrimPrefix(l.Method, "/runtime.v1.RuntimeService/")] = l
 	}
 	create := found["CreateContainer"]
-	if create.Code != "Unimplemented" || create.SandboxID != "sandbox" || create.Container != "app" || create.Pod != "web" || create.Namespace != "default" || create.PodUID != "u" ||
+	if create.Code != "Unimplemented" || create.SandboxID != "sandbox" || create.Container != "app" ||
+		create.Pod != "web" || create.Namespace != "default" || create.PodUID != "u" ||
 		create.Attempt == nil || *create.Attempt != 3 || create.Image != "busybox" {
 		t.Errorf("create: %+v", create)
 	}
@@ -837,7 +870,8 @@ func TestSelfProbe(t *testing.T) {
 }
 
 func TestStatusLine(t *testing.T) {
-	if got := statusLine("/l", "unix:///r", connectivity.TransientFailure); got != "Listening on /l, runtime unix:///r is away (TRANSIENT_FAILURE)" {
+	if got := statusLine("/l", "unix:///r", connectivity.TransientFailure); got != "Listening on /l, runtime "+
+		"unix:///r is away (TRANSIENT_FAILURE)" {
 		t.Error(got)
 	}
 }
@@ -849,10 +883,12 @@ func startProcess(t *testing.T, c *config.Config, sockets []string, args ...stri
 	if err != nil {
 		t.Fatal(err)
 	}
-	args = append([]string{"--listen=" + c.Listen.Path, "--runtime-endpoint=" + c.RuntimeEndpoint, "--state-dir=" + c.StateDir, "--admin-socket=" + c.AdminSocket, "--drain-timeout=5s"}, args...)
+	args = append([]string{"--listen=" + c.Listen.Path, "--runtime-endpoint=" + c.RuntimeEndpoint,
+		"--state-dir=" + c.StateDir, "--admin-socket=" + c.AdminSocket, "--drain-timeout=5s"}, args...)
 	// The shell gives LISTEN_PID the pid that the daemon will have.
 	cmd := exec.Command("sh", append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`, self}, args...)...)
-	cmd.Env = append(os.Environ(), asDaemon+"=1", fmt.Sprintf("LISTEN_FDS=%d", len(sockets)), "LISTEN_FDNAMES="+strings.Join(sockets, ":"))
+	cmd.Env = append(os.Environ(), asDaemon+"=1", fmt.Sprintf("LISTEN_FDS=%d", len(sockets)),
+		"LISTEN_FDNAMES="+strings.Join(sockets, ":"))
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	return cmd, &stderr
@@ -899,7 +935,8 @@ func TestSocketActivation(t *testing.T) {
 	}
 	t.Run("unknown name", func(t *testing.T) {
 		c := newConfig(t)
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(filepath.Dir(c.StateDir), "x.sock"), Net: "unix"})
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(filepath.Dir(c.StateDir), "x.sock"),
+			Net: "unix"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -911,7 +948,8 @@ func TestSocketActivation(t *testing.T) {
 		defer f.Close()
 		cmd, stderr := startProcess(t, c, []string{"kri"})
 		cmd.ExtraFiles = []*os.File{f}
-		if err := cmd.Run(); err == nil || !strings.Contains(stderr.String(), "unknown names: kri; FileDescriptorName= must be cri") {
+		if err := cmd.Run(); err == nil ||
+			!strings.Contains(stderr.String(), "unknown names: kri; FileDescriptorName= must be cri") {
 			t.Fatalf("%v\n%s", err, stderr)
 		}
 	})

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops"
@@ -22,7 +23,7 @@ import (
 // state is what only one process on the node has at a time: the files in the state directory, and
 // the engine, puller and view that work with them.
 type state struct {
-	view     *interceptors.View
+	view     *view.View
 	engine   *ops.Engine
 	puller   *prepull.Puller
 	registry *prometheus.Registry // its own, because it may be opened again
@@ -33,9 +34,9 @@ type state struct {
 
 // openState opens the state. When it returns, kubelet may be served: the view knows what the
 // journal has, and what the predecessor has transferred.
-func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err error) {
+func (n *node) openState(ctx context.Context, carry view.State) (err error) {
 	c := n.config
-	st := &state{view: interceptors.NewView(), registry: prometheus.NewRegistry()}
+	st := &state{view: view.New(), registry: prometheus.NewRegistry()}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("state directory %s: %w", c.StateDir, errors.Join(err, st.close()))

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
@@ -31,9 +31,9 @@ const (
 	// parkTimeout bounds the wait until the engine has left its operations, none of which stops a
 	// container.
 	parkTimeout = 3 * time.Second
-	// handingOpsGrace is how long commands may take to end in a takeover. Their callers repeat
+	// takeoverOpsGrace is how long commands may take to end in a takeover. Their callers repeat
 	// them.
-	handingOpsGrace = 200 * time.Millisecond
+	takeoverOpsGrace = 200 * time.Millisecond
 	// servingTimeout is how long the successor may take until it serves. kubelet's calls wait
 	// meanwhile.
 	servingTimeout = 10 * time.Second
@@ -46,17 +46,17 @@ const (
 	reportInterval = time.Second
 )
 
-// handedOverCode is the exit code of a process that has ended after a takeover. systemd must not
+// takenOverCode is the exit code of a process that has ended after a takeover. systemd must not
 // restart its unit then.
-const handedOverCode = 10
+const takenOverCode = 10
 
-// HandedOverError is the error of [Run] when another process has taken over. It is no failure.
-type HandedOverError struct{ PID int }
+// TakenOverError is the error of [Run] when another process has taken over. It is no failure.
+type TakenOverError struct{ PID int }
 
-func (e *HandedOverError) Error() string { return fmt.Sprintf("handed over to process %d", e.PID) }
+func (e *TakenOverError) Error() string { return fmt.Sprintf("handed over to process %d", e.PID) }
 
 // ExitCode is the exit code of the command.
-func (*HandedOverError) ExitCode() int { return handedOverCode }
+func (*TakenOverError) ExitCode() int { return takenOverCode }
 
 // request is a process that wants the state.
 type request struct {
@@ -116,7 +116,7 @@ func (r *request) waiting(what string) {
 func (d *daemon) listenForSuccessor() {
 	l, err := takeover.Listen(d.config.StateDir)
 	if err != nil {
-		d.log.WithError(err).Warn("no hand-over to another process")
+		d.log.WithError(err).Warn("no takeover by another process")
 		return
 	}
 	d.takeover = l
@@ -202,13 +202,13 @@ func (d *daemon) transfer(ctx context.Context, r *request) (*proxy.Upstream, err
 	go r.listen() // ends with close
 	hold, err := d.quiesce(ctx, r)
 	if err != nil {
-		log.WithError(err).Warn("no hand-over")
+		log.WithError(err).Warn("no takeover")
 		_ = r.Send(takeover.Message{Refused: err.Error()})
 		return nil, nil
 	}
 	d.handing.Store(true)
 	began := time.Now()
-	d.stopServers(ctx, handingOpsGrace)
+	d.stopServers(ctx, takeoverOpsGrace)
 	st := d.state.Load()
 	if !st.end(ctx, parkTimeout) {
 		// An operation has begun to stop a container at the last moment. kubelet's calls go on
@@ -245,7 +245,7 @@ func (d *daemon) transfer(ctx context.Context, r *request) (*proxy.Upstream, err
 		}
 		log.WithError(err).Error("the other process does not serve, taking the state back")
 	} else {
-		log.WithError(err).Error("connections are taken on, no hand-over")
+		log.WithError(err).Error("connections are accepted again, no takeover")
 		_ = r.Send(takeover.Message{Refused: fmt.Sprintf("it cannot stop taking connections: %v; try again", err)})
 		d.state.Store(nil)
 		if err := st.close(); err != nil {
@@ -326,7 +326,7 @@ func (d *daemon) tryQuiesce(ctx context.Context) (*proxy.Hold, string) {
 
 // grant tells the other process that the state is free, and waits until that process serves. If it
 // does not, grant kills it: two processes with one state are worse than none.
-func (d *daemon) grant(r *request, carry interceptors.Carry) error {
+func (d *daemon) grant(r *request, carry view.State) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}
@@ -397,10 +397,10 @@ func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream
 	d.workers.Wait()
 	err = errors.Join(err, to.Close(), d.close())
 	if err != nil {
-		d.log.WithError(err).Warn("calls were cut after the hand-over")
+		d.log.WithError(err).Warn("calls were cut after the takeover")
 	}
 	d.log.Info("all calls are over")
-	return &HandedOverError{PID: r.pid}
+	return &TakenOverError{PID: r.pid}
 }
 
 // reportRemaining reports to the successor and to systemd which calls remain here, until ctx ends.

@@ -50,7 +50,9 @@ func startCollector(t *testing.T) *collector {
 }
 
 // Export implements [collectorpb.TraceServiceServer].
-func (c *collector) Export(_ context.Context, req *collectorpb.ExportTraceServiceRequest) (*collectorpb.ExportTraceServiceResponse, error) {
+func (c *collector) Export(
+	_ context.Context, req *collectorpb.ExportTraceServiceRequest,
+) (*collectorpb.ExportTraceServiceResponse, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range req.GetResourceSpans() {
@@ -88,7 +90,9 @@ func (h *heard) Version(ctx context.Context, _ *runtimeapi.VersionRequest) (*run
 	return &runtimeapi.VersionResponse{}, nil
 }
 
-func (h *heard) StopPodSandbox(ctx context.Context, _ *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
+func (h *heard) StopPodSandbox(
+	ctx context.Context, _ *runtimeapi.StopPodSandboxRequest,
+) (*runtimeapi.StopPodSandboxResponse, error) {
 	h.note(ctx)
 	return nil, status.Error(codes.NotFound, "no such sandbox")
 }
@@ -98,7 +102,8 @@ const (
 	kubeletSpan  = "b7ad6b7169203331"
 )
 
-// Calls that kubelet traces get a span between kubelet's and the runtime's; all others go through as they are.
+// Calls that kubelet traces get a span between kubelet's and the runtime's; all others go through
+// as they are.
 func TestTraces(t *testing.T) {
 	sampled, unsampled := "00-"+kubeletTrace+"-"+kubeletSpan+"-01", "00-"+kubeletTrace+"-"+kubeletSpan+"-00"
 	for _, tt := range []tracingCase{
@@ -128,8 +133,8 @@ type tracingCase struct {
 	spans  int // of the two calls
 }
 
-// run reports false when the daemon says at its end that traces were not sent: it waits for a moment only, which may be too short on a machine
-// with too much to do.
+// run reports false when the daemon says at its end that traces were not sent: it waits for a
+// moment only, which may be too short on a machine with too much to do.
 func (tt tracingCase) run(t *testing.T) bool {
 	t.Helper()
 	c := newConfig(t)
@@ -155,7 +160,8 @@ func (tt tracingCase) run(t *testing.T) bool {
 		ctx = metadata.AppendToOutgoingContext(ctx, "traceparent", tt.parent, "tracestate", "a=b", "baggage", "c=d")
 	}
 	kubelet := runtimeapi.NewRuntimeServiceClient(dial(t, c.Listen.Path))
-	for _, err := kubelet.Version(ctx, &runtimeapi.VersionRequest{}); err != nil; _, err = kubelet.Version(ctx, &runtimeapi.VersionRequest{}) {
+	for _, err := kubelet.Version(ctx, &runtimeapi.VersionRequest{}); err != nil; _, err = kubelet.Version(ctx,
+		&runtimeapi.VersionRequest{}) {
 		if status.Code(err) != codes.Unavailable { // of the runtime, for a moment
 			t.Fatal(err)
 		}
@@ -163,7 +169,8 @@ func (tt tracingCase) run(t *testing.T) bool {
 	rt.mu.Lock()
 	rt.parent = rt.parent[len(rt.parent)-1:]
 	rt.mu.Unlock()
-	if _, err := kubelet.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: "x"}); status.Code(err) != codes.NotFound {
+	if _, err := kubelet.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: "x"}); status.Code(
+		err) != codes.NotFound {
 		t.Fatal(err)
 	}
 	d.term()
@@ -225,7 +232,7 @@ func checkSpan(t *testing.T, s *tracepb.Span, code int64) {
 	if failed := s.GetStatus().GetCode() == tracepb.Status_STATUS_CODE_ERROR; failed != (code != 0) {
 		t.Errorf("%s: status %v", s.GetName(), s.GetStatus())
 	}
-	if took := time.Duration(s.GetEndTimeUnixNano() - s.GetStartTimeUnixNano()); took <= 0 { //nolint:gosec // of this moment
+	if took := time.Duration(s.GetEndTimeUnixNano() - s.GetStartTimeUnixNano()); took <= 0 { //nolint:gosec // of now
 		t.Errorf("%s took %s", s.GetName(), took)
 	}
 }

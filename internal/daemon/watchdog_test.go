@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -45,7 +46,7 @@ func startWatched(t *testing.T) *watched {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.openState(t.Context(), interceptors.Carry{}); err != nil {
+	if err := n.openState(t.Context(), view.State{}); err != nil {
 		t.Fatal(errors.Join(err, n.close()))
 	}
 	l, err := listenCRI(c)
@@ -116,7 +117,7 @@ func (w *watched) drain(t *testing.T) (pings int) {
 }
 
 // lockOf is the lock of the view, which nothing outside of it holds for longer than a look takes.
-func lockOf(v *interceptors.View) *sync.RWMutex {
+func lockOf(v *view.View) *sync.RWMutex {
 	field := reflect.ValueOf(v).Elem().FieldByName("mu")
 	return (*sync.RWMutex)(unsafe.Pointer(field.UnsafeAddr())) //nolint:gosec // a hang is what is tested
 }
@@ -137,7 +138,7 @@ func (b *blocked) Unary(method string) proxy.UnaryInterceptor {
 func TestWatchdogSeesAHang(t *testing.T) {
 	hide := func(t *testing.T, w *watched) {
 		t.Helper()
-		claim, err := w.state.Load().view.TryClaim(interceptors.Slot{PodUID: "u", Container: "c"})
+		claim, err := w.state.Load().view.TryClaim(view.Slot{PodUID: "u", Container: "c"})
 		if err != nil {
 			t.Fatal(err)
 		}

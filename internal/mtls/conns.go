@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// conns are the open connections of clients. A connection ends when its certificate expires, and when
-// the CA of the certificate is withdrawn. Clients then connect again, with their current certificate.
+// conns are the open connections of clients. A connection ends when its certificate expires, and
+// when the CA of the certificate is withdrawn. Clients then connect again, with their current
+// certificate.
 type conns struct {
 	mu   sync.Mutex
 	open map[*conn]struct{} // guarded by mu

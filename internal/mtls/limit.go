@@ -19,10 +19,10 @@ const (
 	maxUnauthenticated = 64
 )
 
-// LimitListener bounds the connections that are open at the same time. There are two limits. If there
-// are too many connections of authenticated clients, a new one is refused. If there are too many
-// unauthenticated connections, the oldest one is closed. So strangers keep a client out only if they
-// come as fast as it shows its certificate. Accept never waits for a place.
+// LimitListener bounds the connections that are open at the same time. There are two limits. If
+// there are too many connections of authenticated clients, a new one is refused. If there are too
+// many unauthenticated connections, the oldest one is closed. So they keep a client out only
+// if they come as fast as it shows its certificate. Accept never waits for a place.
 func LimitListener(l net.Listener) net.Listener { return &limitListener{Listener: l} }
 
 type limitListener struct {
@@ -33,8 +33,8 @@ type limitListener struct {
 	clients         int
 }
 
-// trackedConn is a connection of a limitListener. It is unauthenticated at first, then perhaps that of
-// a client, and then neither.
+// trackedConn is a connection of a limitListener. It is unauthenticated at first, then perhaps that
+// of a client, and then neither.
 type trackedConn struct {
 	net.Conn
 	listener        *limitListener
@@ -85,8 +85,8 @@ func (l *limitListener) track(c *trackedConn) *trackedConn {
 	return oldest
 }
 
-// admit counts a connection whose client is authenticated now. It admits every connection of another
-// listener.
+// admit counts a connection whose client is authenticated now. It admits every connection of
+// another listener.
 func admit(nc net.Conn) error {
 	c, ok := nc.(*trackedConn)
 	if !ok {

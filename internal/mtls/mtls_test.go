@@ -76,12 +76,14 @@ type bed struct {
 func newBed(t *testing.T) *bed {
 	t.Helper()
 	b := &bed{ca: mtlstest.NewCA(t, "ca"), dir: t.TempDir(), unknown: &atomic.Int64{}}
-	cert, key := b.ca.Issue(b.dir, "server", x509.Certificate{DNSNames: []string{"node"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	cert, key := b.ca.Issue(b.dir, "server",
+		x509.Certificate{DNSNames: []string{"node"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	b.clientCA = filepath.Join(b.dir, "clients.pem")
 	b.trust(t, b.ca)
 	log, hook := logtest.NewNullLogger()
 	b.log = hook
-	s, err := mtls.NewServer(mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: b.clientCA, AllowedClients: []string{allowed, allowedURI}, Log: log, Unknown: func() { b.unknown.Add(1) }})
+	s, err := mtls.NewServer(mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: b.clientCA,
+		AllowedClients: []string{allowed, allowedURI}, Log: log, Unknown: func() { b.unknown.Add(1) }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +124,8 @@ func (b *bed) trust(t *testing.T, cas ...*mtlstest.CA) {
 
 func (b *bed) client(t *testing.T, cert, key string) credentials.TransportCredentials {
 	t.Helper()
-	creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File, Log: logrus.New()})
+	creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File,
+		Log: logrus.New()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,13 +176,21 @@ func TestServerLetsIn(t *testing.T) {
 		{name: "dns name", template: x509.Certificate{DNSNames: []string{"x", allowed}}, want: allowed},
 		{name: "uri", template: x509.Certificate{URIs: []*url.URL{uri}}, want: allowedURI},
 		{name: "common name", template: x509.Certificate{Subject: pkix.Name{CommonName: allowed}}, want: allowed},
-		{name: "wrong name", template: x509.Certificate{Subject: pkix.Name{CommonName: "somebody"}, DNSNames: []string{"else"}}, logged: `["else" "somebody"]`},
-		{name: "name in other letters", template: x509.Certificate{DNSNames: []string{strings.ToUpper(allowed)}}, logged: "none of them is among the allowed clients"},
-		{name: "allowed name as a part", template: x509.Certificate{DNSNames: []string{"a." + allowed}}, logged: "none of them is among the allowed clients"},
+		{name: "wrong name", template: x509.Certificate{Subject: pkix.Name{CommonName: "somebody"},
+			DNSNames: []string{"else"}}, logged: `["else" "somebody"]`},
+		{name: "name in other letters", template: x509.Certificate{DNSNames: []string{strings.ToUpper(allowed)}},
+			logged: "none of them is among the allowed clients"},
+		{name: "allowed name as a part", template: x509.Certificate{DNSNames: []string{"a." + allowed}},
+			logged: "none of them is among the allowed clients"},
 		{name: "no name", template: x509.Certificate{}, logged: "none of them is among the allowed clients"},
-		{name: "wrong ca", ca: other, template: x509.Certificate{DNSNames: []string{allowed}}, logged: "unknown authority"},
-		{name: "expired", template: x509.Certificate{DNSNames: []string{allowed}, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)}, logged: "expired"},
-		{name: "server certificate", template: x509.Certificate{DNSNames: []string{allowed}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, logged: "incompatible key usage"},
+		{name: "wrong ca", ca: other, template: x509.Certificate{DNSNames: []string{allowed}},
+			logged: "unknown authority"},
+		{name: "expired",
+			template: x509.Certificate{DNSNames: []string{allowed}, NotBefore: time.Now().Add(-2 * time.Hour),
+				NotAfter: time.Now().Add(-time.Hour)}, logged: "expired"},
+		{name: "server certificate",
+			template: x509.Certificate{DNSNames: []string{allowed},
+				ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, logged: "incompatible key usage"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBed(t)
@@ -203,7 +214,8 @@ func TestServerLetsIn(t *testing.T) {
 			for deadline := time.Now().Add(waitLong); e == nil && time.Now().Before(deadline); e = b.log.LastEntry() {
 				runtime.Gosched()
 			}
-			if e == nil || e.Message != "ops client denied" || !strings.Contains(e.Data[logrus.ErrorKey].(error).Error(), tt.logged) {
+			if e == nil || e.Message != "ops client denied" ||
+				!strings.Contains(e.Data[logrus.ErrorKey].(error).Error(), tt.logged) {
 				t.Fatalf("logged %+v, want a denial with %s", e, tt.logged)
 			}
 			if remote, _ := e.Data["remote"].(string); !strings.HasPrefix(remote, "127.0.0.1:") {
@@ -345,7 +357,8 @@ func TestClientRefusesServer(t *testing.T) {
 		})
 	}
 	t.Run("accepts the expected name", func(t *testing.T) {
-		creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File, ServerName: "node", Log: logrus.New()})
+		creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File,
+			ServerName: "node", Log: logrus.New()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -364,7 +377,8 @@ func TestMessageSizeIsBounded(t *testing.T) {
 	}
 	defer conn.Close()
 	for size, refused := range map[int]bool{15 << 20: false, 16 << 20: true} {
-		_, err = healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", size)})
+		_, err = healthpb.NewHealthClient(conn).
+			Check(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", size)})
 		if (status.Code(err) == codes.ResourceExhausted) != refused {
 			t.Fatalf("%d bytes: got code %v", size, status.Code(err))
 		}
@@ -376,7 +390,8 @@ func TestNewServerErrors(t *testing.T) {
 	dir := t.TempDir()
 	cert, key := ca.Issue(dir, "a", x509.Certificate{})
 	_, otherKey := ca.Issue(dir, "b", x509.Certificate{})
-	good := mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: ca.File, AllowedClients: []string{"x"}, Log: logrus.New()}
+	good := mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: ca.File, AllowedClients: []string{"x"},
+		Log: logrus.New()}
 	for _, tt := range []struct {
 		name   string
 		change func(*mtls.ServerOptions)
@@ -472,7 +487,7 @@ func TestConnectionsEndInTime(t *testing.T) {
 	})
 }
 
-// TestPlaces: strangers give way, known clients don't.
+// TestPlaces: unauthenticated connections make way, known clients do not.
 func TestPlaces(t *testing.T) {
 	const places = 64
 	b := newBed(t)
@@ -485,13 +500,13 @@ func TestPlaces(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
-	var strangers [places]net.Conn
-	for i := range strangers {
+	var unauthenticated [places]net.Conn
+	for i := range unauthenticated {
 		var err error
-		if strangers[i], err = net.Dial("tcp", b.addr); err != nil {
+		if unauthenticated[i], err = net.Dial("tcp", b.addr); err != nil {
 			t.Fatal(err)
 		}
-		defer strangers[i].Close()
+		defer unauthenticated[i].Close()
 	}
 	over := func(c net.Conn, within time.Duration) bool {
 		_ = c.SetReadDeadline(time.Now().Add(within))
@@ -500,13 +515,13 @@ func TestPlaces(t *testing.T) {
 	}
 	first := connect()
 	if err := ask(t, first); status.Code(err) != codes.AlreadyExists {
-		t.Fatalf("with all places of strangers taken: %v", err)
+		t.Fatalf("with all places of unauthenticated taken: %v", err)
 	}
-	if over(strangers[places-1], time.Millisecond) {
-		t.Error("the newest stranger had to go")
+	if over(unauthenticated[places-1], time.Millisecond) {
+		t.Error("the newest unauthenticated connection was closed")
 	}
-	if !over(strangers[0], waitLong) {
-		t.Error("the oldest stranger stays")
+	if !over(unauthenticated[0], waitLong) {
+		t.Error("the oldest unauthenticated connection stays")
 	}
 	for i := 2; i <= places; i++ {
 		if err := ask(t, connect()); status.Code(err) != codes.AlreadyExists {
@@ -527,8 +542,8 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// TestEndWithStrangers: a server that stops does not wait for who says nothing.
-func TestEndWithStrangers(t *testing.T) {
+// TestEndWithUnauthenticated: a server that stops does not wait for who says nothing.
+func TestEndWithUnauthenticated(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -547,7 +562,7 @@ func TestEndWithStrangers(t *testing.T) {
 	}
 	_ = silent.SetReadDeadline(time.Now().Add(waitLong))
 	if _, err := silent.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the stranger stays: %v", err)
+		t.Errorf("the unauthenticated connection stays: %v", err)
 	}
 }
 
@@ -595,14 +610,16 @@ func TestIdentityOfAClient(t *testing.T) {
 	id := &identity{cert: &pair, roots: x509.NewCertPool(), refuse: map[string]bool{}}
 	call := func(name string) error {
 		t.Helper()
-		conn, err := grpc.NewClient("passthrough:///"+b.addr, grpc.WithTransportCredentials(mtls.NewClientOf(id)), grpc.WithAuthority(name))
+		conn, err := grpc.NewClient("passthrough:///"+b.addr, grpc.WithTransportCredentials(mtls.NewClientOf(id)),
+			grpc.WithAuthority(name))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
 		return ask(t, conn)
 	}
-	if err := call("node"); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "unknown authority") {
+	if err := call("node"); status.Code(err) != codes.Unavailable ||
+		!strings.Contains(err.Error(), "unknown authority") {
 		t.Errorf("trusts nobody: %v", err)
 	}
 	id.roots.AppendCertsFromPEM(text)
@@ -616,7 +633,8 @@ func TestIdentityOfAClient(t *testing.T) {
 		t.Errorf("was shown %v", id.servers)
 	}
 	id.refuse["node"] = true
-	if err := call("node"); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "not node") || len(id.servers) != 1 {
+	if err := call("node"); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "not node") ||
+		len(id.servers) != 1 {
 		t.Errorf("refused before anything is sent: %v", err)
 	}
 }
@@ -625,7 +643,8 @@ func TestAwaitedFiles(t *testing.T) {
 	ca, dir := mtlstest.NewCA(t, "ca"), t.TempDir()
 	log, hook := logtest.NewNullLogger()
 	s, err := mtls.NewServer(mtls.ServerOptions{
-		CertFile: dir + "/n.crt", KeyFile: dir + "/n.key", ClientCAFile: ca.File, AllowedClients: []string{allowed}, Log: log,
+		CertFile: dir + "/n.crt", KeyFile: dir + "/n.key", ClientCAFile: ca.File, AllowedClients: []string{allowed},
+		Log:     log,
 		Awaited: func() error { return errors.New("it is on its way") },
 	})
 	if err != nil {
@@ -643,7 +662,8 @@ func TestAwaitedFiles(t *testing.T) {
 	if _, err := client.Read(make([]byte, 1)); err == nil {
 		t.Error("not hung up")
 	}
-	for e := hook.LastEntry(); e == nil || !strings.Contains(fmt.Sprint(e.Data[logrus.ErrorKey]), "on its way"); e = hook.LastEntry() {
+	for e := hook.LastEntry(); e == nil ||
+		!strings.Contains(fmt.Sprint(e.Data[logrus.ErrorKey]), "on its way"); e = hook.LastEntry() {
 		runtime.Gosched()
 		if t.Context().Err() != nil {
 			t.Fatal("not logged")
@@ -694,7 +714,8 @@ func TestUnknown(t *testing.T) {
 		}, true},
 		{"a client who knows another authority", func(b *bed) credentials.TransportCredentials {
 			cert, key := b.ca.Issue(t.TempDir(), "c", x509.Certificate{DNSNames: []string{allowed}})
-			creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: other.File, Log: logrus.New()})
+			creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: other.File,
+				Log: logrus.New()})
 			if err != nil {
 				t.Fatal(err)
 			}

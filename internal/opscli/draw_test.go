@@ -27,7 +27,8 @@ func now() time.Time { return epoch.Add(90 * time.Second) }
 func phases(last string, ps ...opsv1.Phase) []*opsv1.Operation {
 	var course []*opsv1.Operation
 	for i, p := range ps {
-		op := &opsv1.Operation{Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p, CreateTime: timestamppb.New(epoch),
+		op := &opsv1.Operation{Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p,
+			CreateTime: timestamppb.New(epoch),
 			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: p}}}
 		if i == len(ps)-1 && p >= opsv1.Phase_PHASE_SUCCEEDED {
 			op.FinishTime = timestamppb.New(epoch)
@@ -41,8 +42,11 @@ func phases(last string, ps ...opsv1.Phase) []*opsv1.Operation {
 // state is the upgrade in a phase.
 func state(p opsv1.Phase) *opsv1.Operation {
 	op := &opsv1.Operation{
-		Uid: "op-3", Kind: "Upgrade", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p, CreateTime: timestamppb.New(epoch), Requester: "ctl/me",
-		Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: p, Image: "app:v2", Pull: &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}}},
+		Uid: "op-3", Kind: "Upgrade", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p,
+		CreateTime: timestamppb.New(epoch), Requester: "ctl/me",
+		Containers: []*opsv1.ContainerOperation{
+			{Name: "app", Phase: p, Image: "app:v2",
+				Pull: &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}}},
 	}
 	if p == opsv1.Phase_PHASE_SUCCEEDED || p == opsv1.Phase_PHASE_FAILED || p == opsv1.Phase_PHASE_CANCELLED {
 		op.FinishTime = timestamppb.New(epoch.Add(time.Second))
@@ -52,21 +56,25 @@ func state(p opsv1.Phase) *opsv1.Operation {
 
 func fetchingImage(percent int64) *opsv1.Operation {
 	op := state(opsv1.Phase_PHASE_PULLING)
-	op.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FETCHING, BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib}
+	op.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FETCHING, BytesDone: percent * mib,
+		BytesTotal: 100 * mib, BytesPerSecond: 20 * mib}
 	return op
 }
 
 // fetching is a pull of an image with three layers, so many percent of the way.
 func fetching(percent int64) *opsv1.PullOperation {
 	op := &opsv1.PullOperation{
-		Uid: "pull-1", Image: "nginx:1", Resolved: "docker.io/library/nginx:1", Owner: "ctl/alice", Phase: opsv1.PullPhase_PULL_FETCHING,
-		BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib, Attempt: 1, CreateTime: timestamppb.New(epoch),
+		Uid: "pull-1", Image: "nginx:1", Resolved: "docker.io/library/nginx:1", Owner: "ctl/alice",
+		Phase:     opsv1.PullPhase_PULL_FETCHING,
+		BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib, Attempt: 1,
+		CreateTime: timestamppb.New(epoch),
 	}
 	left := op.GetBytesDone()
 	for i, size := range []int64{50 * mib, 30 * mib, 20 * mib} {
 		done := min(left, size)
 		left -= done
-		op.Layers = append(op.Layers, &opsv1.LayerProgress{Digest: fmt.Sprintf("sha256:%d23456789abcdef", i), BytesDone: done, BytesTotal: size})
+		op.Layers = append(op.Layers, &opsv1.LayerProgress{Digest: fmt.Sprintf("sha256:%d23456789abcdef", i),
+			BytesDone: done, BytesTotal: size})
 	}
 	if percent == 100 {
 		op.Phase, op.BytesPerSecond = opsv1.PullPhase_PULL_UNPACKING, 0
@@ -76,7 +84,8 @@ func fetching(percent int64) *opsv1.PullOperation {
 
 func ended(phase opsv1.PullPhase, reason, message string) *opsv1.PullOperation {
 	op := fetching(100)
-	op.Phase, op.Reason, op.Message, op.FinishTime, op.ImageId = phase, reason, message, timestamppb.New(epoch.Add(time.Minute)), "sha256:fedcba9876543210"
+	op.Phase, op.Reason, op.Message, op.FinishTime, op.ImageId = phase, reason, message,
+		timestamppb.New(epoch.Add(time.Minute)), "sha256:fedcba9876543210"
 	return op
 }
 
@@ -105,7 +114,8 @@ func TestImageUpdateScreen(t *testing.T) {
 		}
 	}
 	first, second, found := strings.Cut(out.String(), "\x1b[?7l\x1b[3A\x1b[J")
-	if !found || !strings.Contains(first, "\n  [====================>                   ]  50 % app:v2\n") || strings.Contains(second, "[=") {
+	if !found || !strings.Contains(first, "\n  [====================>                   ]  50 % app:v2\n") ||
+		strings.Contains(second, "[=") {
 		t.Errorf("%q", out.String())
 	}
 }

@@ -22,9 +22,12 @@ func TestIdentity(t *testing.T) {
 		want []string // in this order
 	}{
 		{"off", nil, []string{"none, commands come over this socket only"}},
-		{"from files", &opsv1.Identity{Source: "files", ExpireTime: at(time.Hour)}, []string{"certificate until ", ", from files"}},
-		{"from the controller", &opsv1.Identity{Source: "controller", ExpireTime: at(time.Hour), RenewTime: at(time.Minute)}, []string{"certificate until ", ", from the controller, renewed from "}},
-		{"none yet", &opsv1.Identity{Source: "controller", Problem: "no controller", Since: at(-time.Hour), RetryTime: at(time.Minute)},
+		{"from files", &opsv1.Identity{Source: "files", ExpireTime: at(time.Hour)},
+			[]string{"certificate until ", ", from files"}},
+		{"from the controller", &opsv1.Identity{Source: "controller", ExpireTime: at(time.Hour),
+			RenewTime: at(time.Minute)}, []string{"certificate until ", ", from the controller, renewed from "}},
+		{"none yet", &opsv1.Identity{Source: "controller", Problem: "no controller", Since: at(-time.Hour),
+			RetryTime: at(time.Minute)},
 			[]string{"no certificate yet, from the controller; PROBLEM since ", ": no controller (tried again at "}},
 		{"expired", &opsv1.Identity{Source: "files", ExpireTime: at(-time.Hour)}, []string{"certificate EXPIRED "}},
 	} {

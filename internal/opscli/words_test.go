@@ -15,7 +15,8 @@ import (
 
 func TestByteRate(t *testing.T) {
 	for s, want := range map[string]int64{
-		"1": 1, "1048576": mib, "20MiB/s": 20 * mib, "20MiB": 20 * mib, "20Mi": 20 * mib, "20 MiB/s": 20 * mib, "20MB/s": 20e6, "20M": 20e6,
+		"1": 1, "1048576": mib, "20MiB/s": 20 * mib, "20MiB": 20 * mib, "20Mi": 20 * mib, "20 MiB/s": 20 * mib,
+		"20MB/s": 20e6, "20M": 20e6,
 		"1.5GiB/s": 3 << 29, "500kB/s": 500e3, "500K": 500e3, "512KiB/s": 512 << 10, "10B/s": 10,
 	} {
 		var r opscli.ByteRate
@@ -37,8 +38,11 @@ func TestByteRate(t *testing.T) {
 func TestParseAuth(t *testing.T) {
 	auth := base64.StdEncoding.EncodeToString([]byte("user:pass"))
 	for _, tt := range []struct{ name, file, want string }{
-		{"config.json", `{"auths":{"b.io":{"auth":"` + auth + `"},"a.io":{"username":"u","password":"p","email":"x"},"none.io":{}},"HttpHeaders":{"a":"b"}}`, "a.io=u:p b.io=user:pass"},
-		{"dockercfg", `{"https://index.docker.io/v1/":{"auth":"` + auth + `"}}`, "https://index.docker.io/v1/=user:pass"},
+		{"config.json", `{"auths":{"b.io":{"auth":"` + auth +
+			`"},"a.io":{"username":"u","password":"p","email":"x"},"none.io":{}},"HttpHeaders":{"a":"b"}}`,
+			"a.io=u:p b.io=user:pass"},
+		{"dockercfg", `{"https://index.docker.io/v1/":{"auth":"` + auth + `"}}`,
+			"https://index.docker.io/v1/=user:pass"},
 		{"tokens", `{"auths":{"a.io":{"auth":"` + auth + `","identitytoken":"t"}}}`, "a.io=user:pass/t"},
 		{"helper beside", `{"auths":{"a.io":{"auth":"` + auth + `"}},"credsStore":"desktop"}`, "a.io=user:pass"},
 		{"helper only", `{"auths":{"a.io":{}},"credsStore":"desktop"}`, "error: names a credential helper"},
@@ -71,7 +75,8 @@ func TestParseAuth(t *testing.T) {
 	}
 	t.Run("home", func(t *testing.T) {
 		t.Setenv("HOME", t.TempDir())
-		if err := os.WriteFile(filepath.Join(os.Getenv("HOME"), "c.json"), []byte(`{"a":{"username":"u"}}`), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(os.Getenv("HOME"), "c.json"), []byte(`{"a":{"username":"u"}}`),
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 		if c, err := opscli.ReadAuthFile("~/c.json"); err != nil || len(c) != 1 {
@@ -86,7 +91,8 @@ func FuzzParseAuth(f *testing.F) {
 }
 
 func TestShellWord(t *testing.T) {
-	for word, want := range map[string]string{"app=r.io:5000/a/b@sha256:0": "app=r.io:5000/a/b@sha256:0", "a b": "'a b'", "it's": `'it'\''s'`, "$(x)": "'$(x)'", "": "''"} {
+	for word, want := range map[string]string{"app=r.io:5000/a/b@sha256:0": "app=r.io:5000/a/b@sha256:0",
+		"a b": "'a b'", "it's": `'it'\''s'`, "$(x)": "'$(x)'", "": "''"} {
 		if got := opscli.ShellWord(word); got != want {
 			t.Errorf("%q: %s, want %s", word, got, want)
 		}

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -45,8 +45,8 @@ type Message struct {
 
 // Granted comes with the state: nobody has it open any more.
 type Granted struct {
-	View      interceptors.Carry `json:"view"`
-	Remaining Remaining          `json:"left"`
+	View      view.State `json:"view"`
+	Remaining Remaining  `json:"left"`
 }
 
 // Remaining are kubelet's calls that the predecessor still answers.

@@ -99,7 +99,8 @@ func holds(doc []byte, want map[string]any) bool {
 // setText changes the text itself. It reports whether it knows how.
 func setText(doc []byte, value any, path []string) ([]byte, bool) {
 	var root yaml.Node
-	if err := yaml.Unmarshal(doc, &root); err != nil || bytes.Contains(doc, []byte("\n...")) || bytes.Contains(doc, []byte("\n---")) {
+	if err := yaml.Unmarshal(doc, &root); err != nil || bytes.Contains(doc, []byte("\n...")) ||
+		bytes.Contains(doc, []byte("\n---")) {
 		return nil, false
 	}
 	text := lines(doc)

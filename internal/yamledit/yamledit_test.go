@@ -27,13 +27,16 @@ func TestSet(t *testing.T) {
 		{"empty string", "a: \"\"\n", ":10260", []string{"a"}, "a: \":10260\"\n"},
 		{"nothing there", "a:\nb: 1\n", "x", []string{"a"}, "a: x\nb: 1\n"},
 		{"missing", "# top\na: 1\n\n# end\n", "x", []string{"c"}, "# top\na: 1\n\n# end\nc: x\n"},
-		{"below", "# top\nops:\n  address: \"\" # such as\n  keyFile: \"\"\n\nz: 1\n", ":1", []string{"ops", "address"}, "# top\nops:\n  address: \":1\" # such as\n  keyFile: \"\"\n\nz: 1\n"},
-		{"missing below", "ops: # the API\n    address: \"\"\n\nz: 1\n", "k", []string{"ops", "enrol", "kubeconfig"}, "ops: # the API\n    enrol:\n      kubeconfig: k\n    address: \"\"\n\nz: 1\n"},
+		{"below", "# top\nops:\n  address: \"\" # such as\n  keyFile: \"\"\n\nz: 1\n", ":1", []string{"ops", "address"},
+			"# top\nops:\n  address: \":1\" # such as\n  keyFile: \"\"\n\nz: 1\n"},
+		{"missing below", "ops: # the API\n    address: \"\"\n\nz: 1\n", "k", []string{"ops", "enrol", "kubeconfig"},
+			"ops: # the API\n    enrol:\n      kubeconfig: k\n    address: \"\"\n\nz: 1\n"},
 		{"below nothing", "ops:\nz: 1\n", "k", []string{"ops", "address"}, "ops:\n  address: k\nz: 1\n"},
 		{"list", "a: [] # such as\n", []string{"x", "y"}, []string{"a"}, "a: [\"x\",\"y\"] # such as\n"},
 		{"block list", "a:\n  - x\n  - z\nb: 1\n", []string{"y"}, []string{"a"}, "a:\n  - \"y\"\nb: 1\n"},
 		{"json", "{\"kind\":\"K\",\"a\":\"old\"}", "new", []string{"a"}, "{\"kind\":\"K\",\"a\":\"new\"}"},
-		{"json, missing", "{\n  \"kind\": \"K\"\n}\n", "new", []string{"a"}, "{\n  \"a\": \"new\",\n  \"kind\": \"K\"\n}\n"},
+		{"json, missing", "{\n  \"kind\": \"K\"\n}\n", "new", []string{"a"},
+			"{\n  \"a\": \"new\",\n  \"kind\": \"K\"\n}\n"},
 		{"json, empty", "{}\n", "new", []string{"a"}, "{\"a\": \"new\"}\n"},
 		{"number and bool", "a: 1\n", true, []string{"a"}, "a: true\n"},
 		{"folded", "a: >-\n  o\n  ld\nb: 1\n", "x", []string{"a"}, "a: x\nb: 1\n"},
@@ -58,7 +61,8 @@ func TestSet(t *testing.T) {
 
 // Whatever the file, the value is set and nothing else changed.
 func FuzzSet(f *testing.F) {
-	for _, s := range []string{"a: 1\n", "ops:\n  address: x\n", "{\"a\": {\"b\": 1}}", "a: &x 1\nb: *x\n", "ops: {address: x, l: ['a]', \"b\"]}\n", "é: 1\nops:   \n"} {
+	for _, s := range []string{"a: 1\n", "ops:\n  address: x\n", "{\"a\": {\"b\": 1}}", "a: &x 1\nb: *x\n",
+		"ops: {address: x, l: ['a]', \"b\"]}\n", "é: 1\nops:   \n"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, doc string) {

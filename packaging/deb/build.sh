@@ -2,8 +2,9 @@
 # Copyright The cri-proxy Authors.
 # SPDX-License-Identifier: Apache-2.0
 #
-# build.sh BINARY ARCH VERSION DIR: makes the Debian package of a cri-proxy, DIR/cri-proxy_VERSION_ARCH.deb, and prints its name.
-# Equal binaries and commits give equal packages.
+# build.sh BINARY ARCH VERSION DIR: makes the Debian package of a cri-proxy,
+# DIR/cri-proxy_VERSION_ARCH.deb, and prints its name. Equal binaries and commits give equal
+# packages.
 set -eu
 
 [ $# -eq 4 ] || { echo "want: BINARY ARCH VERSION DIR" >&2; exit 2; }

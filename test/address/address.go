@@ -1,8 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package address keeps TCP addresses for tests of what happens while nobody listens, and when somebody listens there again. A port that a test
-// chooses, closes and listens on later may by then be somebody else's.
+// Package address keeps TCP addresses for tests of what happens while nobody listens, and when
+// somebody listens there again. A port that a test chooses, closes and listens on later may by then
+// be somebody else's.
 package address
 
 import (
@@ -15,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Reserve returns an address of the loopback interface, "127.0.0.1:PORT", where nothing listens: connections are refused. Until the end of the
-// test no other program gets its port, nor does the kernel choose it for the near end of a connection. Listen listens there.
+// Reserve returns an address of the loopback interface, "127.0.0.1:PORT", where nothing listens:
+// connections are refused. Until the end of the test no other program gets its port, nor does the
+// kernel choose it for the near end of a connection. Listen listens there.
 func Reserve(t testing.TB) string {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -41,7 +43,8 @@ func Reserve(t testing.TB) string {
 	return fmt.Sprintf("127.0.0.1:%d", own.Port)
 }
 
-// Listen listens at an address that Reserve has returned. It may be called again when the listener is closed.
+// Listen listens at an address that Reserve has returned. It may be called again when the listener
+// is closed.
 func Listen(t testing.TB, reserved string) net.Listener {
 	t.Helper()
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {

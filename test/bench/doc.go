@@ -4,7 +4,8 @@
 // Command bench measures what cri-proxy costs and what it saves.
 //
 //	go run ./test/bench passthrough [-out FILE.json] [-cri-proxy PATH] [-rounds N]
-//	go run ./test/bench gap [-out FILE.json] [-plot FILE.svg] [-cri-proxy PATH] [-rounds N] [-series N] [-ways LIST]
+//	go run ./test/bench gap [-out FILE.json] [-plot FILE.svg] [-cri-proxy PATH] [-rounds N]
+//		[-series N] [-ways LIST]
 //	go run ./test/bench gap -from FILE.json [-plot FILE.svg]
 //
 // In both the variants run in turns, so that other load on the machine hits all of

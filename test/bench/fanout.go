@@ -57,13 +57,15 @@ type FanoutReport struct {
 // FanoutJob is an image job over so many nodes, all at once, twice.
 type FanoutJob struct {
 	Nodes int `json:"nodes"`
-	// First has to connect to every node, with a handshake and a new certificate on either side; Second finds the connections open.
+	// First has to connect to every node, with a handshake and a new certificate on either side;
+	// Second finds the connections open.
 	First  FanoutRound `json:"first"`
 	Second FanoutRound `json:"second"`
 	// Peak is the controller's resident memory at the most.
 	Peak        float64 `json:"peak_rss_mib"`
 	Connections int     `json:"connections"`
-	// Idle is after the jobs, with the connections kept; Gone after the nodes were removed and their processes ended.
+	// Idle is after the jobs, with the connections kept; Gone after the nodes were removed and
+	// their processes ended.
 	Idle    holding `json:"idle"`
 	IdleCPU float64 `json:"idle_cpu_percent"` // of one CPU
 	Gone    holding `json:"gone"`
@@ -72,8 +74,8 @@ type FanoutJob struct {
 
 // FanoutRound is one job. Times are in seconds.
 type FanoutRound struct {
-	// Commanded is from the job's creation to the last node's command, Completed to the job's completion. Each node takes one
-	// second of that for its pull.
+	// Commanded is from the job's creation to the last node's command, Completed to the job's
+	// completion. Each node takes one second of that for its pull.
 	Commanded float64 `json:"commanded_seconds"`
 	PerSecond float64 `json:"commands_per_second"`
 	Completed float64 `json:"completed_seconds"`
@@ -102,7 +104,9 @@ type fanoutBench struct {
 func fanout(ctx context.Context, o fanoutOptions) (err error) {
 	r := FanoutReport{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load()}
 	b := &fanoutBench{}
-	b.bed, err = testbed.Start(ctx, testbed.Options{Mode: testbed.ModeCluster, Log: os.Stderr, ControllerBinary: o.controller, KeepLogs: func() bool { return err != nil && ctx.Err() == nil }})
+	b.bed, err = testbed.Start(ctx,
+		testbed.Options{Mode: testbed.ModeCluster, Log: os.Stderr, ControllerBinary: o.controller,
+			KeepLogs: func() bool { return err != nil && ctx.Err() == nil }})
 	if err != nil {
 		return err
 	}
@@ -167,7 +171,8 @@ func (b *fanoutBench) job(ctx context.Context, n int, idle time.Duration) (_ *Fa
 		return nil, fresh, err
 	}
 	defer fleet.stop()
-	if err := b.bed.StartController(ctx, "--tls-cert-file", filepath.Join(b.dir, clientCert), "--tls-key-file", filepath.Join(b.dir, clientKey),
+	if err := b.bed.StartController(ctx, "--tls-cert-file", filepath.Join(b.dir, clientCert), "--tls-key-file",
+		filepath.Join(b.dir, clientKey),
 		"--tls-ca-file", filepath.Join(b.dir, caCert), "--log-level", "warn"); err != nil {
 		return nil, fresh, err
 	}
@@ -231,9 +236,12 @@ func (b *fanoutBench) round(ctx context.Context, fleet *process, n int, name str
 	all := intstr.FromString("100%")
 	o := &v1beta1.ImagePullJob{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-on-%d", name, n)},
-		Spec: v1beta1.ImagePullJobSpec{Image: "registry.invalid/app:" + name, ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{
-			Parallelism: &all, Selector: &v1beta1.ImagePullJobNodeSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"fleet": "true"}}},
-		}},
+		Spec: v1beta1.ImagePullJobSpec{Image: "registry.invalid/app:" + name,
+			ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{
+				Parallelism: &all,
+				Selector: &v1beta1.ImagePullJobNodeSelector{
+					LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"fleet": "true"}}},
+			}},
 	}
 	began := time.Now()
 	if err := b.api.Create(ctx, o); err != nil {
@@ -314,13 +322,15 @@ func (b *fanoutBench) addNodes(ctx context.Context, n int) error {
 		g.Go(func() error {
 			node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
 				Name: nodeName(i), Labels: map[string]string{"fleet": "true", corev1.LabelHostname: nodeName(i)},
-				Annotations: map[string]string{nodes.AddressAnnotation: fmt.Sprintf("127.77.%d.%d:%d", i/250, i%250+1, b.port)},
+				Annotations: map[string]string{nodes.AddressAnnotation: fmt.Sprintf("127.77.%d.%d:%d", i/250, i%250+1,
+					b.port)},
 			}}
 			if err := b.api.Create(ctx, node); err != nil {
 				return err
 			}
 			now := metav1.Now()
-			node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: now, LastTransitionTime: now, Reason: "Fleet"}}
+			node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue,
+				LastHeartbeatTime: now, LastTransitionTime: now, Reason: "Fleet"}}
 			return b.api.Status().Update(ctx, node)
 		})
 	}
@@ -363,7 +373,8 @@ func (b *fanoutBench) holds(ctx context.Context) (holding, error) {
 
 // writes is how often the controller has written to the API server.
 func (b *fanoutBench) writes(ctx context.Context) (int, error) {
-	n, err := b.metric(ctx, "rest_client_requests_total", `method="PATCH"`, `method="POST"`, `method="PUT"`, `method="DELETE"`, `method="GET"`)
+	n, err := b.metric(ctx, "rest_client_requests_total", `method="PATCH"`, `method="POST"`, `method="PUT"`,
+		`method="DELETE"`, `method="GET"`)
 	if err != nil {
 		return 0, err
 	}
@@ -371,7 +382,8 @@ func (b *fanoutBench) writes(ctx context.Context) (int, error) {
 	return int(n - reads), err
 }
 
-// metric is the sum of one of the controller's metrics over all labels, or over those with one of the pairs.
+// metric is the sum of one of the controller's metrics over all labels, or over those with one of
+// the pairs.
 func (b *fanoutBench) metric(ctx context.Context, name string, pairs ...string) (float64, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+b.bed.ControllerMetricsAddress+"/metrics", nil)
 	if err != nil {
@@ -386,7 +398,8 @@ func (b *fanoutBench) metric(ctx context.Context, name string, pairs ...string) 
 	for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
 		line := lines.Text()
 		rest, ok := strings.CutPrefix(line, name)
-		chosen := len(pairs) == 0 || slices.ContainsFunc(pairs, func(p string) bool { return strings.Contains(rest, p) })
+		chosen := len(pairs) == 0 ||
+			slices.ContainsFunc(pairs, func(p string) bool { return strings.Contains(rest, p) })
 		if ok && chosen && (rest[0] == ' ' || rest[0] == '{') {
 			v, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
 			if err != nil {
@@ -429,12 +442,16 @@ func (j *FanoutJob) print(w io.Writer) {
 		name string
 		FanoutRound
 	}{{"connecting", j.First}, {"connected", j.Second}} {
-		fmt.Fprintf(w, "%d nodes, %s: all commanded after %.2f s (%.0f/s), job %.2f s, controller %.2f s CPU, API server and etcd %.2f s, %d API writes\n",
+		fmt.Fprintf(w, "%d nodes, %s: all commanded after %.2f s (%.0f/s), job %.2f s, controller %.2f s CPU, API "+
+			"server and etcd %.2f s, %d API writes\n",
 			j.Nodes, r.name, r.Commanded, r.PerSecond, r.Completed, r.CPU, r.APICPU, r.APIWrites)
 	}
 	o := j.Objects
-	fmt.Fprintf(w, "  an object per node:    all commanded after %.2f s, job %.2f s, API server and etcd %.2f s CPU, %d API writes, %d watches (%+.0f MiB)\n",
+	fmt.Fprintf(w, "  an object per node:    all commanded after %.2f s, job %.2f s, API server and etcd %.2f s CPU, "+
+		"%d API writes, %d watches (%+.0f MiB)\n",
 		o.Commanded, o.Completed, o.APICPU, o.APIWrites, o.Watches, o.APIRSS)
-	fmt.Fprintf(w, "  %d connections: peak %.0f MiB; idle %.0f MiB, %.2f %% of a CPU, %d goroutines, %d files; gone %.0f MiB, %d goroutines, %d files\n",
-		j.Connections, j.Peak, j.Idle.RSS, j.IdleCPU, j.Idle.Goroutines, j.Idle.Files, j.Gone.RSS, j.Gone.Goroutines, j.Gone.Files)
+	fmt.Fprintf(w, "  %d connections: peak %.0f MiB; idle %.0f MiB, %.2f %% of a CPU, %d goroutines, %d files; gone "+
+		"%.0f MiB, %d goroutines, %d files\n",
+		j.Connections, j.Peak, j.Idle.RSS, j.IdleCPU, j.Idle.Goroutines, j.Idle.Files, j.Gone.RSS, j.Gone.Goroutines,
+		j.Gone.Files)
 }

@@ -137,8 +137,9 @@ type fleetSeen struct {
 	Watches     int       `json:"watches"` // now
 }
 
-// fleet is many nodes in one process: one server that answers at every loopback address, for each node with its own
-// certificate. What a node is told to pull is there a second later. It does not know NodeInfo: the condition on Nodes is no part of what is measured.
+// fleet is many nodes in one process: one server that answers at every loopback address, for each
+// node with its own certificate. What a node is told to pull is there a second later. It does not
+// know NodeInfo: the condition on Nodes is no part of what is measured.
 type fleet struct {
 	opsv1.UnimplementedImagesServer
 	opsv1.UnimplementedOpsServer
@@ -158,7 +159,8 @@ func runFleet(ctx context.Context, port, dir string) error {
 	if err != nil {
 		return err
 	}
-	i := &issuer{ca: ca, key: pair.PrivateKey.(*ecdsa.PrivateKey), nodes: map[string]*tls.Certificate{}} //nolint:forcetypeassert // newIdentities has written it
+	key := pair.PrivateKey.(*ecdsa.PrivateKey) //nolint:forcetypeassert // newIdentities has written it
+	i := &issuer{ca: ca, key: key, nodes: map[string]*tls.Certificate{}}
 	pool := x509.NewCertPool()
 	pool.AddCert(ca)
 	f := &fleet{pulls: map[string]*opsv1.PullOperation{}}
@@ -220,7 +222,8 @@ func (f *fleet) Pull(ctx context.Context, r *opsv1.PullRequest) (*opsv1.PullOper
 			f.seen.First = now
 		}
 		f.seen.Last = now
-		op = &opsv1.PullOperation{Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_FETCHING, CreateTime: timestamppb.New(now), BytesTotal: 1 << 20}
+		op = &opsv1.PullOperation{Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(),
+			Phase: opsv1.PullPhase_PULL_FETCHING, CreateTime: timestamppb.New(now), BytesTotal: 1 << 20}
 		f.pulls[key] = op
 	}
 	return state(op), nil
@@ -229,9 +232,11 @@ func (f *fleet) Pull(ctx context.Context, r *opsv1.PullRequest) (*opsv1.PullOper
 // state is a pull as it is now.
 func state(op *opsv1.PullOperation) *opsv1.PullOperation {
 	end := op.GetCreateTime().AsTime().Add(pullTakes)
-	o := &opsv1.PullOperation{Uid: op.GetUid(), Image: op.GetImage(), Owner: op.GetOwner(), Phase: op.GetPhase(), CreateTime: op.GetCreateTime(), BytesTotal: op.GetBytesTotal()}
+	o := &opsv1.PullOperation{Uid: op.GetUid(), Image: op.GetImage(), Owner: op.GetOwner(), Phase: op.GetPhase(),
+		CreateTime: op.GetCreateTime(), BytesTotal: op.GetBytesTotal()}
 	if !time.Now().Before(end) {
-		o.Phase, o.Reason, o.FinishTime, o.BytesDone, o.ImageId = opsv1.PullPhase_PULL_SUCCEEDED, "Pulled", timestamppb.New(end), o.GetBytesTotal(), "sha256:0"
+		o.Phase, o.Reason, o.FinishTime, o.BytesDone, o.ImageId = opsv1.PullPhase_PULL_SUCCEEDED, "Pulled",
+			timestamppb.New(end), o.GetBytesTotal(), "sha256:0"
 	}
 	return o
 }

@@ -49,8 +49,8 @@ const (
 	quiet = time.Second
 	// after is how long the clients go on after the new process has answered.
 	after = 300 * time.Millisecond
-	// patience is for one restart or one pod. kubelet's back-off before the fifth start is 80 s.
-	patience = 3 * time.Minute
+	// timeout is for one restart or one pod. kubelet's back-off before the fifth start is 80 s.
+	timeout = 3 * time.Minute
 	// apart is the time between the first restarts of series that run side by side.
 	apart = 700 * time.Millisecond
 	// ahead is how many pods of series that run one after another are made at once.
@@ -77,9 +77,11 @@ var gapNodes = []string{"direct", "plain", "pidfd", "gate"}
 
 func gap(ctx context.Context, o gapOptions) (err error) {
 	g := &gapBench{
-		gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{}, criConn: map[*testbed.Node]*grpc.ClientConn{}, nodeOps: map[*testbed.Node]*nodeOps{},
+		gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{},
+		criConn: map[*testbed.Node]*grpc.ClientConn{}, nodeOps: map[*testbed.Node]*nodeOps{},
 	}
-	g.report = GapReport{Time: time.Now().UTC(), Rounds: o.rounds, PeriodMS: millis(o.period), SeriesPeriodMS: millis(seriesPeriod), PerSecond: o.rate, LoadBefore: load()}
+	g.report = GapReport{Time: time.Now().UTC(), Rounds: o.rounds, PeriodMS: millis(o.period),
+		SeriesPeriodMS: millis(seriesPeriod), PerSecond: o.rate, LoadBefore: load()}
 	g.bed, err = testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Nodes: len(gapNodes), Log: os.Stderr, ProxyBinary: o.criProxy,
 		KeepLogs: func() bool { return err != nil && ctx.Err() == nil },
@@ -91,14 +93,14 @@ func gap(ctx context.Context, o gapOptions) (err error) {
 		for _, c := range g.conns {
 			c.Close()
 		}
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, g.bed.Close(closing))
 	}()
 	if err := g.prepare(ctx); err != nil {
 		return err
 	}
-	if err := g.takeTurns(ctx); err != nil {
+	if err := g.alternate(ctx); err != nil {
 		return err
 	}
 	for _, s := range []struct {
@@ -133,7 +135,9 @@ func (g *gapBench) prepare(ctx context.Context) error {
 		g.conns = append(g.conns, conn)
 		g.runtime[n], g.criConn[n] = runtimeapi.NewRuntimeServiceClient(conn), conn
 		for _, image := range []string{"app:1", "app:2"} {
-			if _, err := runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: g.bed.Image(image)}}); err != nil {
+			if _, err := runtimeapi.NewImageServiceClient(conn).
+				PullImage(ctx,
+					&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: g.bed.Image(image)}}); err != nil {
 				return fmt.Errorf("pull %s: %w", image, err)
 			}
 		}
@@ -172,7 +176,8 @@ func undoProxy(ctx context.Context, n *testbed.Node) error {
 	return n.StartKubelet(ctx)
 }
 
-// setMethod restarts a node's proxy with the best method that it may use, and without the debug log of tests.
+// setMethod restarts a node's proxy with the best method that it may use, and without the debug log
+// of tests.
 func setMethod(ctx context.Context, n *testbed.Node, method string) error {
 	b, err := os.ReadFile(n.ProxyConfig())
 	if err != nil {
@@ -193,8 +198,8 @@ func setMethod(ctx context.Context, n *testbed.Node, method string) error {
 	return n.RestartProxy(ctx, syscall.SIGTERM)
 }
 
-// takeTurns measures every way once per round, starting with another one each round.
-func (g *gapBench) takeTurns(ctx context.Context) error {
+// alternate measures every way once per round, starting with another one each round.
+func (g *gapBench) alternate(ctx context.Context) error {
 	pods := map[*way]*gapPod{}
 	for round := -1; round < g.rounds; round++ { // the first one warms up
 		if err := g.renew(ctx, pods); err != nil {
@@ -271,7 +276,7 @@ func (g *gapBench) remove(ctx context.Context, pods map[*way]*gapPod) error {
 
 // measure restarts a pod's container once under the eyes of two clients.
 func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var s Sample
 	if w.ready != nil {
@@ -326,7 +331,8 @@ func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, erro
 	return s, nil
 }
 
-// inARow measures series of restarts, each in a pod of its own, either all at the same time or one after another.
+// inARow measures series of restarts, each in a pod of its own, either all at the same time or one
+// after another.
 func (g *gapBench) inARow(ctx context.Context, name string, sideBySide bool) error {
 	i := slices.IndexFunc(g.ways, func(w *way) bool { return w.name == name })
 	if i < 0 || g.series == 0 {
@@ -400,7 +406,7 @@ func (g *gapBench) row(ctx context.Context, w *way, p *gapPod, period time.Durat
 		if err := pause(ctx, quiet); err != nil {
 			return nil, err
 		}
-		once, cancel := context.WithTimeout(ctx, patience)
+		once, cancel := context.WithTimeout(ctx, timeout)
 		_, err := w.restart(once, p, eye.follow)
 		fresh := ""
 		if err == nil {

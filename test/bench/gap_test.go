@@ -42,8 +42,8 @@ func until(r *requests, cond func(sent, failed int) bool) {
 	}
 }
 
-// TestClientsSeeARestart has both clients watch a server go away and another come in its place, first at the same
-// address and then elsewhere.
+// TestClientsSeeARestart has both clients watch a server go away and another come in its place,
+// first at the same address and then elsewhere.
 func TestClientsSeeARestart(t *testing.T) {
 	ctx, began := t.Context(), time.Now()
 	here := address.Reserve(t)
@@ -142,7 +142,8 @@ func exampleReport() *GapReport {
 	overlap[0].Method, overlap[1].Method = "overlap", "overlap"
 	return &GapReport{
 		Ways: []*WayResult{
-			{Name: "kubelet", Title: "kubelet & image", Samples: append(gaps(90, 100, 110), Sample{Error: "no answer"})},
+			{Name: "kubelet", Title: "kubelet & image",
+				Samples: append(gaps(90, 100, 110), Sample{Error: "no answer"})},
 			{Name: "gate", Title: "gate", Expected: "gate", Samples: gate},
 			{Name: "overlap", Title: "overlap", Expected: "overlap", Samples: overlap},
 			{Name: "recreate", Title: "none of it worked", Samples: []Sample{{Error: "no answer"}}},
@@ -154,7 +155,8 @@ func exampleReport() *GapReport {
 func TestGapReport(t *testing.T) {
 	r := exampleReport()
 	r.finish()
-	if w := r.way("kubelet"); w.N != 3 || w.Gap != (Stats{Median: 100, P90: 100, Min: 90, Max: 110}) || w.Sent != 300 || w.OfKubelet != 1 {
+	if w := r.way("kubelet"); w.N != 3 || w.Gap != (Stats{Median: 100, P90: 100, Min: 90, Max: 110}) || w.Sent != 300 ||
+		w.OfKubelet != 1 {
 		t.Errorf("kubelet: %+v", w)
 	}
 	if w := r.way("gate"); w.OfKubelet != 0.09 || w.NodeGap == nil || w.NodeGap.Median != 8 {
@@ -167,7 +169,8 @@ func TestGapReport(t *testing.T) {
 	for _, g := range r.Goals {
 		met = append(met, g.Met)
 	}
-	// 9 ms, 9 % of kubelet's, nothing failed, but the fifth restart takes twice as long as the first.
+	// 9 ms, 9 % of kubelet's, nothing failed, but the fifth restart takes twice as long as the
+	// first.
 	if !slices.Equal(met, []bool{true, true, true, false}) {
 		t.Errorf("goals: %+v", r.Goals)
 	}
@@ -193,7 +196,8 @@ func TestPlotIsXML(t *testing.T) {
 		"empty":          {&GapReport{}, 0},
 		"without series": {&GapReport{Ways: full.Ways}, 9},
 		"full":           {full, 19},
-		"no gap at all":  {&GapReport{Ways: []*WayResult{{Title: "x", N: 1, Samples: []Sample{{Gap: 0}, {Gap: -1}}}}}, 2},
+		"no gap at all": {&GapReport{Ways: []*WayResult{{Title: "x", N: 1, Samples: []Sample{{Gap: 0}, {Gap: -1}}}}},
+			2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dots := 0

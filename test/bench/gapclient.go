@@ -15,14 +15,15 @@ import (
 	"time"
 )
 
-// Limits of the clients. Peers are on this machine: what does not connect within dialLimit is not there.
+// Limits of the clients. Peers are on this machine: what does not connect within dialLimit is not
+// there.
 const (
 	dialLimit    = 20 * time.Millisecond
 	requestLimit = time.Second
 )
 
-// watcher is an HTTP client that asks the app who it is, in a fixed rhythm over one connection. When that
-// breaks it dials anew at once, and then in its rhythm.
+// watcher is an HTTP client that asks the app who it is, in a fixed rhythm over one connection.
+// When that breaks it dials anew at once, and then in its rhythm.
 type watcher struct {
 	period time.Duration
 	cancel context.CancelFunc
@@ -42,7 +43,8 @@ type seenProcess struct {
 
 func startWatcher(ctx context.Context, address string, period time.Duration) *watcher {
 	ctx, cancel := context.WithCancel(ctx)
-	w := &watcher{period: period, cancel: cancel, done: make(chan struct{}), address: address, news: make(chan struct{})}
+	w := &watcher{period: period, cancel: cancel, done: make(chan struct{}), address: address,
+		news: make(chan struct{})}
 	go func() {
 		defer close(w.done)
 		w.run(ctx)
@@ -111,7 +113,8 @@ func (w *watcher) answered(start string, at time.Time) {
 	w.news = make(chan struct{})
 }
 
-// other waits until a process has answered after the given one, any when that is empty, and returns its start.
+// other waits until a process has answered after the given one, any when that is empty, and returns
+// its start.
 func (w *watcher) other(ctx context.Context, than string) (string, error) {
 	for {
 		w.mu.Lock()
@@ -201,8 +204,8 @@ func (c *appConn) ask() (string, error) {
 	return id.StartTime, nil
 }
 
-// requests is an HTTP client that sends requests at a fixed rate, each on a connection of its own, whether or
-// not earlier ones have been answered. None is repeated.
+// requests is an HTTP client that sends requests at a fixed rate, each on a connection of its own,
+// whether or not earlier ones have been answered. None is repeated.
 type requests struct {
 	cancel context.CancelFunc
 	done   chan struct{}

@@ -60,10 +60,12 @@ type panel struct {
 }
 
 func (r *GapReport) panels() []panel {
-	ways := panel{heading: "Time without an answer at a restart (each dot is one restart, the box the middle half, the bar the median)"}
+	ways := panel{heading: "Time without an answer at a restart (each dot is one restart, the box the middle half, " +
+		"the bar the median)"}
 	for _, w := range r.Ways {
 		if w.N > 0 {
-			ways.strips = append(ways.strips, strip{w.Title, w.Expected != "", w.of(func(s Sample) float64 { return s.Gap })})
+			ways.strips = append(ways.strips,
+				strip{w.Title, w.Expected != "", w.of(func(s Sample) float64 { return s.Gap })})
 		}
 	}
 	row := panel{heading: "Five restarts in a row"}
@@ -117,7 +119,10 @@ func (r *GapReport) svg() string {
 		height += plotTop + plotRow*len(p.strips) + plotBottom
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img" aria-label="Time without an answer at a restart, by way of restarting, on a logarithmic scale">`+"\n", plotWidth, height, plotWidth, height)
+	fmt.Fprintf(&b,
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" `+
+			`role="img" aria-label="Time without an answer at a restart, by way of restarting, `+
+			`on a logarithmic scale">`+"\n", plotWidth, height, plotWidth, height)
 	fmt.Fprintf(&b, "<style>%s</style>\n", plotStyle)
 	// Of its own, as the page around need not follow the reader's choice of light or dark.
 	fmt.Fprintf(&b, `<rect class="back" width="%d" height="%d" rx="6"/>`+"\n", plotWidth, height)
@@ -132,7 +137,8 @@ func (r *GapReport) svg() string {
 
 func (p panel) draw(b *strings.Builder, a axis, top int) {
 	text := func(class, anchor string, x, y float64, s string) {
-		fmt.Fprintf(b, `<text class="%s" text-anchor="%s" x="%.1f" y="%.1f">%s</text>`+"\n", class, anchor, x, y, html.EscapeString(s))
+		fmt.Fprintf(b, `<text class="%s" text-anchor="%s" x="%.1f" y="%.1f">%s</text>`+"\n", class, anchor, x, y,
+			html.EscapeString(s))
 	}
 	text("heading", "start", 12, float64(top+14), p.heading)
 	first, last := float64(top+plotTop), float64(top+plotTop+plotRow*len(p.strips))
@@ -157,8 +163,10 @@ func (p panel) draw(b *strings.Builder, a axis, top int) {
 		}
 		stats := statsOf(s.values)
 		q1, q3 := quartiles(s.values)
-		fmt.Fprintf(b, `<g class="%s"><title>%s: median %s, %s to %s, n = %d</title>`+"\n", class, html.EscapeString(s.label), human(stats.Median), human(stats.Min), human(stats.Max), len(s.values))
-		fmt.Fprintf(b, `<rect class="box" x="%.1f" y="%.1f" width="%.1f" height="%d" rx="2"/>`+"\n", a.x(q1), y-9, max(a.x(q3)-a.x(q1), 1), 18)
+		fmt.Fprintf(b, `<g class="%s"><title>%s: median %s, %s to %s, n = %d</title>`+"\n", class,
+			html.EscapeString(s.label), human(stats.Median), human(stats.Min), human(stats.Max), len(s.values))
+		fmt.Fprintf(b, `<rect class="box" x="%.1f" y="%.1f" width="%.1f" height="%d" rx="2"/>`+"\n", a.x(q1), y-9,
+			max(a.x(q3)-a.x(q1), 1), 18)
 		for j, v := range s.values {
 			// Dots on top of each other are told apart by their height, which means nothing.
 			fmt.Fprintf(b, `<circle cx="%.1f" cy="%.1f" r="%.1f"/>`+"\n", a.x(v), y+float64(j*7%11-5), dotRadius)

@@ -58,7 +58,8 @@ type Sample struct {
 	Round int `json:"round"` // from 0
 	// Gap is from the last answer of the old process to the first of the new one.
 	Gap float64 `json:"gap_ms"`
-	// ProcessGap is from the end of the old process to the main function of the new one; below zero when both ran.
+	// ProcessGap is from the end of the old process to the main function of the new one; below zero
+	// when both ran.
 	ProcessGap float64 `json:"process_gap_ms"`
 	// NodeGap and Method are what the node reports, for ours.
 	NodeGap *float64 `json:"node_gap_ms,omitempty"`
@@ -76,7 +77,8 @@ func (s Sample) String() string {
 	if s.Error != "" {
 		return s.Error
 	}
-	line := fmt.Sprintf("gap %8.1f ms, process to process %8.1f ms, %d of %d requests failed", s.Gap, s.ProcessGap, s.Failed, s.Sent)
+	line := fmt.Sprintf("gap %8.1f ms, process to process %8.1f ms, %d of %d requests failed", s.Gap, s.ProcessGap,
+		s.Failed, s.Sent)
 	if s.NodeGap != nil {
 		line += fmt.Sprintf(", node: %q %.1f ms", s.Method, *s.NodeGap)
 	}
@@ -240,7 +242,8 @@ func (r *GapReport) finish() {
 	r.judge()
 }
 
-// steady is how much longer the fifth restart in a row may take than the first before it counts as growth: medians of 20 differ by as much.
+// steady is how much longer the fifth restart in a row may take than the first before it counts as
+// growth: medians of 20 differ by as much.
 const steady = 1.25
 
 // judge compares with what is promised.
@@ -256,10 +259,12 @@ func (r *GapReport) judge() {
 		}
 	}
 	if absent, present := r.way("upgrade-absent"), r.way("upgrade"); absent.N > 0 && present.N > 0 {
-		goal("upgrade: median gap with the image absent, times that with the image present", absent.Gap.Median/present.Gap.Median, steady)
+		goal("upgrade: median gap with the image absent, times that with the image present",
+			absent.Gap.Median/present.Gap.Median, steady)
 	}
 	if absent, alone := r.way("upgrade-absent"), r.way("kubelet-absent"); absent.N > 0 && alone.N > 0 {
-		goal("upgrade: median gap with the image absent, times kubelet's alone", absent.Gap.Median/alone.Gap.Median, 1.0/8)
+		goal("upgrade: median gap with the image absent, times kubelet's alone", absent.Gap.Median/alone.Gap.Median,
+			1.0/8)
 	}
 	for _, name := range []string{"overlap", "newest", "upgrade-newest"} {
 		if w := r.way(name); w.N > 0 {
@@ -268,14 +273,16 @@ func (r *GapReport) judge() {
 	}
 	for _, s := range r.Series {
 		if s.Name == "gate" && s.N > 0 {
-			goal("gate: median gap of the fifth restart in a row, times the first", s.Restarts[seriesLength-1].Median/s.Restarts[0].Median, steady)
+			goal("gate: median gap of the fifth restart in a row, times the first",
+				s.Restarts[seriesLength-1].Median/s.Restarts[0].Median, steady)
 		}
 	}
 }
 
 // print prints tables in Markdown.
 func (r *GapReport) print(out io.Writer) {
-	fmt.Fprintf(out, "| way | gap, median | p90 | min – max | of kubelet alone | process to process, median | requests failed |\n|---|---|---|---|---|---|---|\n")
+	fmt.Fprintf(out, "| way | gap, median | p90 | min – max | of kubelet alone | process to process, median | "+
+		"requests failed |\n|---|---|---|---|---|---|---|\n")
 	for _, w := range r.Ways {
 		if w.N == 0 {
 			continue
@@ -284,11 +291,13 @@ func (r *GapReport) print(out io.Writer) {
 		if w.OfKubelet > 0 {
 			ratio = fmt.Sprintf("%.2g ×", w.OfKubelet)
 		}
-		fmt.Fprintf(out, "| %s | %s | %s | %s – %s | %s | %s | %.3g per restart |\n", w.Title, human(w.Gap.Median), human(w.Gap.P90), human(w.Gap.Min), human(w.Gap.Max),
+		fmt.Fprintf(out, "| %s | %s | %s | %s – %s | %s | %s | %.3g per restart |\n", w.Title, human(w.Gap.Median),
+			human(w.Gap.P90), human(w.Gap.Min), human(w.Gap.Max),
 			ratio, human(w.ProcessGap.Median), float64(w.Failed)/float64(w.N))
 	}
 	if len(r.Series) > 0 {
-		fmt.Fprintf(out, "\n| in a row: median gap | 1st | 2nd | 3rd | 4th | 5th | n |\n|---|---|---|---|---|---|---|\n")
+		fmt.Fprintf(out,
+			"\n| in a row: median gap | 1st | 2nd | 3rd | 4th | 5th | n |\n|---|---|---|---|---|---|---|\n")
 	}
 	for _, s := range r.Series {
 		fmt.Fprintf(out, "| %s |", s.Title)
@@ -306,7 +315,8 @@ func (r *GapReport) print(out io.Writer) {
 		fmt.Fprintf(out, "%s: n = %d, %d of %d requests failed%s\n", w.Name, w.N, w.Failed, w.Sent, node)
 	}
 	v := r.Versions
-	fmt.Fprintf(out, "%d CPUs (%s), Linux %s, %s, %s, kubelet %s, cri-proxy %s, %s; %d rounds, load before %s, after %s\n\n",
+	fmt.Fprintf(out, "%d CPUs (%s), Linux %s, %s, %s, kubelet %s, cri-proxy %s, %s; %d rounds, load before "+
+		"%s, after %s\n\n",
 		r.CPUs, r.CPU, v.Kernel, v.Containerd, v.Runc, v.Kubelet, v.CRIProxy, v.Go, r.Rounds, r.LoadBefore, r.LoadAfter)
 	for _, n := range r.Notes {
 		fmt.Fprintln(out, "note:", n)

@@ -20,8 +20,9 @@ const (
 	absentMiB    = 125
 )
 
-// addAbsent adds the ways in which the new image is not on the node: kubelet alone, and an upgrade by cri-proxy. Each time it is an
-// image of its own: of one that has been removed, containers that are gone may keep the layers for a while.
+// addAbsent adds the ways in which the new image is not on the node: kubelet alone, and an upgrade
+// by cri-proxy. Each time it is an image of its own: of one that has been removed, containers that
+// are gone may keep the layers for a while.
 func (g *gapBench) addAbsent(direct, gate *testbed.Node, all []*way) []*way {
 	var fresh *largeImage
 	pushed := 0
@@ -35,16 +36,20 @@ func (g *gapBench) addAbsent(direct, gate *testbed.Node, all []*way) []*way {
 	}
 	title := fmt.Sprintf("absent, %d MiB", absentLayers*absentMiB)
 	return append(all,
-		&way{name: "kubelet-absent", title: "kubelet alone: image patched, " + title, node: direct, perPod: 1, every: absentEvery, create: g.plainPod(direct), ready: push,
+		&way{name: "kubelet-absent", title: "kubelet alone: image patched, " + title, node: direct, perPod: 1,
+			every: absentEvery, create: g.plainPod(direct), ready: push,
 			restart: func(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
 				return nil, g.setImage(ctx, p, fresh.ref)
 			}},
-		&way{name: "upgrade-absent", title: "cri-proxy, upgrade: image " + title, method: "gate", node: gate, perPod: 1, every: absentEvery, create: g.plainPod(gate), ready: push,
-			restart: g.upgrade(g.nodeOps[gate], opsv1.Order_ORDER_STOP_FIRST, func(*gapPod) string { return fresh.ref })},
+		&way{name: "upgrade-absent", title: "cri-proxy, upgrade: image " + title, method: "gate", node: gate, perPod: 1,
+			every: absentEvery, create: g.plainPod(gate), ready: push,
+			restart: g.upgrade(g.nodeOps[gate], opsv1.Order_ORDER_STOP_FIRST,
+				func(*gapPod) string { return fresh.ref })},
 	)
 }
 
-// absentEvery is in how many rounds the ways with a large image are measured once: a pull takes seconds, and its time does not vary as gaps do.
+// absentEvery is in how many rounds the ways with a large image are measured once: a pull takes
+// seconds, and its time does not vary as gaps do.
 const absentEvery = 2
 
 // otherImage is what patchImage changes a pod to.
@@ -55,8 +60,11 @@ func (g *gapBench) otherImage(p *gapPod) string {
 	return g.bed.Image("app:1")
 }
 
-// upgrade returns a way's change of the image by an operation of the node and a patch of the pod's spec.
-func (g *gapBench) upgrade(o *nodeOps, order opsv1.Order, image func(*gapPod) string) func(context.Context, *gapPod, func(string)) (*opsv1.ContainerOperation, error) {
+// upgrade returns a way's change of the image by an operation of the node and a patch of the pod's
+// spec.
+func (g *gapBench) upgrade(
+	o *nodeOps, order opsv1.Order, image func(*gapPod) string,
+) func(context.Context, *gapPod, func(string)) (*opsv1.ContainerOperation, error) {
 	return func(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
 		o.mu.Lock()
 		o.sent++
@@ -68,7 +76,8 @@ func (g *gapBench) upgrade(o *nodeOps, order opsv1.Order, image func(*gapPod) st
 			c.MinReadySeconds = minReady
 		}
 		if _, err := o.client.PrepareUpgrade(ctx, &opsv1.PrepareUpgradeRequest{
-			Uid: uid, Requester: "bench", Pod: &opsv1.PodRef{Namespace: gapNamespace, Name: p.name, Uid: p.uid}, Containers: []*opsv1.ContainerUpgrade{c},
+			Uid: uid, Requester: "bench", Pod: &opsv1.PodRef{Namespace: gapNamespace, Name: p.name, Uid: p.uid},
+			Containers: []*opsv1.ContainerUpgrade{c},
 		}); err != nil {
 			return nil, err
 		}

@@ -34,7 +34,8 @@ const (
 	minReady = 1
 )
 
-// reusePort says how the app listens: "1", with SO_REUSEPORT; "newest", so that all new connections are the newest process'.
+// reusePort says how the app listens: "1", with SO_REUSEPORT; "newest", so that all new connections
+// are the newest process'.
 func reusePort(how string) corev1.EnvVar { return corev1.EnvVar{Name: "REUSEPORT", Value: how} }
 
 // way is one way to get a fresh process in a container.
@@ -50,8 +51,8 @@ type way struct {
 	// perPod is how often one pod may be restarted before it is replaced; 0: without end.
 	perPod int
 	create func(ctx context.Context, name string) (*gapPod, error)
-	// restart returns when the new process is on its way or there. It calls moved when clients have to
-	// go to another address. The operation is nil unless the way is ours.
+	// restart returns when the new process is on its way or there. It calls moved when clients have
+	// to go to another address. The operation is nil unless the way is ours.
 	restart func(ctx context.Context, p *gapPod, moved func(address string)) (*opsv1.ContainerOperation, error)
 }
 
@@ -74,9 +75,12 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 	plainPod := g.plainPod
 	var gate *testbed.Node
 	all := []*way{
-		// kubelet's back-off has the image in its key: there and back are two first restarts of a pod, the next would wait.
-		{name: "kubelet", title: "kubelet alone: image patched, present", node: direct, perPod: 2, create: plainPod(direct), restart: g.patchImage},
-		{name: "cri-stop", title: "stopped through CRI, kubelet restarts", node: direct, perPod: 1, create: plainPod(direct), restart: g.stopThroughCRI},
+		// kubelet's back-off has the image in its key: there and back are two first restarts of a
+		// pod, the next would wait.
+		{name: "kubelet", title: "kubelet alone: image patched, present", node: direct, perPod: 2,
+			create: plainPod(direct), restart: g.patchImage},
+		{name: "cri-stop", title: "stopped through CRI, kubelet restarts", node: direct, perPod: 1,
+			create: plainPod(direct), restart: g.stopThroughCRI},
 	}
 	for i, method := range gapNodes[1:] {
 		n := g.bed.Nodes[i+1]
@@ -84,22 +88,28 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		all = append(all, &way{name: method, title: "cri-proxy, " + method, method: method, node: n, create: plainPod(n), restart: ops.restart(opsv1.Order_ORDER_STOP_FIRST)})
+		all = append(all, &way{name: method, title: "cri-proxy, " + method, method: method, node: n,
+			create: plainPod(n), restart: ops.restart(opsv1.Order_ORDER_STOP_FIRST)})
 		if method == "gate" {
 			gate = n
 			startFirst := ops.restart(opsv1.Order_ORDER_START_FIRST)
 			all = append(all,
 				// The old process may take connections with it that it has not answered yet.
-				&way{name: "overlap", title: "cri-proxy, StartFirst", method: "overlap", node: n, create: plainPod(n, reusePort("1")), restart: startFirst},
+				&way{name: "overlap", title: "cri-proxy, StartFirst", method: "overlap", node: n,
+					create: plainPod(n, reusePort("1")), restart: startFirst},
 				// It has had no new one for a while when the newest process takes them all.
-				&way{name: "newest", title: "cri-proxy, StartFirst, newest takes all", method: "overlap", node: n, create: plainPod(n, reusePort("newest")), restart: startFirst},
-				&way{name: "upgrade", title: "cri-proxy, upgrade: image present", method: "gate", node: n, perPod: 2, create: plainPod(n), restart: g.upgrade(ops, opsv1.Order_ORDER_STOP_FIRST, g.otherImage)},
-				&way{name: "upgrade-newest", title: "cri-proxy, upgrade, StartFirst, newest takes all", method: "overlap", node: n, perPod: 2, create: plainPod(n, reusePort("newest")),
+				&way{name: "newest", title: "cri-proxy, StartFirst, newest takes all", method: "overlap", node: n,
+					create: plainPod(n, reusePort("newest")), restart: startFirst},
+				&way{name: "upgrade", title: "cri-proxy, upgrade: image present", method: "gate", node: n, perPod: 2,
+					create: plainPod(n), restart: g.upgrade(ops, opsv1.Order_ORDER_STOP_FIRST, g.otherImage)},
+				&way{name: "upgrade-newest", title: "cri-proxy, upgrade, StartFirst, newest takes all",
+					method: "overlap", node: n, perPod: 2, create: plainPod(n, reusePort("newest")),
 					restart: g.upgrade(ops, opsv1.Order_ORDER_START_FIRST, g.otherImage)})
 		}
 	}
 	all = append(all, &way{name: "recreate", title: "pod deleted, recreated by its StatefulSet", node: direct,
-		create: func(ctx context.Context, name string) (*gapPod, error) { return g.createSet(ctx, name, direct) }, restart: g.deletePod})
+		create:  func(ctx context.Context, name string) (*gapPod, error) { return g.createSet(ctx, name, direct) },
+		restart: g.deletePod})
 	for _, w := range g.addAbsent(direct, gate, all) {
 		if wanted(g.only, w.name) {
 			g.ways = append(g.ways, w)
@@ -113,7 +123,8 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 }
 
 // wayNames are for people who choose.
-const wayNames = "kubelet, kubelet-absent, cri-stop, plain, pidfd, gate, overlap, newest, upgrade, upgrade-newest, upgrade-absent, recreate"
+const wayNames = "kubelet, kubelet-absent, cri-stop, plain, pidfd, gate, overlap, newest, upgrade, upgrade-newest, " +
+	"upgrade-absent, recreate"
 
 // plainPod returns a way's creation of a pod on a node.
 func (g *gapBench) plainPod(n *testbed.Node, env ...corev1.EnvVar) func(context.Context, string) (*gapPod, error) {
@@ -123,8 +134,10 @@ func (g *gapBench) plainPod(n *testbed.Node, env ...corev1.EnvVar) func(context.
 func (g *gapBench) podSpec(env ...corev1.EnvVar) corev1.PodSpec {
 	return corev1.PodSpec{Containers: []corev1.Container{{
 		Name: gapContainer, Image: g.bed.Image("app:1"), ImagePullPolicy: corev1.PullIfNotPresent, Env: env,
-		// A pod that asks for nothing comes after everything else on the machine. All pods of the series fit on a node of two CPUs.
-		Resources: corev1.ResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("50m")}},
+		// A pod that asks for nothing comes after everything else on the machine. All pods of the
+		// series fit on a node of two CPUs.
+		Resources: corev1.ResourceRequirements{
+			Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("50m")}},
 	}}}
 }
 
@@ -161,7 +174,7 @@ func (g *gapBench) createSet(ctx context.Context, name string, n *testbed.Node) 
 
 // eventually calls a condition until it is true.
 func eventually(ctx context.Context, cond func(context.Context) (bool, error)) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -187,13 +200,15 @@ func (g *gapBench) awaitPod(ctx context.Context, name string) (*gapPod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pod %s does not run: %w", name, err)
 	}
-	return &gapPod{name: name, uid: string(p.UID), address: net.JoinHostPort(p.Status.PodIP, gapPort), image: p.Spec.Containers[0].Image}, nil
+	return &gapPod{name: name, uid: string(p.UID), address: net.JoinHostPort(p.Status.PodIP, gapPort),
+		image: p.Spec.Containers[0].Image}, nil
 }
 
 // removePod removes a pod and returns when it is gone.
 func (g *gapBench) removePod(ctx context.Context, p *gapPod) error {
 	if p.set {
-		s := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace, Name: p.name[:len(p.name)-len("-0")]}}
+		s := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace,
+			Name: p.name[:len(p.name)-len("-0")]}}
 		return kube.IgnoreNotFound(g.api.Delete(ctx, s, kube.PropagationPolicy(metav1.DeletePropagationBackground)))
 	}
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace, Name: p.name}}
@@ -213,7 +228,8 @@ func (g *gapBench) patchImage(ctx context.Context, p *gapPod, _ func(string)) (*
 
 func (g *gapBench) setImage(ctx context.Context, p *gapPod, image string) error {
 	p.image = image
-	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"containers": []map[string]any{{"name": gapContainer, "image": image}}}})
+	patch, err := json.Marshal(
+		map[string]any{"spec": map[string]any{"containers": []map[string]any{{"name": gapContainer, "image": image}}}})
 	if err != nil {
 		return err
 	}
@@ -221,7 +237,8 @@ func (g *gapBench) setImage(ctx context.Context, p *gapPod, image string) error 
 	return g.api.Patch(ctx, pod, kube.RawPatch("application/strategic-merge-patch+json", patch))
 }
 
-// stopThroughCRI stops the container behind kubelet's back, as side-car daemons do that restart containers.
+// stopThroughCRI stops the container behind kubelet's back, as side-car daemons do that restart
+// containers.
 func (g *gapBench) stopThroughCRI(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
 	cri := g.runtime[g.bed.Nodes[0]]
 	id, err := containerID(ctx, cri, p)
@@ -234,12 +251,14 @@ func (g *gapBench) stopThroughCRI(ctx context.Context, p *gapPod, _ func(string)
 
 // deletePod deletes the pod and follows the one that comes in its place to its address.
 func (g *gapBench) deletePod(ctx context.Context, p *gapPod, moved func(string)) (*opsv1.ContainerOperation, error) {
-	events, err := g.api.Watch(ctx, &corev1.PodList{}, kube.InNamespace(gapNamespace), kube.MatchingFields{"metadata.name": p.name})
+	events, err := g.api.Watch(ctx, &corev1.PodList{}, kube.InNamespace(gapNamespace),
+		kube.MatchingFields{"metadata.name": p.name})
 	if err != nil {
 		return nil, err
 	}
 	defer events.Stop()
-	if err := g.api.Delete(ctx, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace, Name: p.name}}); err != nil {
+	if err := g.api.Delete(ctx,
+		&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace, Name: p.name}}); err != nil {
 		return nil, err
 	}
 	for {
@@ -288,7 +307,9 @@ func (g *gapBench) dialOps(ctx context.Context, n *testbed.Node, method string) 
 }
 
 // restart returns a way's restart by an operation of the node.
-func (o *nodeOps) restart(order opsv1.Order) func(context.Context, *gapPod, func(string)) (*opsv1.ContainerOperation, error) {
+func (o *nodeOps) restart(
+	order opsv1.Order,
+) func(context.Context, *gapPod, func(string)) (*opsv1.ContainerOperation, error) {
 	return func(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
 		o.mu.Lock()
 		o.sent++

@@ -42,8 +42,10 @@ func pushLarge(ctx context.Context, bed *testbed.Bed, tag string, layers, mib in
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Accept", strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"}, ", "))
-	resp, err := (&http.Client{Timeout: patience}).Do(req)
+	req.Header.Set("Accept",
+		strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"},
+			", "))
+	resp, err := (&http.Client{Timeout: timeout}).Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -71,11 +73,12 @@ func (i *largeImage) mib() (sum float64) {
 
 // remove removes the image from a node and waits until its layers have been collected.
 func (i *largeImage) remove(ctx context.Context, runtime grpc.ClientConnInterface) error {
-	if _, err := runtimeapi.NewImageServiceClient(runtime).RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: i.ref}}); err != nil {
+	if _, err := runtimeapi.NewImageServiceClient(runtime).
+		RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: i.ref}}); err != nil {
 		return err
 	}
 	content := contentapi.NewContentClient(runtime)
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), patience)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), timeout)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

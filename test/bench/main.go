@@ -29,7 +29,7 @@ const usage = `usage: bench COMMAND [flags]
 commands:
   passthrough   calls through the proxy against direct ones and a byte relay
   gap           how long a container does not answer when it is restarted, against other ways; needs root
-  pull          images pulled ahead of time against the runtime's own pulls; needs root
+  pull          images pre-pulled against the runtime's own pulls; needs root
   fanout        a job over thousands of simulated nodes, against an object per node; needs root
 `
 
@@ -43,7 +43,8 @@ func run(ctx context.Context, args []string) error {
 		fs := flag.NewFlagSet(command, flag.ExitOnError)
 		var o options
 		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
-		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary whose idle memory is measured (default: this command's own proxy)")
+		fs.StringVar(&o.criProxy, "cri-proxy", "",
+			"cri-proxy binary whose idle memory is measured (default: this command's own proxy)")
 		fs.StringVar(&o.only, "case", "", "run only the cases whose name contains this")
 		fs.IntVar(&o.rounds, "rounds", 20, "batches per case and variant")
 		fs.Float64Var(&o.scale, "scale", 1, "factor on the calls per batch")
@@ -65,7 +66,8 @@ func run(ctx context.Context, args []string) error {
 		fs.IntVar(&o.rounds, "rounds", 20, "restarts per way")
 		fs.IntVar(&o.series, "series", 20, "series of five restarts in a row")
 		fs.DurationVar(&o.period, "period", 500*time.Microsecond, "rhythm of the client that measures gaps")
-		fs.IntVar(&o.rate, "rate", 200, "requests a second, each on a new connection, of the client that counts failures")
+		fs.IntVar(&o.rate, "rate", 200,
+			"requests a second, each on a new connection, of the client that counts failures")
 		fs.StringVar(&from, "from", "", "measure nothing: print and draw the results in this JSON file")
 		if err := fs.Parse(args); err != nil {
 			return err
@@ -97,7 +99,8 @@ func run(ctx context.Context, args []string) error {
 		var o fanoutOptions
 		var sizes string
 		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
-		fs.StringVar(&o.controller, "cri-controller", "", "cri-controller binary to measure (default: built from this checkout)")
+		fs.StringVar(&o.controller, "cri-controller", "",
+			"cri-controller binary to measure (default: built from this checkout)")
 		fs.StringVar(&sizes, "nodes", "100,1000,5000", "numbers of nodes, with commas, at most 50000")
 		fs.DurationVar(&o.idle, "idle", time.Minute, "how long the idle controller is looked at")
 		if err := fs.Parse(args); err != nil {

@@ -19,10 +19,12 @@ import (
 	kube "sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// Objects is the same command given in the other way that is in use: an object for each node, which the node watches and
-// writes its result into, as NodeImage of OpenKruise. It has the API server's work for both ways.
+// Objects is the same command given in the other way that is in use: an object for each node, which
+// the node watches and writes its result into, as NodeImage of OpenKruise. It has the API server's
+// work for both ways.
 type Objects struct {
-	// Commanded is from the first object written to the last node that has seen its own, Completed to the last result seen.
+	// Commanded is from the first object written to the last node that has seen its own, Completed
+	// to the last result seen.
 	Commanded float64 `json:"commanded_seconds"`
 	Completed float64 `json:"completed_seconds"`
 	APIWrites int     `json:"api_writes"`
@@ -38,7 +40,8 @@ const (
 	resultKey  = "result"
 )
 
-// objects runs the other way over n nodes. The objects are there and watched before the time begins.
+// objects runs the other way over n nodes. The objects are there and watched before the time
+// begins.
 func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error) {
 	ns := fmt.Sprintf("objects-%d", n)
 	if err := b.api.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns}}); err != nil {
@@ -54,7 +57,8 @@ func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error)
 	maker.SetLimit(16)
 	for i := range n {
 		maker.Go(func() error {
-			return b.api.Create(mctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: nodeName(i)}})
+			return b.api.Create(mctx,
+				&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: nodeName(i)}})
 		})
 	}
 	if err := maker.Wait(); err != nil {
@@ -111,7 +115,8 @@ func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error)
 	return o, b.api.Delete(context.WithoutCancel(ctx), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns}})
 }
 
-// results waits until n objects have a result. It begins anew where the API server finds it too slow.
+// results waits until n objects have a result. It begins anew where the API server finds it too
+// slow.
 func (b *fanoutBench) results(ctx context.Context, ns string, n int) error {
 	for done := map[string]bool{}; ; {
 		w, err := b.api.Watch(ctx, &corev1.ConfigMapList{}, kube.InNamespace(ns))
@@ -133,9 +138,13 @@ func (b *fanoutBench) results(ctx context.Context, ns string, n int) error {
 	}
 }
 
-// objectNode is one node: it watches its object until it has a command, takes its second, and writes the result.
-func (b *fanoutBench) objectNode(ctx context.Context, ns, name string, watching chan<- struct{}, commanded chan<- time.Time) error {
-	w, err := b.api.Watch(ctx, &corev1.ConfigMapList{}, kube.InNamespace(ns), &kube.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", name)})
+// objectNode is one node: it watches its object until it has a command, takes its second, and
+// writes the result.
+func (b *fanoutBench) objectNode(
+	ctx context.Context, ns, name string, watching chan<- struct{}, commanded chan<- time.Time,
+) error {
+	w, err := b.api.Watch(ctx, &corev1.ConfigMapList{}, kube.InNamespace(ns),
+		&kube.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", name)})
 	if err != nil {
 		return err
 	}

@@ -97,7 +97,8 @@ func passthrough(ctx context.Context, o options) error {
 	defer os.RemoveAll(dir)
 	socket := func(name string) string { return filepath.Join(dir, name) }
 
-	r := Report{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load(), Rounds: o.rounds}
+	r := Report{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load(),
+		Rounds: o.rounds}
 	backend, err := start(ctx, "runtime", socket("runtime"))
 	if err != nil {
 		return err
@@ -239,8 +240,10 @@ func (r *Report) measureIdle(ctx context.Context, binary, dir string, own *proce
 	if binary != "" {
 		r.IdleOf = "cri-proxy serve"
 		listen := filepath.Join(dir, "serve")
-		cmd := exec.CommandContext(ctx, binary, "serve", "--listen", listen, "--runtime-endpoint", "unix://"+filepath.Join(dir, "runtime"),
-			"--state-dir", filepath.Join(dir, "state"), "--admin-socket", filepath.Join(dir, "admin"), "--log-level", "error")
+		cmd := exec.CommandContext(ctx, binary, "serve", "--listen", listen, "--runtime-endpoint",
+			"unix://"+filepath.Join(dir, "runtime"),
+			"--state-dir", filepath.Join(dir, "state"), "--admin-socket", filepath.Join(dir, "admin"), "--log-level",
+			"error")
 		cmd.Stderr = os.Stderr
 		if err := cmd.Start(); err != nil {
 			return err
@@ -276,7 +279,8 @@ func firstCall(ctx context.Context, socket string) error {
 		return err
 	}
 	defer conn.Close()
-	_, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
+	_, err = runtimeapi.NewRuntimeServiceClient(conn).
+		Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
 	return err
 }
 
@@ -315,14 +319,16 @@ func (r *Report) judge() {
 		goal(small+": added p50, times the relay's", times, 1.5)
 	}
 	if big := all[3].name; r.result(big, "direct").Calls > 0 {
-		goal(big+": added p50, % of direct", max(0, 100*r.result(big, "cri-proxy").Added/r.result(big, "direct").P50), 5)
+		goal(big+": added p50, % of direct", max(0, 100*r.result(big, "cri-proxy").Added/r.result(big, "direct").P50),
+			5)
 	}
 	goal("idle RSS of "+r.IdleOf+", MiB", r.IdleRSS, 25)
 }
 
 func (r *Report) print(w io.Writer) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(t, "case\tvariant\tp50 µs\tp99 µs\tadded p50 µs\t(quartiles)\t× relay\tof direct\tcalls/s\tproxy CPU µs/call\t\n")
+	fmt.Fprintf(t, "case\tvariant\tp50 µs\tp99 µs\tadded p50 µs\t(quartiles)\t× relay\tof direct\tcalls/s\tproxy "+
+		"CPU µs/call\t\n")
 	for _, x := range r.Results {
 		direct, relay := r.result(x.Case, "direct"), r.result(x.Case, "relay")
 		if x.Variant == "direct" {
@@ -334,7 +340,8 @@ func (r *Report) print(w io.Writer) {
 	}
 	_ = t.Flush()
 	fmt.Fprintf(w, "\nidle memory of %s: RSS %.1f MiB, of that anonymous %.1f MiB\n", r.IdleOf, r.IdleRSS, r.IdleAnon)
-	fmt.Fprintf(w, "%s, %d CPUs, %d rounds, load before %s, after %s\n\n", r.Go, r.CPUs, r.Rounds, r.LoadBefore, r.LoadAfter)
+	fmt.Fprintf(w, "%s, %d CPUs, %d rounds, load before %s, after %s\n\n", r.Go, r.CPUs, r.Rounds,
+		r.LoadBefore, r.LoadAfter)
 	for _, g := range r.Goals {
 		met := "met"
 		if !g.Met {

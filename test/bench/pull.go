@@ -43,10 +43,12 @@ type PullReport struct {
 	LoadAfter  string    `json:"load_after"`
 	Layers     int       `json:"layers"`
 	MiB        float64   `json:"mib"` // compressed
-	// Ahead is by cri-proxy, Direct by CRI PullImage on containerd's socket; the same index is the same round.
+	// Ahead is by cri-proxy, Direct by CRI PullImage on containerd's socket; the same index is the
+	// same round.
 	Ahead  []float64 `json:"ahead_seconds"`
 	Direct []float64 `json:"direct_seconds"`
-	// Ratio is the median over the rounds of cri-proxy's throughput by the direct one's, with its quartiles.
+	// Ratio is the median over the rounds of cri-proxy's throughput by the direct one's, with its
+	// quartiles.
 	Ratio     float64 `json:"throughput_ratio"`
 	RatioLow  float64 `json:"throughput_ratio_q1"`
 	RatioHigh float64 `json:"throughput_ratio_q3"`
@@ -63,9 +65,11 @@ type pullBench struct {
 }
 
 func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
-	r := PullReport{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load(), Layers: o.layers}
+	r := PullReport{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load(),
+		Layers: o.layers}
 	b := &pullBench{}
-	b.bed, err = testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Log: os.Stderr, ProxyBinary: o.criProxy, KeepLogs: func() bool { return err != nil && ctx.Err() == nil }})
+	b.bed, err = testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Log: os.Stderr, ProxyBinary: o.criProxy,
+		KeepLogs: func() bool { return err != nil && ctx.Err() == nil }})
 	if err != nil {
 		return err
 	}
@@ -75,7 +79,8 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 		return err
 	}
 	defer admin.Close()
-	runtimeConn, err := grpc.NewClient("unix://"+b.bed.RuntimeSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	runtimeConn, err := grpc.NewClient("unix://"+b.bed.RuntimeSocket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
 	}
@@ -101,7 +106,8 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 		if round == 0 {
 			continue
 		}
-		fmt.Fprintf(os.Stderr, "round %d: cri-proxy %s, containerd %s\n", round, took[0].Round(time.Millisecond), took[1].Round(time.Millisecond))
+		fmt.Fprintf(os.Stderr, "round %d: cri-proxy %s, containerd %s\n", round, took[0].Round(time.Millisecond),
+			took[1].Round(time.Millisecond))
 		r.Ahead, r.Direct = append(r.Ahead, took[0].Seconds()), append(r.Direct, took[1].Seconds())
 	}
 	r.LoadAfter = load()
@@ -143,7 +149,8 @@ func (b *pullBench) ahead(ctx context.Context) (time.Duration, error) {
 // direct lets containerd pull the image, as kubelet and crictl do.
 func (b *pullBench) direct(ctx context.Context) (time.Duration, error) {
 	began := time.Now()
-	_, err := b.cri.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image.ref}, SandboxConfig: &runtimeapi.PodSandboxConfig{}})
+	_, err := b.cri.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image.ref},
+		SandboxConfig: &runtimeapi.PodSandboxConfig{}})
 	return time.Since(began), err
 }
 
@@ -169,7 +176,10 @@ func (r *PullReport) print(w io.Writer) {
 	if !r.Met {
 		met = "MISSED"
 	}
-	fmt.Fprintf(w, "%.0f MiB in %d layers, %d rounds, load before %s, after %s\n", r.MiB, r.Layers, len(r.Ahead), r.LoadBefore, r.LoadAfter)
-	fmt.Fprintf(w, "cri-proxy ahead of time  median %.2f s  %.0f MiB/s\nPullImage on containerd  median %.2f s  %.0f MiB/s\n", ours, ourRate, theirs, theirRate)
-	fmt.Fprintf(w, "%-6s  throughput %.3f of the direct one's, median of the rounds; quartiles %.3f … %.3f (goal ≥ %g)\n", met, r.Ratio, r.RatioLow, r.RatioHigh, pullGoal)
+	fmt.Fprintf(w, "%.0f MiB in %d layers, %d rounds, load before %s, after %s\n", r.MiB, r.Layers, len(r.Ahead),
+		r.LoadBefore, r.LoadAfter)
+	fmt.Fprintf(w, "cri-proxy, pre-pull      median %.2f s  %.0f MiB/s\nPullImage on containerd  median %.2f s  %.0f "+
+		"MiB/s\n", ours, ourRate, theirs, theirRate)
+	fmt.Fprintf(w, "%-6s  throughput %.3f of the direct one's, median of the rounds; quartiles %.3f … %.3f (goal ≥ "+
+		"%g)\n", met, r.Ratio, r.RatioLow, r.RatioHigh, pullGoal)
 }

@@ -185,25 +185,34 @@ func newRuntime() *benchRuntime {
 }
 
 func (r *benchRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "bench", RuntimeVersion: "1", RuntimeApiVersion: "v1"}, nil
+	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "bench", RuntimeVersion: "1",
+		RuntimeApiVersion: "v1"}, nil
 }
 
-func (r *benchRuntime) ContainerStatus(context.Context, *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+func (r *benchRuntime) ContainerStatus(
+	context.Context, *runtimeapi.ContainerStatusRequest,
+) (*runtimeapi.ContainerStatusResponse, error) {
 	return r.status, nil
 }
 
 // ListContainers answers as many as the filter's ID says; without one it has none.
-func (r *benchRuntime) ListContainers(_ context.Context, req *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+func (r *benchRuntime) ListContainers(
+	_ context.Context, req *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
 	n, _ := strconv.Atoi(req.GetFilter().GetId())
 	return &runtimeapi.ListContainersResponse{Containers: r.all[:n]}, nil
 }
 
-func (r *benchRuntime) ListPodSandbox(context.Context, *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+func (r *benchRuntime) ListPodSandbox(
+	context.Context, *runtimeapi.ListPodSandboxRequest,
+) (*runtimeapi.ListPodSandboxResponse, error) {
 	return &runtimeapi.ListPodSandboxResponse{}, nil
 }
 
 // GetContainerEvents is silent.
-func (r *benchRuntime) GetContainerEvents(_ *runtimeapi.GetEventsRequest, s runtimeapi.RuntimeService_GetContainerEventsServer) error {
+func (r *benchRuntime) GetContainerEvents(
+	_ *runtimeapi.GetEventsRequest, s runtimeapi.RuntimeService_GetContainerEventsServer,
+) error {
 	<-s.Context().Done()
 	return s.Context().Err()
 }
@@ -297,7 +306,8 @@ func (b batch) call(ctx context.Context, cri runtimeapi.RuntimeServiceClient) er
 		_, err := cri.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: strings.Repeat("c", 64)})
 		return err
 	}
-	r, err := cri.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{Id: strconv.Itoa(b.List)}})
+	r, err := cri.ListContainers(ctx,
+		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{Id: strconv.Itoa(b.List)}})
 	if n := len(r.GetContainers()); err == nil && n != b.List {
 		return fmt.Errorf("%d containers, want %d", n, b.List)
 	}

@@ -35,14 +35,18 @@ import (
 )
 
 const (
-	// batch is how many pods are made at a time: together they start faster than one by one, and all before the next fault.
+	// batch is how many pods are made at a time: together they start faster than one by one, and
+	// all before the next fault.
 	batch = 8
-	// endPatience bounds a restart after its fault: the runtime is waited for with pauses of up to five seconds.
-	endPatience = time.Minute
-	// settlePatience bounds the time after the restart until kubelet and the API server have followed, a back-off of kubelet's of 10 s included.
-	settlePatience = 30 * time.Second
-	// glance bounds the last look. What kubelet does that it should not is counted for good; but the lists that are compared are not of one
-	// moment, and kubelet may just be removing a container that it has no more use for.
+	// endTimeout bounds a restart after its fault: the runtime is waited for with pauses of up to
+	// five seconds.
+	endTimeout = time.Minute
+	// settleTimeout bounds the time after the restart until kubelet and the API server have
+	// followed, a back-off of kubelet's of 10 s included.
+	settleTimeout = 30 * time.Second
+	// glance bounds the last look. What kubelet does that it should not is counted for good; but
+	// the lists that are compared are not of one moment, and kubelet may just be removing a
+	// container that it has no more use for.
 	glance = 5 * time.Second
 )
 
@@ -65,8 +69,10 @@ func TestMatrixIsWellFormed(t *testing.T) {
 func TestMatches(t *testing.T) {
 	const name = "TestMatrix/StopFirst/gate/stop/kill-proxy"
 	for pattern, want := range map[string]bool{
-		"TestMatrix": true, "^TestMatrix$": true, "TestMatrix/StopFirst/gate/stop$/kill-proxy$": true, "TestMatrix/StopFirst/(gate|pidfd)/": true,
-		"TestMatrix/StartFirst": false, "TestMatrix/StopFirst/gate/stop$/kill-proxy-twice": false, "TestMatrix/StopFirst/(plain|pidfd)": false,
+		"TestMatrix": true, "^TestMatrix$": true, "TestMatrix/StopFirst/gate/stop$/kill-proxy$": true,
+		"TestMatrix/StopFirst/(gate|pidfd)/": true,
+		"TestMatrix/StartFirst":              false, "TestMatrix/StopFirst/gate/stop$/kill-proxy-twice": false,
+		"TestMatrix/StopFirst/(plain|pidfd)": false,
 	} {
 		if got := matches(pattern, name); got != want {
 			t.Errorf("%s: %t, want %t", pattern, got, want)
@@ -103,16 +109,19 @@ func TestMatrix(t *testing.T) {
 			failed++
 		}
 	}
-	fmt.Fprintf(os.Stderr, "crash matrix: %d of %d cases run, %d failed, %s\n", len(cases), len(matrix()), failed, time.Since(began).Round(time.Second))
+	fmt.Fprintf(os.Stderr, "crash matrix: %d of %d cases run, %d failed, %s\n", len(cases), len(matrix()), failed,
+		time.Since(began).Round(time.Second))
 }
 
-// selected says whether go test -run lets the test through, so that no pods are made for cases that do not run.
+// selected says whether go test -run lets the test through, so that no pods are made for cases that
+// do not run.
 func selected(name string) bool {
 	f := flag.Lookup("test.run")
 	if f == nil || f.Value.String() == "" {
 		return true
 	}
-	return slices.ContainsFunc(splitOutside(f.Value.String(), '|'), func(pattern string) bool { return matches(pattern, name) })
+	return slices.ContainsFunc(splitOutside(f.Value.String(), '|'),
+		func(pattern string) bool { return matches(pattern, name) })
 }
 
 // matches is go test's rule: each part of the pattern matches the part of the name at its place.
@@ -174,7 +183,8 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	must(t, c.restartProxy(ctx, syscall.SIGTERM, r.failpointName()))
 	r.before, err = c.observe(ctx, pod)
 	must(t, err)
-	if len(r.before.Runtime) != 1 || r.before.Starts != 1 || r.before.Overlaps != 0 || !slices.Equal(r.before.Created, []uint32{0}) {
+	if len(r.before.Runtime) != 1 || r.before.Starts != 1 || r.before.Overlaps != 0 ||
+		!slices.Equal(r.before.Created, []uint32{0}) {
 		t.Fatalf("the pod is not as it should be before a restart: %+v", r.before)
 	}
 	if cs.faulty() {
@@ -220,7 +230,7 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 		}
 		return r.requestAgrees(ctx, after.Operation)
 	}
-	err = eventually(ctx, settlePatience, judge)
+	err = eventually(ctx, settleTimeout, judge)
 	if err == nil {
 		// What kubelet makes of it counts too.
 		if err = c.relisted(ctx, 2); err == nil {
@@ -230,8 +240,8 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	if err != nil {
 		t.Errorf("%v\noperation: %v\nbefore: %s\nafter: %s", err, op, brief(r.before), brief(after))
 	}
-	// Whoever knows of the restart, something that runs is to be seen all the time, if it had to be given up before the incumbent was stopped or
-	// after its successor was ready.
+	// Whoever knows of the restart, something that runs is to be seen all the time, if it had to be
+	// given up before the incumbent was stopped or after its successor was ready.
 	whole := op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED || cs.want.Lost && (cs.method == gate || cs.method == overlap)
 	if shown := seen.stop(); whole && len(shown) > 0 {
 		t.Errorf("kubelet could see: %q", shown)
@@ -240,16 +250,18 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 		return
 	}
 	if one := op.GetContainers()[0]; op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED {
-		t.Logf("succeeded: method %q (asked for %s), gap %s, warnings %q", one.GetMethod(), cs.method, one.GetGap().AsDuration(), one.GetWarnings())
+		t.Logf("succeeded: method %q (asked for %s), gap %s, warnings %q", one.GetMethod(), cs.method,
+			one.GetGap().AsDuration(), one.GetWarnings())
 	} else {
 		t.Logf("failed: %s: %s", one.GetReason(), one.GetMessage())
 	}
 }
 
-// faulty says whether the case needs the fault proxy between cri-proxy and the runtime. Others do without, so that
-// cri-proxy meets the runtime itself.
+// faulty says whether the case needs the fault proxy between cri-proxy and the runtime. Others do
+// without, so that cri-proxy meets the runtime itself.
 func (c chaosCase) faulty() bool {
-	return c.point == "undo" && !c.upgrade || slices.Contains([]string{runtimeError, runtimeErrors, answerLost}, c.fault)
+	return c.point == "undo" && !c.upgrade ||
+		slices.Contains([]string{runtimeError, runtimeErrors, answerLost}, c.fault)
 }
 
 func (r *run) failpointName() string {
@@ -280,7 +292,8 @@ func (r *run) undoing() faultproxy.Fault {
 
 // refuse makes the next calls on the slot fail.
 func (r *run) refuse(times int) faultproxy.Fault {
-	return faultproxy.Fault{PodUID: r.before.PodUID, Container: slotName, Incumbent: r.before.Runtime[0].ID, Times: times, Code: codes.Unknown}
+	return faultproxy.Fault{PodUID: r.before.PodUID, Container: slotName, Incumbent: r.before.Runtime[0].ID,
+		Times: times, Code: codes.Unknown}
 }
 
 // command gives the command. It does not wait for the answer, for
@@ -338,13 +351,15 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 	if err != nil || (r.fault != diskFull && r.fault != diskFullKill) {
 		return op, err
 	}
-	// What it has said must stay true when there is space again and another process reads the journal.
+	// What it has said must stay true when there is space again and another process reads the
+	// journal.
 	if err := errors.Join(r.disk.free(), r.restartProxy(ctx, syscall.SIGTERM, "")); err != nil {
 		return op, err
 	}
 	again, err := r.ended(ctx)
 	if err == nil && again.GetPhase() != op.GetPhase() {
-		err = fmt.Errorf("the restart ended as %s (%s), and after a restart of the proxy as %s", op.GetPhase(), op.GetMessage(), again.GetPhase())
+		err = fmt.Errorf("the restart ended as %s (%s), and after a restart of the proxy as %s", op.GetPhase(),
+			op.GetMessage(), again.GetPhase())
 	}
 	return again, err
 }
@@ -364,9 +379,9 @@ func (r *run) reached(ctx context.Context) error {
 	case "asked":
 		return nil
 	case "complete":
-		return eventually(ctx, endPatience, func() error { return r.rolloutEnded(ctx) })
+		return eventually(ctx, endTimeout, func() error { return r.rolloutEnded(ctx) })
 	}
-	return eventually(ctx, endPatience, func() error {
+	return eventually(ctx, endTimeout, func() error {
 		_, err := os.Stat(filepath.Join(r.dir, "reached"))
 		return err
 	})
@@ -382,12 +397,13 @@ func (r *run) died(ctx context.Context) error {
 	select {
 	case <-r.bed.Process("cri-proxy").Done():
 		return nil
-	case <-time.After(endPatience):
+	case <-time.After(endTimeout):
 		return r.notReached(ctx, errors.New("it is still alive"))
 	}
 }
 
-// dieAgain starts the proxy so that it dies at the next step, if it comes by, and once more so that it does not.
+// dieAgain starts the proxy so that it dies at the next step, if it comes by, and once more so that
+// it does not.
 func (r *run) dieAgain(ctx context.Context) error {
 	points, kind := stopFirstPoints, "restart."
 	switch {
@@ -403,7 +419,7 @@ func (r *run) dieAgain(ctx context.Context) error {
 	if err := r.bed.LaunchProxy(ctx); err != nil {
 		return err
 	}
-	err := eventually(ctx, endPatience, func() error {
+	err := eventually(ctx, endTimeout, func() error {
 		if !r.bed.Process("cri-proxy").Running() {
 			return nil
 		}
@@ -432,10 +448,12 @@ func (r *run) hit(ctx context.Context) error {
 		pass(ctx, 300*time.Millisecond) // the node goes on without it
 		return errors.Join(err, r.bed.StartController(ctx))
 	case killAll:
-		return errors.Join(r.bed.StopController(ctx, syscall.SIGKILL), r.bed.StopKubelet(ctx, syscall.SIGKILL), r.restartProxy(ctx, syscall.SIGKILL, ""),
+		return errors.Join(r.bed.StopController(ctx, syscall.SIGKILL), r.bed.StopKubelet(ctx, syscall.SIGKILL),
+			r.restartProxy(ctx, syscall.SIGKILL, ""),
 			r.bed.StartKubelet(ctx), r.bed.StartController(ctx))
 	case restartKubelet:
-		return errors.Join(r.bed.StopKubelet(ctx, syscall.SIGKILL), r.bed.StartKubelet(ctx), r.relisted(ctx, 3), r.goOn())
+		return errors.Join(r.bed.StopKubelet(ctx, syscall.SIGKILL), r.bed.StartKubelet(ctx),
+			r.relisted(ctx, 3), r.goOn())
 	case runtimeHangs:
 		err := errors.Join(containerd.Signal(syscall.SIGSTOP), r.goOn())
 		pass(ctx, 3*time.Second)
@@ -488,7 +506,7 @@ func (r *run) operation(ctx context.Context) (op *opsv1.Operation, ended bool, e
 
 func (r *run) ended(ctx context.Context) (*opsv1.Operation, error) {
 	var op *opsv1.Operation
-	err := eventually(ctx, endPatience, func() (err error) {
+	err := eventually(ctx, endTimeout, func() (err error) {
 		ended := false
 		if op, ended, err = r.operation(ctx); err == nil && !ended {
 			err = errors.New("it has not ended")
@@ -530,15 +548,19 @@ type watching struct {
 	stop func() (bad []string)
 }
 
-// watch begins to look at the slot as kubelet sees it. stop returns what a kubelet must never see during a restart: nothing that
-// runs, more than one container that runs, or one that is only created.
+// watch begins to look at the slot as kubelet sees it. stop returns what a kubelet must never see
+// during a restart: nothing that runs, more than one container that runs, or one that is only
+// created.
 func (c *cluster) watch(podUID string) *watching {
 	ctx, cancel := context.WithCancel(context.Background())
 	bad, done := []string(nil), make(chan struct{})
 	go func() {
 		defer close(done)
-		conn, err := grpc.NewClient("unix://"+c.bed.ProxySocket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1, MaxDelay: 20 * time.Millisecond}}))
+		conn, err := grpc.NewClient("unix://"+c.bed.ProxySocket,
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithConnectParams(
+				grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1,
+					MaxDelay: 20 * time.Millisecond}}))
 		if err != nil {
 			bad = append(bad, err.Error())
 			return

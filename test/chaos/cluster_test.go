@@ -38,10 +38,12 @@ const (
 	sideName = "side"
 	// witness is a pod that nothing is done to.
 	witness = "witness"
-	// firstImage is what pods begin with, otherImage what upgrades give them, and brokenImage one whose process ends at once.
+	// firstImage is what pods begin with, otherImage what upgrades give them, and brokenImage one
+	// whose process ends at once.
 	firstImage, otherImage, brokenImage = "busybox:1.0", "busybox:2.0", "busybox:3.0"
-	// podPatience bounds the start of a batch of pods; no fault is at work then, but perhaps a busy machine.
-	podPatience = 5 * time.Minute
+	// podTimeout bounds the start of a batch of pods; no fault is at work then, but perhaps a busy
+	// machine.
+	podTimeout = 5 * time.Minute
 )
 
 // cluster is the one cluster of a run.
@@ -68,7 +70,8 @@ func start(t *testing.T, controller bool) *cluster {
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(scratch)) })
 	program := filepath.Join(scratch, "cri-proxy")
-	build := exec.CommandContext(t.Context(), "go", "build", "-race", "-tags", "failpoint", "-o", program, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
+	build := exec.CommandContext(t.Context(), "go", "build", "-race", "-tags", "failpoint", "-o", program,
+		"github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building cri-proxy: %v\n%s", err, out)
 	}
@@ -107,7 +110,8 @@ func start(t *testing.T, controller bool) *cluster {
 	must(t, err)
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
-	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), inplace.AddToScheme(scheme)))
+	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
+		inplace.AddToScheme(scheme)))
 	c.api, err = client.New(config, client.Options{Scheme: scheme})
 	must(t, err)
 	must(t, c.bed.CreateNamespace(t.Context(), namespace))
@@ -145,7 +149,8 @@ func (c *cluster) configure(method string, faulty bool) error {
 
 func (c *cluster) cdi() string { return filepath.Join(c.bed.RunDir, "cdi") }
 
-// restartProxy ends the proxy and starts it with a failpoint armed, none if empty. Later starts have none.
+// restartProxy ends the proxy and starts it with a failpoint armed, none if empty. Later starts
+// have none.
 func (c *cluster) restartProxy(ctx context.Context, sig syscall.Signal, failpoint string) error {
 	if err := c.bed.KillProxy(ctx, sig); err != nil {
 		return err
@@ -181,8 +186,9 @@ func (c *cluster) heal(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// script is what the containers run. The kernel tells whether two are alive at a time: they listen on one port of the pod's network, which is
-// free again when its last holder is gone, whichever way it went. It costs nothing while it waits.
+// script is what the containers run. The kernel tells whether two are alive at a time: they listen
+// on one port of the pod's network, which is free again when its last holder is gone, whichever way
+// it went. It costs nothing while it waits.
 const script = `echo start >> /work/starts
 [ $VERSION != 3.0 ] || exit 3
 nc -l -p $PORT >/dev/null 2>>/work/overlaps &
@@ -194,7 +200,8 @@ func (c *cluster) podNamed(name string) *corev1.Pod {
 	grace, no := int64(2), false
 	container := func(name, port string) corev1.Container {
 		return corev1.Container{
-			Name: name, Env: []corev1.EnvVar{{Name: "PORT", Value: port}}, Image: c.bed.Image(firstImage), Command: []string{"sh", "-c", script},
+			Name: name, Env: []corev1.EnvVar{{Name: "PORT", Value: port}}, Image: c.bed.Image(firstImage),
+			Command:      []string{"sh", "-c", script},
 			VolumeMounts: []corev1.VolumeMount{{Name: name, MountPath: "/work"}},
 		}
 	}
@@ -222,7 +229,9 @@ func (c *cluster) podFor(cs chaosCase, name string) *corev1.Pod {
 	p := c.podNamed(name)
 	if cs.order == upBack {
 		p.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
-			PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "test $VERSION != 2.0"}}},
+			PeriodSeconds: 1,
+			ProbeHandler: corev1.ProbeHandler{
+				Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "test $VERSION != 2.0"}}},
 		}
 	}
 	return p
@@ -237,7 +246,7 @@ func (c *cluster) create(ctx context.Context, pods ...*corev1.Pod) error {
 	}
 	for _, p := range pods {
 		n := p.Name
-		err := eventually(ctx, podPatience, func() error {
+		err := eventually(ctx, podTimeout, func() error {
 			p := &corev1.Pod{}
 			if err := c.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: n}, p); err != nil {
 				return err
@@ -262,9 +271,10 @@ func (c *cluster) remove(ctx context.Context, name string) error {
 	return client.IgnoreNotFound(c.api.Delete(ctx, c.podNamed(name), &client.DeleteOptions{GracePeriodSeconds: &grace}))
 }
 
-// eventually calls cond until it returns nil, at most for the time given, and returns its last error.
-func eventually(ctx context.Context, patience time.Duration, cond func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// eventually calls cond until it returns nil, at most for the time given, and returns its last
+// error.
+func eventually(ctx context.Context, timeout time.Duration, cond func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond) // other processes are polled
 	defer tick.Stop()
@@ -276,7 +286,7 @@ func eventually(ctx context.Context, patience time.Duration, cond func() error) 
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", patience, err)
+			return fmt.Errorf("not within %s: %w", timeout, err)
 		}
 	}
 }

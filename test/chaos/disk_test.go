@@ -33,8 +33,8 @@ func (d *disk) state() string { return filepath.Join(d.dir, "state") }
 
 func (d *disk) close() error { return unix.Unmount(d.dir, unix.MNT_DETACH) }
 
-// fill leaves no space, not even for the journal's next write: its free pages, which it would use again without
-// asking the file system for more, are given back first.
+// fill leaves no space, not even for the journal's next write: its free pages, which it would use
+// again without asking the file system for more, are given back first.
 func (d *disk) fill() error {
 	if err := dropFreePages(filepath.Join(d.state(), "journal.db")); err != nil {
 		return err
@@ -102,7 +102,8 @@ func dropFreePages(path string) error {
 				at += int64(page.OverflowCount) * size // these have no header of their own
 				continue
 			}
-			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, size); err != nil {
+			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at,
+				size); err != nil {
 				return fmt.Errorf("hole in %s: %w", path, err)
 			}
 		}

@@ -29,16 +29,18 @@ const (
 	killProxy      = "kill-proxy"       // kill -9 at the step; the next process takes over
 	killTwice      = "kill-proxy-twice" // the next process is killed as well, one step later
 	killContainerd = "kill-containerd"  // kill -9; the restart goes on, then containerd comes back
-	lateKill       = "kill-in-the-call" // kill -9 of containerd a moment after the restart went on: in the middle of a call
-	restartKubelet = "restart-kubelet"  // kill -9; the new kubelet has seen the node before the restart goes on
-	runtimeHangs   = "runtime-hangs"    // SIGSTOP for three seconds
-	runtimeError   = "runtime-error"    // the next call that changes a container of the slot fails, without effect
-	runtimeErrors  = "runtime-errors"   // the next three do
-	answerLost     = "answer-lost"      // the next one takes effect and fails all the same
-	diskFull       = "disk-full"        // the journal's disk is full until the restart has ended; then the proxy is restarted
-	diskFullKill   = "disk-full-kill"   // the same, and the proxy is killed and started while it is full
-	loseJournal    = "journal-deleted"  // kill -9 at the step, and the journal is gone when the next process starts
-	ruinJournal    = "journal-ruined"   // the same, and in its place there is something else
+	// kill -9 of containerd a moment after the restart went on: in the middle of a call.
+	lateKill       = "kill-in-the-call"
+	restartKubelet = "restart-kubelet" // kill -9; the new kubelet has seen the node before the restart goes on
+	runtimeHangs   = "runtime-hangs"   // SIGSTOP for three seconds
+	runtimeError   = "runtime-error"   // the next call that changes a container of the slot fails, without effect
+	runtimeErrors  = "runtime-errors"  // the next three do
+	answerLost     = "answer-lost"     // the next one takes effect and fails all the same
+	// the journal's disk is full until the restart has ended; then the proxy is restarted.
+	diskFull     = "disk-full"
+	diskFullKill = "disk-full-kill"  // the same, and the proxy is killed and started while it is full
+	loseJournal  = "journal-deleted" // kill -9 at the step, and the journal is gone when the next process starts
+	ruinJournal  = "journal-ruined"  // the same, and in its place there is something else
 )
 
 // losses are the faults after which the node does not know the operation any more.
@@ -52,7 +54,8 @@ type chaosCase struct {
 	upgrade bool
 	// patient cases wait until the node knows that kubelet does not come any more.
 	patient bool
-	// byRequest: a ContainerRecreateRequest asks for the restart, by way of the controller, instead of a command.
+	// byRequest: a ContainerRecreateRequest asks for the restart, by way of the controller, instead
+	// of a command.
 	byRequest bool
 	// reduced cases run in every go test.
 	reduced bool
@@ -66,15 +69,19 @@ func (c chaosCase) name() string {
 	return strings.Join(parts, "/")
 }
 
-// The steps at which a restart can be caught, in the order in which it comes to them. undo stands for a restart that
-// fails: the runtime is made to refuse to stop the incumbent (StopFirst) or to start the successor (StartFirst).
+// The steps at which a restart can be caught, in the order in which it comes to them. undo stands
+// for a restart that fails: the runtime is made to refuse to stop the incumbent (StopFirst) or to
+// start the successor (StartFirst).
 var (
-	stopFirstPoints  = []string{"stage", "created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed", "done", "undo"}
-	startFirstPoints = []string{"stage", "created", "staged", "start", "running", "ready", "stop", "stopped", "reveal", "revealed", "done", "undo"}
+	stopFirstPoints = []string{"stage", "created", "staged", "stop", "gated", "stopped", "running", "started",
+		"reveal", "revealed", "done", "undo"}
+	startFirstPoints = []string{"stage", "created", "staged", "start", "running", "ready", "stop", "stopped", "reveal",
+		"revealed", "done", "undo"}
 )
 
 // faultsEverywhere strike at every step of StopFirst with method gate and of StartFirst.
-var faultsEverywhere = []string{killProxy, killContainerd, restartKubelet, runtimeHangs, runtimeError, diskFull, loseJournal, ruinJournal}
+var faultsEverywhere = []string{killProxy, killContainerd, restartKubelet, runtimeHangs, runtimeError, diskFull,
+	loseJournal, ruinJournal}
 
 // more are the faults that say most at certain steps.
 var more = map[string]map[string][]string{
@@ -94,7 +101,8 @@ var more = map[string]map[string][]string{
 	},
 }
 
-// slower are the cases of the other methods: what differs from gate is how the successor is started, so the steps around that.
+// slower are the cases of the other methods: what differs from gate is how the successor is
+// started, so the steps around that.
 var slower = map[string][]string{
 	killProxy:      {"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "done"},
 	killContainerd: {"stop", "stopped", "running"},
@@ -123,7 +131,8 @@ var byRequest = []string{
 	"StartFirst/overlap/undo/runtime-hangs",
 }
 
-// reduced is the selection for every day: each fault, each order, and the steps that have the most to lose.
+// reduced is the selection for every day: each fault, each order, and the steps that have the most
+// to lose.
 var reduced = []string{
 	"StopFirst/gate/created/kill-proxy",
 	"StopFirst/gate/gated/kill-proxy",
@@ -149,7 +158,8 @@ var reduced = []string{
 func matrix() []chaosCase {
 	var all []chaosCase
 	add := func(order, method, point, fault string) {
-		c := chaosCase{order: order, method: method, point: point, fault: fault, want: expect(order, method, point, fault)}
+		c := chaosCase{order: order, method: method, point: point, fault: fault,
+			want: expect(order, method, point, fault)}
 		again := c
 		again.byRequest = slices.Contains(byRequest, c.name())
 		c.reduced = slices.Contains(reduced, c.name())
@@ -208,7 +218,8 @@ func expect(order, method, point, fault string) invariant.Expect {
 	case killProxy, killTwice, killContainerd, restartKubelet, runtimeHangs:
 		e.Outcome = invariant.Succeeds
 	case lateKill:
-		// A create that is cut off fails the restart: it may have taken effect, and nothing has been stopped.
+		// A create that is cut off fails the restart: it may have taken effect, and nothing has
+		// been stopped.
 		e.Outcome = invariant.Succeeds
 		if point == "stage" {
 			e.Outcome, e.Untouched = invariant.Either, true

@@ -103,7 +103,8 @@ func (c *cluster) onRuntime(f func(*grpc.ClientConn) error) error {
 	return f(conn)
 }
 
-// onOps calls the proxy's command socket. A connection of its own each time: the socket is another one after each start.
+// onOps calls the proxy's command socket. A connection of its own each time: the socket is another
+// one after each start.
 func (c *cluster) onOps(f func(opsv1.OpsClient) error) error {
 	return c.onNode(func(conn *grpc.ClientConn) error { return f(opsv1.NewOpsClient(conn)) })
 }
@@ -118,22 +119,25 @@ func (c *cluster) onNode(f func(*grpc.ClientConn) error) error {
 }
 
 func listSlot(ctx context.Context, conn *grpc.ClientConn, podUID string) ([]invariant.Container, error) {
-	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": slotName},
-	}})
+	list, err := runtimeapi.NewRuntimeServiceClient(conn).
+		ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": slotName},
+		}})
 	var out []invariant.Container
 	for _, x := range list.GetContainers() {
-		out = append(out, invariant.Container{ID: x.GetId(), Sandbox: x.GetPodSandboxId(), Attempt: x.GetMetadata().GetAttempt(), State: x.GetState(), Image: x.GetImage().GetUserSpecifiedImage()})
+		out = append(out, invariant.Container{ID: x.GetId(), Sandbox: x.GetPodSandboxId(),
+			Attempt: x.GetMetadata().GetAttempt(), State: x.GetState(), Image: x.GetImage().GetUserSpecifiedImage()})
 	}
 	return out, err
 }
 
-// expires is the label of a lease that ends by itself (containerd's core/leases, WithExpiration): a containerd that is killed in the middle
-// of a CreateContainer leaves one of its own.
+// expires is the label of a lease that ends by itself (containerd's core/leases, WithExpiration): a
+// containerd that is killed in the middle of a CreateContainer leaves one of its own.
 const expires = "containerd.io/gc.expire"
 
-// leases returns the IDs of containerd's leases of Kubernetes that stay for good. Its API is no dependency of this module, and one field of one
-// message (ListResponse.leases[].id, both number 1) is no reason to make it one.
+// leases returns the IDs of containerd's leases of Kubernetes that stay for good. Its API is no
+// dependency of this module, and one field of one message (ListResponse.leases[].id, both number 1)
+// is no reason to make it one.
 func leases(ctx context.Context, conn *grpc.ClientConn) ([]string, error) {
 	ctx = metadata.AppendToOutgoingContext(ctx, "containerd-namespace", "k8s.io")
 	resp := &emptypb.Empty{}
@@ -214,15 +218,17 @@ func mounts(dirs ...string) ([]string, error) {
 	}
 	var out []string
 	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 4 && slices.ContainsFunc(dirs, func(d string) bool { return strings.HasPrefix(f[4], d+"/") }) {
+		if f := strings.Fields(line); len(f) > 4 &&
+			slices.ContainsFunc(dirs, func(d string) bool { return strings.HasPrefix(f[4], d+"/") }) {
 			out = append(out, f[4])
 		}
 	}
 	return out, nil
 }
 
-// strays lists processes of the slot or its pod that should not be there: in the cgroup of a container that does not run, not past runc's
-// own start, or a runc that works on a container of the slot.
+// strays lists processes of the slot or its pod that should not be there: in the cgroup of a
+// container that does not run, not past runc's own start, or a runc that works on a container of
+// the slot.
 func (c *cluster) strays(f *invariant.Facts) ([]string, error) {
 	idle := map[string]bool{} // containers of the slot that do not run
 	slot := map[string]bool{}
@@ -246,7 +252,8 @@ func (c *cluster) strays(f *invariant.Facts) ([]string, error) {
 		args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
 		say := func(why string) { out = append(out, fmt.Sprintf("%s %q: %s", d.Name(), args, why)) }
 		runc := filepath.Base(args[0]) == "runc"
-		if probe := slices.Contains(args, "exec"); runc && !probe && slices.ContainsFunc(args, func(a string) bool { return slot[a] }) {
+		if probe := slices.Contains(args, "exec"); runc && !probe &&
+			slices.ContainsFunc(args, func(a string) bool { return slot[a] }) {
 			say("runc at work")
 			continue
 		}

@@ -24,7 +24,8 @@ func (r *run) createRequest(ctx context.Context) error {
 	}
 	if r.order == startFirst {
 		crr.Annotations = map[string]string{appsv1alpha1.RestartOrderAnnotation: startFirst}
-		crr.Spec.Strategy = &appsv1alpha1.ContainerRecreateRequestStrategy{MinStartedSeconds: r.request.GetContainers()[0].GetMinReadySeconds()}
+		crr.Spec.Strategy = &appsv1alpha1.ContainerRecreateRequestStrategy{
+			MinStartedSeconds: r.request.GetContainers()[0].GetMinReadySeconds()}
 	}
 	if err := r.api.Create(ctx, crr); err != nil {
 		return err
@@ -47,7 +48,8 @@ func (r *run) requestAgrees(ctx context.Context, op *opsv1.Operation) error {
 		want = appsv1alpha1.ContainerRecreateRequestSucceeded
 	}
 	states := crr.Status.ContainerRecreateStates
-	if crr.Status.Phase != appsv1alpha1.ContainerRecreateRequestCompleted || len(states) != 1 || states[0].Phase != want {
+	if crr.Status.Phase != appsv1alpha1.ContainerRecreateRequestCompleted || len(states) != 1 ||
+		states[0].Phase != want {
 		return fmt.Errorf("the request says %+v, the operation %s", crr.Status, op.GetPhase())
 	}
 	return nil

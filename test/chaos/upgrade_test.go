@@ -27,12 +27,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/chaos/invariant"
 )
 
-// backAfter is how long a pod may take to get ready with the image that never does, in seconds. A kubelet whose calls failed when the proxy was
-// restarted for the case looks at the pod again only after its back-off of some 15 s.
+// backAfter is how long a pod may take to get ready with the image that never does, in seconds. A
+// kubelet whose calls failed when the proxy was restarted for the case looks at the pod again only
+// after its back-off of some 15 s.
 const backAfter = 25
 
-// adoptPatience is more than the two minutes for which the node waits for a kubelet that has no reason to call any more.
-const adoptPatience = 150 * time.Second
+// adoptTimeout is more than the two minutes for which the node waits for a kubelet that has no
+// reason to call any more.
+const adoptTimeout = 150 * time.Second
 
 // newImage is what the case changes the slot to.
 func (c *cluster) newImage(cs chaosCase) string {
@@ -86,11 +88,11 @@ func (r *run) runUpgrade(t *testing.T) {
 		_ = judge()
 		t.Fatalf("%v\nafter: %s", err, brief(after))
 	}
-	patience := settlePatience
+	timeout := settleTimeout
 	if r.patient {
-		patience = adoptPatience
+		timeout = adoptTimeout
 	}
-	err := eventually(ctx, patience, judge)
+	err := eventually(ctx, timeout, judge)
 	if err == nil {
 		if err = r.relisted(ctx, 2); err == nil {
 			err = eventually(ctx, glance, judge)
@@ -104,10 +106,12 @@ func (r *run) runUpgrade(t *testing.T) {
 		one = op.GetContainers()[0]
 	}
 	alone := r.order == upStopFirst || r.order == upStartFirst
-	if shown := seen.stop(); alone && after.Operation.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && one.GetMethod() != "kubelet" && len(shown) > 0 {
+	if shown := seen.stop(); alone && after.Operation.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED &&
+		one.GetMethod() != "kubelet" && len(shown) > 0 {
 		t.Errorf("kubelet could see: %q", shown)
 	}
-	t.Logf("%s: operation %s, method %q (asked for %s), gap %s, reason %q, warnings %q", after.Rollout, after.Operation.GetPhase(), one.GetMethod(), r.method, one.GetGap().AsDuration(),
+	t.Logf("%s: operation %s, method %q (asked for %s), gap %s, reason %q, warnings %q", after.Rollout,
+		after.Operation.GetPhase(), one.GetMethod(), r.method, one.GetGap().AsDuration(),
 		one.GetReason(), one.GetWarnings())
 }
 
@@ -174,7 +178,8 @@ func (r *run) observeRollout(ctx context.Context, f *invariant.Facts) error {
 	}
 	return r.onRuntime(func(conn *grpc.ClientConn) error {
 		for _, name := range []string{r.bed.Image(firstImage), r.want.Image} {
-			st, err := runtimeapi.NewImageServiceClient(conn).ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
+			st, err := runtimeapi.NewImageServiceClient(conn).
+				ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 			if err != nil {
 				return err
 			}

@@ -1,10 +1,10 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Command demo shows cri-proxy at work on a one-node cluster whose kubelet talks to
-// containerd only through the proxy. Each scene is a file: one of three containers of a pod is
-// restarted with a ContainerRecreateRequest, a StatefulSet gets a new image in place under traffic, and an image is put on the node with an
-// ImagePullJob before a pod needs it.
+// Command demo shows cri-proxy at work on a one-node cluster whose kubelet talks to containerd only
+// through the proxy. Each scene is a file: one of three containers of a pod is restarted with a
+// ContainerRecreateRequest, a StatefulSet gets a new image in place under traffic, and an image is
+// put on the node with an ImagePullJob before a pod needs it.
 //
 // With KEEP=1 in the environment the cluster stays up.
 package main
@@ -31,8 +31,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// patience is for pods, requests and jobs; all take seconds.
-const patience = 2 * time.Minute
+// timeout is for pods, requests and jobs; all take seconds.
+const timeout = 2 * time.Minute
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -64,7 +64,7 @@ func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 			return
 		}
 		d.heading("Taking the cluster down")
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, d.bed.Close(closing))
 	}()
@@ -97,7 +97,8 @@ func (d *demo) install(ctx context.Context) error {
 		return err
 	}
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
+		v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
 		return err
 	}
 	if d.api, err = client.NewWithWatch(config, client.Options{Scheme: scheme}); err != nil {
@@ -110,7 +111,8 @@ func (d *demo) install(ctx context.Context) error {
 	if err := d.kubectl(ctx, "", "apply", "-f", filepath.Join(d.root, "deploy", "crds")); err != nil {
 		return err
 	}
-	if _, err := d.bed.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
+	if _, err := d.bed.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all",
+		"--timeout=30s"); err != nil {
 		return err
 	}
 	return d.bed.StartController(ctx)

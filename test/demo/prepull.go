@@ -49,13 +49,15 @@ func (d *demo) prepull(ctx context.Context) error {
 	if job.Status.Succeeded != job.Status.Desired {
 		return fmt.Errorf("the image is not on all nodes: %+v", job.Status)
 	}
-	if err := d.exec(ctx, filepath.Join(d.bed.Bin, "cri-proxy"), "ctl", "--admin-socket", d.bed.AdminSocket, "images"); err != nil {
+	if err := d.exec(ctx, filepath.Join(d.bed.Bin, "cri-proxy"), "ctl", "--admin-socket", d.bed.AdminSocket,
+		"images"); err != nil {
 		return err
 	}
 
 	d.heading("A pod that uses it starts without a pull")
 	began := time.Now()
-	if err := d.kubectl(ctx, "", "run", "web", "--image", pullImage, "--image-pull-policy", "IfNotPresent"); err != nil {
+	if err := d.kubectl(ctx, "", "run", "web", "--image", pullImage, "--image-pull-policy",
+		"IfNotPresent"); err != nil {
 		return err
 	}
 	if err := d.kubectl(ctx, "", "wait", "--for=condition=Ready", "pod/web", "--timeout=60s"); err != nil {
@@ -68,7 +70,7 @@ func (d *demo) prepull(ctx context.Context) error {
 
 // followJob watches the job until it has completed.
 func (d *demo) followJob(ctx context.Context) (*v1beta1.ImagePullJob, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
@@ -87,7 +89,8 @@ func (d *demo) followJob(ctx context.Context) (*v1beta1.ImagePullJob, error) {
 		}
 	}
 	if err := watch.Wait(); watching.Err() == nil || ctx.Err() != nil {
-		return nil, fmt.Errorf("the job is not completed: %w; see the logs of cri-controller and cri-proxy in %s", errors.Join(err, ctx.Err()), d.bed.Logs)
+		return nil, fmt.Errorf("the job is not completed: %w; see the logs of cri-controller and cri-proxy in %s",
+			errors.Join(err, ctx.Err()), d.bed.Logs)
 	}
 	job := &v1beta1.ImagePullJob{}
 	return job, d.api.Get(ctx, client.ObjectKey{Namespace: "default", Name: pullJob}, job)
@@ -96,7 +99,8 @@ func (d *demo) followJob(ctx context.Context) (*v1beta1.ImagePullJob, error) {
 // startedWithoutPull shows kubelet's own word for it.
 func (d *demo) startedWithoutPull(ctx context.Context) error {
 	var list corev1.EventList
-	if err := d.api.List(ctx, &list, client.InNamespace("default"), client.MatchingFields{"involvedObject.name": "web"}); err != nil {
+	if err := d.api.List(ctx, &list, client.InNamespace("default"),
+		client.MatchingFields{"involvedObject.name": "web"}); err != nil {
 		return err
 	}
 	for _, e := range list.Items {

@@ -35,7 +35,8 @@ func (d *demo) restart(ctx context.Context) error {
 	if err := d.kubectl(ctx, d.pod(), "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := d.bed.Kubectl(ctx, "-n", namespace, "wait", "--for=condition=Ready", "pod/"+podName, "--timeout=120s"); err != nil {
+	if _, err := d.bed.Kubectl(ctx, "-n", namespace, "wait", "--for=condition=Ready", "pod/"+podName,
+		"--timeout=120s"); err != nil {
 		return err
 	}
 	before := &corev1.Pod{}
@@ -84,15 +85,18 @@ func (d *demo) restart(ctx context.Context) error {
 	if err := d.kubectl(ctx, "", "-n", namespace, "logs", podName, "-c", "app", "--previous"); err != nil {
 		return err
 	}
-	return d.exec(ctx, filepath.Join(d.bed.Bin, "cri-proxy"), "ctl", "--admin-socket", d.bed.AdminSocket, "ops", string(crr.UID)+".app")
+	return d.exec(ctx, filepath.Join(d.bed.Bin, "cri-proxy"), "ctl", "--admin-socket", d.bed.AdminSocket, "ops",
+		string(crr.UID)+".app")
 }
 
 // pod is a pod whose containers say when they start and when they are asked to stop.
 func (d *demo) pod() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "apiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s}\nspec:\n  restartPolicy: Never\n  terminationGracePeriodSeconds: 10\n  containers:\n", podName, namespace)
+	fmt.Fprintf(&b, "apiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s}\nspec:\n  restartPolicy: Never\n "+
+		" terminationGracePeriodSeconds: 10\n  containers:\n", podName, namespace)
 	for _, name := range []string{"app", "metrics", "proxy"} {
-		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    command: [sh, -c, 'trap \"echo asked to stop, leaving with 7; exit 7\" TERM; echo %s has started; while :; do sleep 0.1; done']\n",
+		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    command: [sh, -c, 'trap \"echo asked to stop, leaving with "+
+			"7; exit 7\" TERM; echo %s has started; while :; do sleep 0.1; done']\n",
 			name, d.bed.Image("busybox:1.0"), name)
 	}
 	return b.String()
@@ -100,7 +104,7 @@ func (d *demo) pod() string {
 
 // follow prints the request's phases until it is completed.
 func (d *demo) follow(ctx context.Context, began time.Time) (*appsv1alpha1.ContainerRecreateRequest, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -124,7 +128,8 @@ func (d *demo) follow(ctx context.Context, began time.Time) (*appsv1alpha1.Conta
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("the request is not completed: %w; see the logs of cri-controller and cri-proxy in %s", ctx.Err(), d.bed.Logs)
+			return nil, fmt.Errorf("the request is not completed: %w; see the logs of cri-controller and cri-proxy "+
+				"in %s", ctx.Err(), d.bed.Logs)
 		}
 	}
 }
@@ -132,7 +137,8 @@ func (d *demo) follow(ctx context.Context, began time.Time) (*appsv1alpha1.Conta
 // changes checks what the table shows.
 func changes(before, after *corev1.Pod) error {
 	if before.UID != after.UID || before.Status.PodIP != after.Status.PodIP || after.Status.Phase != corev1.PodRunning {
-		return fmt.Errorf("the pod is not the one it was: UID %s, address %s, %s", after.UID, after.Status.PodIP, after.Status.Phase)
+		return fmt.Errorf("the pod is not the one it was: UID %s, address %s, %s", after.UID, after.Status.PodIP,
+			after.Status.Phase)
 	}
 	for i, was := range before.Status.ContainerStatuses {
 		is := after.Status.ContainerStatuses[i]
@@ -173,11 +179,14 @@ func (d *demo) table(before, after *corev1.Pod) {
 	row("", "BEFORE", "AFTER", "")
 	row("pod UID", string(before.UID), string(after.UID), same(string(before.UID), string(after.UID)))
 	row("pod address", before.Status.PodIP, after.Status.PodIP, same(before.Status.PodIP, after.Status.PodIP))
-	row("pod phase", string(before.Status.Phase), string(after.Status.Phase), same(string(before.Status.Phase), string(after.Status.Phase)))
+	row("pod phase", string(before.Status.Phase), string(after.Status.Phase),
+		same(string(before.Status.Phase), string(after.Status.Phase)))
 	for i, was := range before.Status.ContainerStatuses {
 		is := after.Status.ContainerStatuses[i]
-		row(was.Name+" container ID", short(was.ContainerID), short(is.ContainerID), same(was.ContainerID, is.ContainerID))
-		row(was.Name+" restarts", fmt.Sprint(was.RestartCount), fmt.Sprint(is.RestartCount), same(fmt.Sprint(was.RestartCount), fmt.Sprint(is.RestartCount)))
+		row(was.Name+" container ID", short(was.ContainerID), short(is.ContainerID),
+			same(was.ContainerID, is.ContainerID))
+		row(was.Name+" restarts", fmt.Sprint(was.RestartCount), fmt.Sprint(is.RestartCount),
+			same(fmt.Sprint(was.RestartCount), fmt.Sprint(is.RestartCount)))
 		if last := is.LastTerminationState.Terminated; last != nil {
 			row(was.Name+" last state", "-", fmt.Sprintf("exit code %d", last.ExitCode), "")
 		}

@@ -21,8 +21,8 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// shop is a StatefulSet behind a Service. With updateStrategy OnDelete its own controller leaves the pods alone, and the annotation has
-// ours bring them to the template in place.
+// shop is a StatefulSet behind a Service. With updateStrategy OnDelete its own controller leaves
+// the pods alone, and the annotation has ours bring them to the template in place.
 const shop = `apiVersion: v1
 kind: Service
 metadata: {name: shop}
@@ -93,7 +93,8 @@ func (d *demo) upgrade(ctx context.Context) error {
 	for i, p := range after {
 		old := before[i].Status.ContainerStatuses[0]
 		now := p.Status.ContainerStatuses[0]
-		d.say("%-8s %-36s  %-14s %d, was %d   %s", p.Name, p.UID, p.Status.PodIP, now.RestartCount, old.RestartCount, filepath.Base(now.Image))
+		d.say("%-8s %-36s  %-14s %d, was %d   %s", p.Name, p.UID, p.Status.PodIP, now.RestartCount, old.RestartCount,
+			filepath.Base(now.Image))
 		if p.UID != before[i].UID || p.Status.PodIP != before[i].Status.PodIP {
 			return fmt.Errorf("pod %s is another one", p.Name)
 		}
@@ -121,7 +122,8 @@ func (d *demo) upgrade(ctx context.Context) error {
 	if err := d.kubectl(ctx, "", "get", "ipr", name, "-o", `jsonpath={.status.message}{"\n"}`); err != nil {
 		return err
 	}
-	if err := d.kubectl(ctx, "", "get", "sts/shop", "-o", `jsonpath={.spec.template.spec.containers[0].image}{"\n"}`); err != nil {
+	if err := d.kubectl(ctx, "", "get", "sts/shop", "-o",
+		`jsonpath={.spec.template.spec.containers[0].image}{"\n"}`); err != nil {
 		return err
 	}
 	all, lost := clients.count()
@@ -132,7 +134,7 @@ func (d *demo) upgrade(ctx context.Context) error {
 
 // eventually waits for a condition.
 func (d *demo) eventually(ctx context.Context, what string, cond func(context.Context) (bool, error)) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -152,7 +154,8 @@ func (d *demo) eventually(ctx context.Context, what string, cond func(context.Co
 func (d *demo) shopPods(ctx context.Context) ([]corev1.Pod, error) {
 	list := &corev1.PodList{}
 	err := d.eventually(ctx, "the pods of shop are not ready", func(ctx context.Context) (bool, error) {
-		if err := d.api.List(ctx, list, client.InNamespace("default"), client.MatchingLabels{"app": "shop"}); err != nil {
+		if err := d.api.List(ctx, list, client.InNamespace("default"),
+			client.MatchingLabels{"app": "shop"}); err != nil {
 			return false, err
 		}
 		ready := 0
@@ -174,7 +177,8 @@ func (d *demo) shopPods(ctx context.Context) ([]corev1.Pod, error) {
 	return list.Items, err
 }
 
-// shopRollout returns the name of the rollout that follows the StatefulSet, once it has taken notice of the new template.
+// shopRollout returns the name of the rollout that follows the StatefulSet, once it has taken
+// notice of the new template.
 func (d *demo) shopRollout(ctx context.Context) (name string, err error) {
 	err = d.eventually(ctx, "there is no rollout of shop", func(ctx context.Context) (bool, error) {
 		list := &inplace.InPlaceRolloutList{}
@@ -187,7 +191,8 @@ func (d *demo) shopRollout(ctx context.Context) (name string, err error) {
 	return name, err
 }
 
-// traffic are clients of the Service: each request goes to one of its ready endpoints, on a connection of its own.
+// traffic are clients of the Service: each request goes to one of its ready endpoints, on a
+// connection of its own.
 type traffic struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -234,7 +239,8 @@ func (d *demo) startTraffic(ctx context.Context) (*traffic, error) {
 
 // follow keeps the endpoints up to date until the watch ends.
 func (t *traffic) follow(ctx context.Context, d *demo) {
-	watch, err := d.api.Watch(ctx, &discoveryv1.EndpointSliceList{}, client.InNamespace("default"), client.MatchingLabels{discoveryv1.LabelServiceName: "shop"})
+	watch, err := d.api.Watch(ctx, &discoveryv1.EndpointSliceList{}, client.InNamespace("default"),
+		client.MatchingLabels{discoveryv1.LabelServiceName: "shop"})
 	if err != nil {
 		return
 	}

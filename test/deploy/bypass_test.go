@@ -21,8 +21,9 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 )
 
-// testBypass: the Node says that kubelet is led past cri-proxy, and so does a request for a container there; kubelet leaves the condition
-// alone. What the node goes by is the file that `cri-proxy bypass on` writes before it moves the symlink.
+// testBypass: the Node says that kubelet is led past cri-proxy, and so does a request for a
+// container there; kubelet leaves the condition alone. What the node goes by is the file that
+// `cri-proxy bypass on` writes before it moves the symlink.
 func testBypass(t *testing.T) {
 	n := bed.Node
 	condition := func() (c corev1.NodeCondition) {
@@ -43,10 +44,12 @@ func testBypass(t *testing.T) {
 		})
 	}
 	is(corev1.ConditionFalse, "InPath")
-	must(t, os.WriteFile(filepath.Join(n.StateDir, "bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test of it"}`), 0o600))
+	must(t, os.WriteFile(filepath.Join(n.StateDir, "bypass"),
+		[]byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test of it"}`), 0o600))
 	defer os.Remove(filepath.Join(n.StateDir, "bypass"))
 	is(corev1.ConditionTrue, "Bypassed")
-	if c := condition(); !strings.Contains(c.Message, "kubelet is led past cri-proxy since ") || !strings.HasSuffix(c.Message, ": a test of it") {
+	if c := condition(); !strings.Contains(c.Message, "kubelet is led past cri-proxy since ") ||
+		!strings.HasSuffix(c.Message, ": a test of it") {
 		t.Errorf("message %q", c.Message)
 	}
 	eventually(t, "there is an Event", func() (string, bool) {
@@ -54,7 +57,8 @@ func testBypass(t *testing.T) {
 		must(t, api.List(t.Context(), &list, client.InNamespace(metav1.NamespaceDefault)))
 		said := ""
 		for _, e := range list.Items {
-			if e.Regarding.Kind == "Node" && e.Reason == "CRIProxyBypassedBypassed" && e.Type == corev1.EventTypeWarning {
+			if e.Regarding.Kind == "Node" && e.Reason == "CRIProxyBypassedBypassed" &&
+				e.Type == corev1.EventTypeWarning {
 				return "", true
 			}
 			said += e.Reason + " "
@@ -63,7 +67,8 @@ func testBypass(t *testing.T) {
 	})
 	t.Run("a request says why nothing happens", func(t *testing.T) {
 		pod := shop(t, "first")[0]
-		apply(t, fmt.Sprintf("apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: {namespace: first, name: bypassed}\nspec: {podName: %s, containers: [{name: app}]}\n", pod.Name))
+		apply(t, fmt.Sprintf("apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: "+
+			"{namespace: first, name: bypassed}\nspec: {podName: %s, containers: [{name: app}]}\n", pod.Name))
 		eventually(t, "it says so", func() (string, bool) {
 			var crr appsv1alpha1.ContainerRecreateRequest
 			must(t, api.Get(t.Context(), client.ObjectKey{Namespace: "first", Name: "bypassed"}, &crr))
@@ -84,7 +89,8 @@ func testBypass(t *testing.T) {
 // testDoctor: nothing is wrong with the node of this bed but what the bed does on purpose.
 func testDoctor(t *testing.T) {
 	n := bed.Node
-	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"), "ctl", "doctor", "--config", n.ProxyConfig(), "--admin-socket", n.AdminSocket, "-o", "json").Output()
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"), "ctl", "doctor", "--config",
+		n.ProxyConfig(), "--admin-socket", n.AdminSocket, "-o", "json").Output()
 	t.Logf("%v\n%s", err, out)
 	var findings []struct{ Check, Status, Detail string }
 	must(t, json.Unmarshal(out, &findings))

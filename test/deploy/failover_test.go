@@ -30,14 +30,16 @@ func testLeaderKilled(t *testing.T) {
 	})
 }
 
-// testLeaderDeleted: a leader that is asked to stop releases its Lease, so that another begins at once.
+// testLeaderDeleted: a leader that is asked to stop releases its Lease, so that another begins at
+// once.
 func testLeaderDeleted(t *testing.T) {
 	loseLeader(t, "deleted", func(pod *corev1.Pod) {
 		kubectl(t, "-n", pod.Namespace, "delete", "pod", pod.Name, "--wait=false")
 	})
 }
 
-// loseLeader takes the leader away when a rollout and a pull are half done, and checks that both end as if nothing had been.
+// loseLeader takes the leader away when a rollout and a pull are half done, and checks that both
+// end as if nothing had been.
 func loseLeader(t *testing.T, namespace string, lose func(*corev1.Pod)) {
 	const pods, seconds = 3, 10
 	must(t, bed.CreateNamespace(t.Context(), namespace))
@@ -144,15 +146,17 @@ func pid(t *testing.T, pod *corev1.Pod) int {
 	must(t, err)
 	defer conn.Close()
 	client := runtimeapi.NewRuntimeServiceClient(conn)
-	list, err := client.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		State:         &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
-		LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
-	}})
+	list, err := client.ListContainers(t.Context(),
+		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			State:         &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
+		}})
 	must(t, err)
 	if len(list.GetContainers()) != 1 {
 		t.Fatalf("pod %s has %v", pod.Name, list.GetContainers())
 	}
-	status, err := client.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: list.GetContainers()[0].GetId(), Verbose: true})
+	status, err := client.ContainerStatus(t.Context(),
+		&runtimeapi.ContainerStatusRequest{ContainerId: list.GetContainers()[0].GetId(), Verbose: true})
 	must(t, err)
 	var info struct{ Pid int }
 	must(t, json.Unmarshal([]byte(status.GetInfo()["info"]), &info))

@@ -12,13 +12,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// testHelm moves the cluster from the manifests to the chart, in another namespace, and removes the release.
+// testHelm moves the cluster from the manifests to the chart, in another namespace, and removes the
+// release.
 func testHelm(t *testing.T) {
 	const namespace = "elsewhere"
 	chart := filepath.Join(root, "deploy", "helm", "cri-proxy")
 	host, port := apiServer(t)
 	values := []string{
-		"--namespace", namespace, "--set", "image.repository=" + imageRef, "--set", "image.tag=" + tag, "--set", "nodePort=" + opsPort(),
+		"--namespace", namespace, "--set", "image.repository=" + imageRef, "--set", "image.tag=" + tag, "--set",
+		"nodePort=" + opsPort(),
 		"--set", "extraEnv[0].name=KUBERNETES_SERVICE_HOST", "--set", "extraEnv[0].value=" + host,
 		"--set", "extraEnv[1].name=KUBERNETES_SERVICE_PORT", "--set-string", "extraEnv[1].value=" + port,
 	}
@@ -52,7 +54,9 @@ func testHelm(t *testing.T) {
 	if j := job(t, "by-helm"); j.Status.Succeeded != 1 {
 		t.Errorf("the job did not outlive the release: %+v", j.Status)
 	}
-	if out := kubectl(t, "get", "clusterrole,clusterrolebinding,validatingwebhookconfiguration,mutatingwebhookconfiguration", "-o", "name"); strings.Contains(out, "cri-controller") {
+	if out := kubectl(t, "get",
+		"clusterrole,clusterrolebinding,validatingwebhookconfiguration,mutatingwebhookconfiguration", "-o",
+		"name"); strings.Contains(out, "cri-controller") {
 		t.Errorf("the release left permissions or webhooks: %s", out)
 	}
 }

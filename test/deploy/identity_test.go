@@ -38,16 +38,19 @@ import (
 // ownNamespace is the controller's.
 const ownNamespace = "cri-proxy-system"
 
-// testIdentity: the node has enrolled with kubelet's real credentials and has been commanded, else the steps before had failed.
+// testIdentity: the node has enrolled with kubelet's real credentials and has been commanded, else
+// the steps before had failed.
 func testIdentity(t *testing.T) {
 	proxy := bed.Pid("cri-proxy")
 	first := certificate(t)
 	eventually(t, "the node says what its certificate says", func() (string, bool) { // it is renewed all the time
 		i, c := nodeIdentity(t), certificate(t)
 		return fmt.Sprintf("%v, and its certificate is good until %s", i, c.NotAfter),
-			i.GetSource() == "controller" && i.GetExpireTime().AsTime().Unix() == c.NotAfter.Unix() && i.GetProblem() == ""
+			i.GetSource() == "controller" && i.GetExpireTime().AsTime().Unix() == c.NotAfter.Unix() &&
+				i.GetProblem() == ""
 	})
-	for file, mode := range map[string]fs.FileMode{enrol.CertFile(bed.StateDir): 0o600, enrol.Directory(bed.StateDir): 0o700 | fs.ModeDir} {
+	for file, mode := range map[string]fs.FileMode{enrol.CertFile(bed.StateDir): 0o600,
+		enrol.Directory(bed.StateDir): 0o700 | fs.ModeDir} {
 		if fi, err := os.Stat(file); err != nil || fi.Mode() != mode {
 			t.Errorf("%s: %v %v", file, fi.Mode(), err)
 		}
@@ -94,7 +97,8 @@ metadata: {name: %s, namespace: first}
 spec: {podName: shop-0, containers: [{name: app}]}
 `, name))
 	eventually(t, "the container is restarted", func() (string, bool) {
-		out := kubectl(t, "-n", "first", "get", "containerrecreaterequest", name, "-o", "jsonpath={.status.phase} {.status.containerRecreateStates[*].phase} {.status.message}")
+		out := kubectl(t, "-n", "first", "get", "containerrecreaterequest", name, "-o",
+			"jsonpath={.status.phase} {.status.containerRecreateStates[*].phase} {.status.message}")
 		return out, strings.HasPrefix(out, "Completed Succeeded")
 	})
 }
@@ -105,7 +109,8 @@ func certificate(t *testing.T) *x509.Certificate {
 	return pair(t).Leaf
 }
 
-// pair is the node's certificate and key, which are one file that is replaced now and then: both are of one reading.
+// pair is the node's certificate and key, which are one file that is replaced now and then: both
+// are of one reading.
 func pair(t *testing.T) tls.Certificate {
 	t.Helper()
 	text, err := os.ReadFile(enrol.CertFile(bed.StateDir))
@@ -136,11 +141,14 @@ func as(t *testing.T, kubeconfig string) client.Client {
 }
 
 // ask creates a request for a node's certificate and returns it when it has been decided on.
-func ask(t *testing.T, c client.Client, name string, usages ...certificatesv1.KeyUsage) *certificatesv1.CertificateSigningRequest {
+func ask(
+	t *testing.T, c client.Client, name string, usages ...certificatesv1.KeyUsage,
+) *certificatesv1.CertificateSigningRequest {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}}, key)
+	der, err := x509.CreateCertificateRequest(rand.Reader,
+		&x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}}, key)
 	must(t, err)
 	if len(usages) == 0 {
 		usages = []certificatesv1.KeyUsage{"digital signature", "server auth"}
@@ -148,13 +156,15 @@ func ask(t *testing.T, c client.Client, name string, usages ...certificatesv1.Ke
 	r := &certificatesv1.CertificateSigningRequest{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "test-"},
 		Spec: certificatesv1.CertificateSigningRequestSpec{
-			SignerName: identity.SignerName, Usages: usages, Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
+			SignerName: identity.SignerName, Usages: usages,
+			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
 		},
 	}
 	must(t, c.Create(t.Context(), r))
 	eventually(t, "the request is decided on", func() (string, bool) {
 		must(t, api.Get(t.Context(), client.ObjectKeyFromObject(r), r))
-		return fmt.Sprint(r.Status.Conditions), len(r.Status.Certificate) > 0 || len(r.Status.Conditions) > 0 && r.Status.Conditions[0].Type != certificatesv1.CertificateApproved
+		return fmt.Sprint(r.Status.Conditions), len(r.Status.Certificate) > 0 ||
+			len(r.Status.Conditions) > 0 && r.Status.Conditions[0].Type != certificatesv1.CertificateApproved
 	})
 	return r
 }
@@ -172,7 +182,8 @@ func testDeniedRequests(t *testing.T) {
 	}{
 		{"in another node's name", kubelet, "another-node", nil, "WrongName"},
 		{"in the controller's name", kubelet, identity.ControllerName, nil, "WrongName"},
-		{"for a client", kubelet, bed.NodeName, []certificatesv1.KeyUsage{"digital signature", "client auth"}, "WrongUsages"},
+		{"for a client", kubelet, bed.NodeName, []certificatesv1.KeyUsage{"digital signature", "client auth"},
+			"WrongUsages"},
 		{"by who is no node", api, bed.NodeName, nil, "NotANode"},
 	} {
 		r := ask(t, tt.who, tt.cn, tt.usages...)
@@ -204,10 +215,11 @@ func testKubeletReads(t *testing.T) {
 	key := func(name string) client.ObjectKey { return client.ObjectKey{Namespace: ownNamespace, Name: name} }
 	must(t, kubelet.Get(t.Context(), key(identity.BundleName), &corev1.ConfigMap{}))
 	for what, err := range map[string]error{
-		"the CA's key":      kubelet.Get(t.Context(), key("cri-proxy-ca"), &corev1.Secret{}),
-		"other ConfigMaps":  kubelet.Get(t.Context(), key("another"), &corev1.ConfigMap{}),
-		"all ConfigMaps":    kubelet.List(t.Context(), &corev1.ConfigMapList{}, client.InNamespace(ownNamespace)),
-		"change of the CAs": kubelet.Update(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ownNamespace, Name: identity.BundleName}}),
+		"the CA's key":     kubelet.Get(t.Context(), key("cri-proxy-ca"), &corev1.Secret{}),
+		"other ConfigMaps": kubelet.Get(t.Context(), key("another"), &corev1.ConfigMap{}),
+		"all ConfigMaps":   kubelet.List(t.Context(), &corev1.ConfigMapList{}, client.InNamespace(ownNamespace)),
+		"change of the CAs": kubelet.Update(t.Context(),
+			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: ownNamespace, Name: identity.BundleName}}),
 	} {
 		if !apierrors.IsForbidden(err) {
 			t.Errorf("%s: %v", what, err)
@@ -220,20 +232,26 @@ func testStolenCertificate(t *testing.T) {
 	must(t, err)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(text)
-	conn, err := grpc.NewClient(bed.OpsAddress, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{pair(t)}, RootCAs: roots, ServerName: bed.NodeName})))
+	conn, err := grpc.NewClient(bed.OpsAddress,
+		grpc.WithTransportCredentials(
+			credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{pair(t)}, RootCAs: roots,
+				ServerName: bed.NodeName})))
 	must(t, err)
 	defer conn.Close()
-	if _, err := opsv1.NewOpsClient(conn).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}); status.Code(err) != codes.Unavailable {
+	if _, err := opsv1.NewOpsClient(conn).
+		NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}); status.Code(err) != codes.Unavailable {
 		t.Errorf("let in: %v", err)
 	}
 	eventually(t, "the refusal is logged", func() (string, bool) {
 		text, err := os.ReadFile(bed.LogFile("cri-proxy"))
 		must(t, err)
-		return "", strings.Contains(string(text), "ops client denied") && strings.Contains(string(text), "incompatible key usage")
+		return "", strings.Contains(string(text), "ops client denied") &&
+			strings.Contains(string(text), "incompatible key usage")
 	})
 }
 
-// testRemovedNode: a node whose Node is gone gets no certificate any more, with credentials that are as good as before.
+// testRemovedNode: a node whose Node is gone gets no certificate any more, with credentials that
+// are as good as before.
 func testRemovedNode(t *testing.T) {
 	must(t, api.Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "ghost"}}))
 	kubeconfig, err := bed.NewKubeconfig("ghost", "system:node:ghost", "system:nodes")

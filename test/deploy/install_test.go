@@ -25,7 +25,9 @@ import (
 // testImage pushes the controller's image, twice: equal sources give the same one.
 func testImage(t *testing.T) {
 	build := func() string {
-		out, err := program(t, "run", "./image", "-dir", root, "-platforms", "linux/"+runtime.GOARCH, "-insecure", "-buildvcs=false", // a commit meanwhile is no difference
+		// a commit meanwhile is no difference
+		out, err := program(t, "run", "./image", "-dir", root, "-platforms", "linux/"+runtime.GOARCH, "-insecure",
+			"-buildvcs=false",
 			"-to", imageRef+":"+tag, "github.com/cri-proxy/cri-proxy/cmd/cri-controller")
 		must(t, err)
 		lines := strings.Split(strings.TrimSpace(out), "\n")
@@ -59,7 +61,8 @@ func testKustomize(t *testing.T) {
 		for _, p := range pods {
 			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid(t, &p)))
 			must(t, err)
-			for _, want := range []string{"\nUid:\t65532\t65532\t", "\nGid:\t65532\t65532\t", "\nCapEff:\t0000000000000000\n", "\nNoNewPrivs:\t1\n", "\nSeccomp:\t2\n"} {
+			for _, want := range []string{"\nUid:\t65532\t65532\t", "\nGid:\t65532\t65532\t",
+				"\nCapEff:\t0000000000000000\n", "\nNoNewPrivs:\t1\n", "\nSeccomp:\t2\n"} {
 				if !strings.Contains(string(status), want) {
 					t.Errorf("%q is not in\n%s", want, status)
 				}
@@ -69,7 +72,8 @@ func testKustomize(t *testing.T) {
 	t.Run("metrics", func(t *testing.T) {
 		eventually(t, "the Service has both pods", func() (string, bool) {
 			var slices discoveryv1.EndpointSliceList
-			must(t, api.List(t.Context(), &slices, client.InNamespace("cri-proxy-system"), client.MatchingLabels{"kubernetes.io/service-name": "cri-controller-metrics"}))
+			must(t, api.List(t.Context(), &slices, client.InNamespace("cri-proxy-system"),
+				client.MatchingLabels{"kubernetes.io/service-name": "cri-controller-metrics"}))
 			n := 0
 			for _, s := range slices.Items {
 				n += len(s.Endpoints)
@@ -104,7 +108,8 @@ func overlay(t *testing.T) string {
 	host, port := apiServer(t)
 	patch, err := json.Marshal([]map[string]any{
 		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--node-port=" + opsPort()},
-		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--certificate-life=" + certificateLife},
+		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--certificate-life=" +
+			certificateLife},
 		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--node-condition-period=1s"},
 		{"op": "add", "path": "/spec/template/spec/containers/0/env", "value": []map[string]string{
 			{"name": "KUBERNETES_SERVICE_HOST", "value": host}, {"name": "KUBERNETES_SERVICE_PORT", "value": port},
@@ -125,7 +130,8 @@ func overlay(t *testing.T) string {
 // opsPort is where the bed's proxy listens for commands.
 func opsPort() string { return bed.OpsAddress[strings.LastIndex(bed.OpsAddress, ":")+1:] }
 
-// startWork begins a rollout over that many pods, and a pull of 2 MiB/s that takes about as many seconds.
+// startWork begins a rollout over that many pods, and a pull of 2 MiB/s that takes about as many
+// seconds.
 func startWork(t *testing.T, namespace string, pods, seconds int) {
 	t.Helper()
 	must(t, bed.PushLargeImage(t.Context(), namespace+":1", 2, seconds))

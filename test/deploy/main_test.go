@@ -32,7 +32,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// The cluster of this run, the root of the checkout, and the controller's image in the bed's registry.
+// The cluster of this run, the root of the checkout, and the controller's image in the bed's
+// registry.
 var (
 	bed      *testbed.Bed
 	api      client.Client
@@ -75,7 +76,8 @@ func run(m *testing.M) (code int, err error) {
 	}
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
+		v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
 		return 0, err
 	}
 	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
@@ -90,7 +92,8 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// enrolIn makes the node ask the controller in a namespace for its certificate, with kubelet's own kubeconfig, as a user would.
+// enrolIn makes the node ask the controller in a namespace for its certificate, with kubelet's own
+// kubeconfig, as a user would.
 func enrolIn(ctx context.Context, namespace string) error {
 	var config map[string]any
 	text, err := os.ReadFile(bed.ProxyConfig())
@@ -100,7 +103,8 @@ func enrolIn(ctx context.Context, namespace string) error {
 	if err := yaml.Unmarshal(text, &config); err != nil {
 		return err
 	}
-	config["ops"] = map[string]any{"address": bed.OpsAddress, "enrol": map[string]any{"kubeconfig": bed.KubeletKubeconfig(), "namespace": namespace}}
+	config["ops"] = map[string]any{"address": bed.OpsAddress,
+		"enrol": map[string]any{"kubeconfig": bed.KubeletKubeconfig(), "namespace": namespace}}
 	if text, err = yaml.Marshal(config); err != nil {
 		return err
 	}
@@ -163,7 +167,8 @@ func controllers(t *testing.T, namespace string) []corev1.Pod {
 	t.Helper()
 	var list corev1.PodList
 	eventually(t, "two controllers are ready", func() (string, bool) {
-		must(t, api.List(t.Context(), &list, client.InNamespace(namespace), client.MatchingLabels{"app.kubernetes.io/name": "cri-controller"}))
+		must(t, api.List(t.Context(), &list, client.InNamespace(namespace),
+			client.MatchingLabels{"app.kubernetes.io/name": "cri-controller"}))
 		ready := 0
 		said := ""
 		for _, p := range list.Items {
@@ -188,12 +193,14 @@ func isReady(p *corev1.Pod) bool {
 	return false
 }
 
-// leader waits until somebody other than not holds the Lease, and returns who: the pod's name and an ID of its process.
+// leader waits until somebody other than not holds the Lease, and returns who: the pod's name and
+// an ID of its process.
 func leader(t *testing.T, namespace, not string) (pod, identity string) {
 	t.Helper()
 	eventually(t, "there is a leader", func() (string, bool) {
 		var lease coordinationv1.Lease
-		if err := api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "cri-controller"}, &lease); err != nil {
+		if err := api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "cri-controller"},
+			&lease); err != nil {
 			return err.Error(), false
 		}
 		if lease.Spec.HolderIdentity == nil || *lease.Spec.HolderIdentity == "" {

@@ -10,8 +10,9 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 )
 
-// testPermissions asks as `kubectl auth can-i --as=system:serviceaccount:cri-proxy-system:cri-controller` does. What is granted
-// has its list in docs/RBAC.md; here is what must not be.
+// testPermissions asks as `kubectl auth can-i
+// --as=system:serviceaccount:cri-proxy-system:cri-controller` does. What is granted has its list in
+// docs/RBAC.md; here is what must not be.
 func testPermissions(t *testing.T) {
 	const everywhere, own = "default", "cri-proxy-system"
 	for _, tt := range []struct {
@@ -26,10 +27,14 @@ func testPermissions(t *testing.T) {
 		{own, "get update", "leases.coordination.k8s.io", "cri-controller", true},
 
 		{own, "get list watch update", "secrets", "cri-controller-webhook-tls", true},
-		{"", "get list watch patch", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
-		{"", "get list watch patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
-		{"", "get", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-mutating-webhook-configuration", true},
-		{"", "get", "validatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-validating-webhook-configuration", true},
+		{"", "get list watch patch", "mutatingwebhookconfigurations.admissionregistration.k8s.io",
+			"cri-controller", true},
+		{"", "get list watch patch", "validatingwebhookconfigurations.admissionregistration.k8s.io",
+			"cri-controller", true},
+		{"", "get", "mutatingwebhookconfigurations.admissionregistration.k8s.io",
+			"kruise-mutating-webhook-configuration", true},
+		{"", "get", "validatingwebhookconfigurations.admissionregistration.k8s.io",
+			"kruise-validating-webhook-configuration", true},
 
 		{everywhere, "list watch create update patch delete deletecollection", "secrets", "", false},
 		{own, "list watch update patch delete", "secrets", "", false},
@@ -86,19 +91,27 @@ func testPermissions(t *testing.T) {
 		{everywhere, "create update patch delete bind escalate", "roles.rbac.authorization.k8s.io", "", false},
 		{everywhere, "create update patch delete", "rolebindings.rbac.authorization.k8s.io", "", false},
 		{"", "create update patch delete", "customresourcedefinitions.apiextensions.k8s.io", "", false},
-		{"", "get list watch create update patch delete", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
-		{"", "get list watch create update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
-		{"", "create update delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", false},
+		{"", "get list watch create update patch delete", "mutatingwebhookconfigurations.admissionregistration.k8s.io",
+			"", false},
+		{"", "get list watch create update patch delete",
+			"validatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
+		{"", "create update delete", "validatingwebhookconfigurations.admissionregistration.k8s.io",
+			"cri-controller", false},
 		{"", "get patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "another", false},
 		// What users need is not the controller's to say, nor to ask.
-		{"", "get", "validatingadmissionpolicies.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", true},
-		{"", "list watch create update patch delete", "validatingadmissionpolicies.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", false},
+		{"", "get", "validatingadmissionpolicies.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io",
+			true},
+		{"", "list watch create update patch delete", "validatingadmissionpolicies.admissionregistration.k8s.io",
+			"inplacerollout.rights.cri-proxy.io", false},
 		{"", "get", "validatingadmissionpolicies.admissionregistration.k8s.io", "another", false},
-		{"", "get", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", true},
-		{"", "list watch create update patch delete", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", false},
+		{"", "get", "validatingadmissionpolicybindings.admissionregistration.k8s.io",
+			"inplacerollout.rights.cri-proxy.io", true},
+		{"", "list watch create update patch delete", "validatingadmissionpolicybindings.admissionregistration.k8s.io",
+			"inplacerollout.rights.cri-proxy.io", false},
 		{"", "get", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "another", false},
 		{"", "create", "subjectaccessreviews.authorization.k8s.io", "", false},
-		{"", "list watch update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-validating-webhook-configuration", false},
+		{"", "list watch update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io",
+			"kruise-validating-webhook-configuration", false},
 		{everywhere, "get create update delete", "leases.coordination.k8s.io", "", false},
 		{own, "get update patch delete", "leases.coordination.k8s.io", "another", false},
 		{"kube-node-lease", "get update", "leases.coordination.k8s.io", "", false},
@@ -108,15 +121,18 @@ func testPermissions(t *testing.T) {
 		resource, subresource, _ := strings.Cut(what, "/")
 		for verb := range strings.FieldsSeq(tt.verbs) {
 			review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
-				User:   "system:serviceaccount:cri-proxy-system:cri-controller",
-				Groups: []string{"system:serviceaccounts", "system:serviceaccounts:cri-proxy-system", "system:authenticated"},
+				User: "system:serviceaccount:cri-proxy-system:cri-controller",
+				Groups: []string{"system:serviceaccounts", "system:serviceaccounts:cri-proxy-system",
+					"system:authenticated"},
 				ResourceAttributes: &authorizationv1.ResourceAttributes{
-					Namespace: tt.namespace, Verb: verb, Group: group, Resource: resource, Subresource: subresource, Name: tt.name,
+					Namespace: tt.namespace, Verb: verb, Group: group, Resource: resource, Subresource: subresource,
+					Name: tt.name,
 				},
 			}}
 			must(t, api.Create(t.Context(), review))
 			if review.Status.Allowed != tt.allowed {
-				t.Errorf("%s %s %s in namespace %q: allowed is %t, want %t (%s)", verb, tt.what, tt.name, tt.namespace, review.Status.Allowed, tt.allowed, review.Status.Reason)
+				t.Errorf("%s %s %s in namespace %q: allowed is %t, want %t (%s)", verb, tt.what, tt.name, tt.namespace,
+					review.Status.Allowed, tt.allowed, review.Status.Reason)
 			}
 		}
 	}

@@ -57,7 +57,8 @@ func assertContainers(t testing.TB, podUID, name string, all, running int) {
 	must(t, err)
 	defer func() { _ = conn.Close() }()
 	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{
-		Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name}},
+		Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID,
+			"io.kubernetes.container.name": name}},
 	})
 	must(t, err)
 	n := 0
@@ -67,13 +68,15 @@ func assertContainers(t testing.TB, podUID, name string, all, running int) {
 		}
 	}
 	if len(list.GetContainers()) != all || n != running {
-		t.Errorf("containerd has %d containers of the slot, %d running; want %d and %d", len(list.GetContainers()), n, all, running)
+		t.Errorf("containerd has %d containers of the slot, %d running; want %d and %d", len(list.GetContainers()), n,
+			all, running)
 	}
 }
 
-// watchSlot lists the slot through the socket that kubelet dials, over and over, until the returned function is called,
-// which says what was there that kubelet must not see. It lists by state, as kubelet never does: a list of all is taken for
-// one of kubelet's, which then knows what it has shown.
+// watchSlot lists the slot through the socket that kubelet dials, over and over, until the returned
+// function is called, which says what was there that kubelet must not see. It lists by state, as
+// kubelet never does: a list of all is taken for one of kubelet's, which then knows what it has
+// shown.
 func watchSlot(t testing.TB, podUID, name string) (stop func() []string) {
 	t.Helper()
 	conn, err := bed.DialCRI()
@@ -85,11 +88,14 @@ func watchSlot(t testing.TB, podUID, name string) (stop func() []string) {
 	go func() {
 		defer close(done)
 		for ctx.Err() == nil && len(bad) < 10 {
-			for state, want := range map[runtimeapi.ContainerState]int{runtimeapi.ContainerState_CONTAINER_RUNNING: 1, runtimeapi.ContainerState_CONTAINER_CREATED: 0} {
-				list, err := cri.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-					State:         &runtimeapi.ContainerStateValue{State: state},
-					LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name},
-				}})
+			for state, want := range map[runtimeapi.ContainerState]int{runtimeapi.ContainerState_CONTAINER_RUNNING: 1,
+				runtimeapi.ContainerState_CONTAINER_CREATED: 0} {
+				list, err := cri.ListContainers(ctx,
+					&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+						State: &runtimeapi.ContainerStateValue{State: state},
+						LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID,
+							"io.kubernetes.container.name": name},
+					}})
 				if err == nil && len(list.GetContainers()) != want {
 					bad = append(bad, fmt.Sprintf("%s: %v", state, list.GetContainers()))
 				}
@@ -122,7 +128,8 @@ func getNode(t testing.TB) *corev1.Node {
 	return n
 }
 
-// restartKubelet sends sig to kubelet, starts it anew and waits until the new one has said that the node is ready.
+// restartKubelet sends sig to kubelet, starts it anew and waits until the new one has said that the
+// node is ready.
 func restartKubelet(t testing.TB, sig syscall.Signal) {
 	t.Helper()
 	must(t, bed.RestartKubeletReady(t.Context(), sig))
@@ -140,10 +147,12 @@ func assertNodeReady(t testing.TB) {
 func watchNode(t testing.TB) (stop func() []string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	// From now on: a watch without a version may begin with an older state, out of the API server's cache.
+	// From now on: a watch without a version may begin with an older state, out of the API server's
+	// cache.
 	var now corev1.NodeList
 	must(t, api.List(ctx, &now))
-	w, err := api.Watch(ctx, &corev1.NodeList{}, &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: now.ResourceVersion}})
+	w, err := api.Watch(ctx, &corev1.NodeList{},
+		&client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: now.ResourceVersion}})
 	must(t, err)
 	var bad []string
 	done := make(chan struct{})

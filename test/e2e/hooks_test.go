@@ -48,7 +48,8 @@ func newHookServer(t testing.TB, encrypted bool) *hookServer {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		key := sender + r.URL.Path
-		s.requests[key] = append(s.requests[key], fmt.Sprintf("%s %s host=%s tls=%v %s", r.Method, r.RequestURI, r.Host, r.TLS != nil, strings.Join(headers, " ")))
+		s.requests[key] = append(s.requests[key], fmt.Sprintf("%s %s host=%s tls=%v %s", r.Method, r.RequestURI, r.Host,
+			r.TLS != nil, strings.Join(headers, " ")))
 		if strings.HasPrefix(r.URL.Path, "/refused") {
 			w.WriteHeader(http.StatusInternalServerError)
 		}
@@ -96,14 +97,18 @@ func newHeldHook(t testing.TB) *heldHook {
 	return h
 }
 
-// preStop gives the first container of a pod of threeContainers the hook, and the pod the time for it.
+// preStop gives the first container of a pod of threeContainers the hook, and the pod the time for
+// it.
 func (h *heldHook) preStop(pod string) string {
 	addr, _ := h.Listener.Addr().(*net.TCPAddr)
 	pod = strings.Replace(pod, "terminationGracePeriodSeconds: 5", "terminationGracePeriodSeconds: 90", 1)
-	return strings.Replace(pod, "    command:", fmt.Sprintf("    lifecycle: {preStop: {httpGet: {host: 127.0.0.1, port: %d, path: /}}}\n    command:", addr.Port), 1)
+	return strings.Replace(pod, "    command:",
+		fmt.Sprintf("    lifecycle: {preStop: {httpGet: {host: 127.0.0.1, port: %d, path: /}}}\n    command:",
+			addr.Port), 1)
 }
 
-// containerEvents returns what has been told about one container of a pod, "reason message" by line.
+// containerEvents returns what has been told about one container of a pod, "reason message" by
+// line.
 func containerEvents(t testing.TB, ns, pod, name string) string {
 	t.Helper()
 	list := &corev1.EventList{}
@@ -117,8 +122,9 @@ func containerEvents(t testing.TB, ns, pod, name string) string {
 	return strings.Join(out, "\n")
 }
 
-// TestHooks restarts containers with every kind of hook. What we send is what kubelet sends when it runs the same hooks itself, at
-// the pod's start and at its end; what fails is told in kubelet's words.
+// TestHooks restarts containers with every kind of hook. What we send is what kubelet sends when it
+// runs the same hooks itself, at the pod's start and at its end; what fails is told in kubelet's
+// words.
 func TestHooks(t *testing.T) {
 	ns := namespace(t)
 	encrypted, plain := newHookServer(t, true), newHookServer(t, false)
@@ -153,7 +159,8 @@ spec:
 		loop("tcp", `lifecycle: {preStop: {tcpSocket: {port: 80}}}`)+
 		loop("unnamed", `lifecycle: {preStop: {httpGet: {port: nope}}}`)+
 		loop("late", `lifecycle: {preStop: {exec: {command: [sh, -c, "date +%s > /work/late; sleep 60"]}}}`)+
-		loop("failing", `lifecycle: {postStart: {exec: {command: [sh, -c, "echo x >> /work/failing; echo s3cret; [ $(wc -l < /work/failing) != 2 ]"]}}}`))
+		loop("failing",
+			`lifecycle: {postStart: {exec: {command: [sh, -c, "echo x >> /work/failing; echo s3cret; [ $(wc -l < /work/failing) != 2 ]"]}}}`))
 	ready(t, ns, "hooks")
 	apply(t, recreate(ns, "hooks-restart", "hooks", `strategy: {failurePolicy: Ignore}
   containers: [{name: https}, {name: fallback}, {name: refused}, {name: exec}, {name: tcp}, {name: unnamed}, {name: late}, {name: failing}]`))
@@ -173,10 +180,13 @@ spec:
 		"exec":    {"FailedPreStopHook PreStopHook failed"},
 		"tcp":     {"FailedPreStopHook PreStopHook failed"},
 		"unnamed": {"FailedPreStopHook PreStopHook failed"},
-		"failing": {"FailedPostStartHook PostStartHook failed", "RestartFailed ContainerRecreateRequest hooks-restart, container failing: the postStart hook failed and the new container was stopped"},
+		"failing": {"FailedPostStartHook PostStartHook failed",
+			"RestartFailed ContainerRecreateRequest hooks-restart, container failing: the postStart hook failed and " +
+				"the new container was stopped"},
 	} {
 		for _, w := range want {
-			eventually(t, "event "+w+" of container "+name, func() bool { return strings.Contains(containerEvents(t, ns, "hooks", name), w) })
+			eventually(t, "event "+w+" of container "+name,
+				func() bool { return strings.Contains(containerEvents(t, ns, "hooks", name), w) })
 		}
 	}
 	for _, name := range []string{"https", "fallback", "refused"} {
@@ -191,33 +201,41 @@ spec:
 		"FailedPreStopHook container exec: PreStopHook failed", "FailedPreStopHook container tcp: PreStopHook failed",
 		"FailedPostStartHook container failing: PostStartHook failed",
 	} {
-		eventually(t, "event "+want+" of the request", func() bool { return strings.Contains(events(t, ns, "hooks-restart"), want) })
+		eventually(t, "event "+want+" of the request",
+			func() bool { return strings.Contains(events(t, ns, "hooks-restart"), want) })
 	}
 	if all := events(t, ns, "hooks-restart") + events(t, ns, "hooks"); strings.Contains(all, "s3cret") {
 		t.Errorf("events repeat what a hook printed:\n%s", all)
 	}
 	late := account(t, crr, "late")
-	if late.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || len(late.GetWarnings()) != 1 || !strings.HasPrefix(late.GetWarnings()[0], "preStop hook") {
+	if late.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || len(late.GetWarnings()) != 1 ||
+		!strings.HasPrefix(late.GetWarnings()[0], "preStop hook") {
 		t.Errorf("operation: %v", late)
 	}
 	op, err := opsClient(t).GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: string(crr.UID) + ".late"})
 	must(t, err)
-	hooked, err := strconv.ParseInt(kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/late"), 10, 64)
+	hooked, err := strconv.ParseInt(kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/late"), 10,
+		64)
 	must(t, err)
-	// The hook has the 4 s of grace, and the stop after it has kubelet's floor of 2 s. When it began is known to the second.
-	took, most := late.GetStopTime().AsTime().Sub(op.GetCreateTime().AsTime()), late.GetStopTime().AsTime().Sub(time.Unix(hooked, 0))
+	// The hook has the 4 s of grace, and the stop after it has kubelet's floor of 2 s. When it
+	// began is known to the second.
+	took, most := late.GetStopTime().AsTime().Sub(op.GetCreateTime().AsTime()), late.GetStopTime().AsTime().
+		Sub(time.Unix(hooked, 0))
 	if took < 4*time.Second || most > 9*time.Second {
 		t.Errorf("stopped after %s, %s after the hook began, the grace is 4 s", took, most)
 	}
-	if out := kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/pre", "/work/post"); out != "x\nx\nx" {
+	if out := kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/pre",
+		"/work/post"); out != "x\nx\nx" {
 		t.Errorf("the hooks of exec left %q, want one run of preStop and two of postStart", out)
 	}
 	// A container that was stopped for its hook is kubelet's to start again.
-	eventually(t, "kubelet starts container failing", func() bool { return container(t, getPod(t, ns, "hooks"), "failing").Ready })
+	eventually(t, "kubelet starts container failing",
+		func() bool { return container(t, getPod(t, ns, "hooks"), "failing").Ready })
 
 	kubectl(t, "-n", ns, "delete", "pod", "hooks", "--wait=true")
 	for key, server := range map[string]*hookServer{
-		"/https/post": encrypted, "/https/pre": encrypted, "/fallback/pre": plain, "/refused/post": plain, "/refused/pre": plain,
+		"/https/post": encrypted, "/https/pre": encrypted, "/fallback/pre": plain, "/refused/post": plain,
+		"/refused/pre": plain,
 	} {
 		kubelets, ours := server.seen("kubelet"+key), server.seen("cri-proxy"+key)
 		if len(kubelets) != 1 || !slices.Equal(kubelets, ours) {
@@ -226,11 +244,12 @@ spec:
 	}
 }
 
-// TestHostNetworkHook restarts a container in the host's network, of which the runtime knows no address, with a hook that
-// goes to the pod's.
+// TestHostNetworkHook restarts a container in the host's network, of which the runtime knows no
+// address, with a hook that goes to the pod's.
 func TestHostNetworkHook(t *testing.T) {
 	ns := namespace(t)
-	// Free on all addresses, and below those that the kernel takes for connections of its own choice (ip(7), ip_local_port_range).
+	// Free on all addresses, and below those that the kernel takes for connections of its own
+	// choice (ip(7), ip_local_port_range).
 	port := ""
 	for n := 20000 + rand.IntN(10000); port == ""; n++ {
 		if n > 32000 {

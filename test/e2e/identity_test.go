@@ -21,8 +21,9 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// identify logs all that a process can tell of what it was given, then waits to be stopped. Kubelet writes the hosts
-// file of a pod anew for each container that it creates, so that it is empty for a moment while the next one is made.
+// identify logs all that a process can tell of what it was given, then waits to be stopped. Kubelet
+// writes the hosts file of a pod anew for each container that it creates, so that it is empty for a
+// moment while the next one is made.
 const identify = `trap 'exit 0' TERM
 id
 hostname
@@ -74,7 +75,8 @@ func identityOf(t testing.TB, ns, pod, name string, previous bool) string {
 	return id
 }
 
-// sameIdentity restarts containers of a pod with one request, and compares what they say of themselves.
+// sameIdentity restarts containers of a pod with one request, and compares what they say of
+// themselves.
 func sameIdentity(t *testing.T, ns, pod string, method string, names ...string) {
 	t.Helper()
 	before := ready(t, ns, pod)
@@ -95,7 +97,8 @@ func sameIdentity(t *testing.T, ns, pod string, method string, names ...string) 
 		if last := is.LastTerminationState.Terminated; last == nil || last.ExitCode != 0 {
 			t.Errorf("container %s ended with %+v", name, last)
 		} else if is.State.Running != nil && is.State.Running.StartedAt.Before(&last.FinishedAt) {
-			t.Errorf("container %s is said to have started at %s, before the old one ended at %s", name, is.State.Running.StartedAt, last.FinishedAt)
+			t.Errorf("container %s is said to have started at %s, before the old one ended at %s", name,
+				is.State.Running.StartedAt, last.FinishedAt)
 		}
 		got := identityOf(t, ns, pod, name, false)
 		if method == "gate" { // which leaves the one trace that a process can find
@@ -112,7 +115,8 @@ func sameIdentity(t *testing.T, ns, pod string, method string, names ...string) 
 			t.Errorf("the previous log of %s has changed:\n%s", name, got)
 		}
 		if c := account(t, crr, name); c.GetMethod() != method {
-			t.Errorf("container %s was restarted by method %q, want %q; warnings %q", name, c.GetMethod(), method, c.GetWarnings())
+			t.Errorf("container %s was restarted by method %q, want %q; warnings %q", name, c.GetMethod(), method,
+				c.GetWarnings())
 		}
 		assertKubeletDidNothing(t, ns, pod, name)
 	}
@@ -169,7 +173,8 @@ data: {one: "first", two: "second"}
 ---
 `
 
-// TestIdentity restarts containers of many kinds. Each new one is what the old one was, to the last capability.
+// TestIdentity restarts containers of many kinds. Each new one is what the old one was, to the last
+// capability.
 func TestIdentity(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -198,7 +203,8 @@ func TestIdentity(t *testing.T) {
 	t.Run("locked is locked", func(t *testing.T) {
 		id := identityOf(t, ns, "many", "locked", false)
 		for _, want := range []string{
-			"uid=1000", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Read-only file system",
+			"uid=1000", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2",
+			"Read-only file system",
 			"first", "second", "FROM_MAP=first", "PLAIN=a b  c", "kept", "bin\netc",
 		} {
 			if !strings.Contains(id, want) {
@@ -208,20 +214,23 @@ func TestIdentity(t *testing.T) {
 	})
 	t.Run("shared", func(t *testing.T) { sameIdentity(t, ns, "shared", "gate", "app") })
 	t.Run("ephemeral", func(t *testing.T) {
-		kubectl(t, "-n", ns, "debug", "many", "--image", image, "--container", "debug", "--profile", "general", "--", "sleep", "1")
+		kubectl(t, "-n", ns, "debug", "many", "--image", image, "--container", "debug", "--profile", "general", "--",
+			"sleep", "1")
 		apply(t, recreate(ns, "ephemeral", "many", "containers: [{name: debug}]"))
-		if crr := completed(t, ns, "ephemeral"); !strings.Contains(crr.Status.Message, "container debug is an ephemeral container: it cannot be recreated") {
+		if crr := completed(t, ns, "ephemeral"); !strings.Contains(crr.Status.Message,
+			"container debug is an ephemeral container: it cannot be recreated") {
 			t.Errorf("status: %+v", crr.Status)
 		}
 		apply(t, recreate(ns, "init", "many", "containers: [{name: setup}]"))
-		if crr := completed(t, ns, "init"); !strings.Contains(crr.Status.Message, "container setup is an init container that runs to its end") {
+		if crr := completed(t, ns, "init"); !strings.Contains(crr.Status.Message,
+			"container setup is an init container that runs to its end") {
 			t.Errorf("status: %+v", crr.Status)
 		}
 	})
 }
 
-// TestUserNamespace restarts a container of a pod with users of its own, where kubelet, the runtime and the kernel have
-// that.
+// TestUserNamespace restarts a container of a pod with users of its own, where kubelet, the runtime
+// and the kernel have that.
 func TestUserNamespace(t *testing.T) {
 	ns := namespace(t)
 	apply(t, identity(ns, "users", `
@@ -251,8 +260,9 @@ func TestUserNamespace(t *testing.T) {
 	sameIdentity(t, ns, "users", "gate", "app")
 }
 
-// TestRuntimeClasses restarts containers under handlers that are not containerd's default: runc under another name, which
-// has the gate, and a runtime of another type, of which nothing is known and which does without.
+// TestRuntimeClasses restarts containers under handlers that are not containerd's default: runc
+// under another name, which has the gate, and a runtime of another type, of which nothing is known
+// and which does without.
 func TestRuntimeClasses(t *testing.T) {
 	ns := namespace(t)
 	shim, err := filepath.EvalSymlinks(filepath.Join(bed.Bin, "containerd-shim-runc-v2"))
@@ -274,7 +284,8 @@ func TestRuntimeClasses(t *testing.T) {
 	})
 	t.Cleanup(func() { kubectlAfter(t, "delete", "runtimeclass", "second", "foreign") })
 	for _, handler := range []string{"second", "foreign"} {
-		apply(t, fmt.Sprintf("{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: %s}, handler: %s}", handler, handler))
+		apply(t, fmt.Sprintf("{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: %s}, handler: %s}",
+			handler, handler))
 		apply(t, identity(ns, handler, `
   runtimeClassName: `+handler+`
   containers:
@@ -313,8 +324,8 @@ func configureProxy(t testing.TB, change func(map[string]any)) {
 	restartProxy(t, syscall.SIGTERM)
 }
 
-// TestWithoutCDI gives the proxy a directory for CDI specs that the runtime does not read. It says so, and restarts containers,
-// locked ones as well, without the gate.
+// TestWithoutCDI gives the proxy a directory for CDI specs that the runtime does not read. It says
+// so, and restarts containers, locked ones as well, without the gate.
 func TestWithoutCDI(t *testing.T) {
 	ns := namespace(t)
 	elsewhere := scratchDir(t, "cdi")
@@ -324,7 +335,8 @@ func TestWithoutCDI(t *testing.T) {
 	info, err := opsClient(t).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
 	must(t, err)
 	for _, m := range info.GetRestartMethods() {
-		if want := m.GetName() != "gate"; m.GetAvailable() != want || (!want && !strings.Contains(m.GetReason(), elsewhere)) {
+		if want := m.GetName() != "gate"; m.GetAvailable() != want ||
+			(!want && !strings.Contains(m.GetReason(), elsewhere)) {
 			t.Errorf("method %v", m)
 		}
 	}
@@ -335,8 +347,8 @@ func TestWithoutCDI(t *testing.T) {
 	}
 }
 
-// TestStartFirst asks for a restart in which the new container runs before the old one is asked to stop, and for one with an
-// order that there is not.
+// TestStartFirst asks for a restart in which the new container runs before the old one is asked to
+// stop, and for one with an order that there is not.
 func TestStartFirst(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -344,10 +356,12 @@ func TestStartFirst(t *testing.T) {
 	before := ready(t, ns, "app")
 	slot := watchSlot(t, string(before.UID), "app")
 	annotated := func(name, order, rest string) string {
-		return strings.Replace(recreate(ns, name, "app", rest), "name: "+name+"}", "name: "+name+", annotations: {"+appsv1alpha1.RestartOrderAnnotation+": "+order+"}}", 1)
+		return strings.Replace(recreate(ns, name, "app", rest), "name: "+name+"}",
+			"name: "+name+", annotations: {"+appsv1alpha1.RestartOrderAnnotation+": "+order+"}}", 1)
 	}
 	apply(t, annotated("sideways", "Sideways", "containers: [{name: app}]"))
-	if crr := completed(t, ns, "sideways"); !strings.Contains(crr.Status.Message, `restart-order is "Sideways": it must be StopFirst or StartFirst`) {
+	if crr := completed(t, ns, "sideways"); !strings.Contains(crr.Status.Message,
+		`restart-order is "Sideways": it must be StopFirst or StartFirst`) {
 		t.Errorf("status: %+v", crr.Status)
 	}
 	apply(t, annotated("start-first", "StartFirst", "containers: [{name: app}]\n  strategy: {minStartedSeconds: 2}"))

@@ -35,7 +35,8 @@ func imageJob(ns, name, image, limit string, spec ...string) string {
 	if len(spec) == 0 {
 		spec = []string{"completionPolicy: {}"}
 	}
-	return fmt.Sprintf("---\napiVersion: apps.kruise.io/v1beta1\nkind: ImagePullJob\nmetadata: {name: %s, namespace: %s, annotations: {cri-proxy.io/bytes-per-second: %q}}\nspec:\n  image: %s\n  %s\n",
+	return fmt.Sprintf("---\napiVersion: apps.kruise.io/v1beta1\nkind: ImagePullJob\nmetadata: {name: %s, namespace: "+
+		"%s, annotations: {cri-proxy.io/bytes-per-second: %q}}\nspec:\n  image: %s\n  %s\n",
 		name, ns, limit, image, strings.Join(spec, "\n  "))
 }
 
@@ -79,8 +80,8 @@ func pullsOf(t testing.TB, job *v1beta1.ImagePullJob) []*opsv1.PullOperation {
 	return pullsBy(t, images(t), job)
 }
 
-// fetched waits until the node has so many percent of a job's image, and returns the job and its pulls. The job's status tells some time
-// later, when there may be nothing left to fetch.
+// fetched waits until the node has so many percent of a job's image, and returns the job and its
+// pulls. The job's status tells some time later, when there may be nothing left to fetch.
 func fetched(t testing.TB, ns, name string, percent int64) (*v1beta1.ImagePullJob, []*opsv1.PullOperation) {
 	t.Helper()
 	node, job := images(t), &v1beta1.ImagePullJob{}
@@ -124,11 +125,13 @@ func pinsOf(t testing.TB, job *v1beta1.ImagePullJob) []string {
 	return mine
 }
 
-// failedWith checks that a job has failed on the node for the reason, and that its status says so with the words.
+// failedWith checks that a job has failed on the node for the reason, and that its status says so
+// with the words.
 func failedWith(t testing.TB, job *v1beta1.ImagePullJob, reason string, words ...string) {
 	t.Helper()
 	s := job.Status
-	if complete(job) != "True NodesFailed" || s.Failed != 1 || len(s.Failures) != 1 || s.Failures[0].Reason != reason || s.Failures[0].Node != bed.NodeName {
+	if complete(job) != "True NodesFailed" || s.Failed != 1 || len(s.Failures) != 1 || s.Failures[0].Reason != reason ||
+		s.Failures[0].Node != bed.NodeName {
 		t.Errorf("job %s has not failed with %s: %+v", job.Name, reason, s)
 		return
 	}
@@ -151,14 +154,17 @@ func privateRegistry(t testing.TB, host string) {
 	must(t, bed.MapRegistry(host, "http://"+addr))
 }
 
-// TestImagePullJobProxyKilled kills the only process that has the credentials of a pull: the controller gives them again.
+// TestImagePullJobProxyKilled kills the only process that has the credentials of a pull: the
+// controller gives them again.
 func TestImagePullJobProxyKilled(t *testing.T) {
 	ns := namespace(t)
 	const host = "forgotten.e2e"
 	privateRegistry(t, host)
 	removeImage(t, host+"/forgotten:1")
 	must(t, bed.PushLargeImage(t.Context(), "forgotten:1", 2, 8))
-	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: good, namespace: %s}\ntype: kubernetes.io/dockerconfigjson\nstringData: {.dockerconfigjson: '{\"auths\":{\"%s\":{\"username\":\"%s\",\"password\":\"%s\"}}}'}\n",
+	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: good, namespace: %s}\ntype: "+
+		"kubernetes.io/dockerconfigjson\nstringData: {.dockerconfigjson: "+
+		"'{\"auths\":{\"%s\":{\"username\":\"%s\",\"password\":\"%s\"}}}'}\n",
 		ns, host, testbed.RegistryUser, testbed.RegistryPassword)+
 		imageJob(ns, "job", host+"/forgotten:1", "4Mi", "completionPolicy: {}", "pullSecrets: [good]"))
 	_, before := fetched(t, ns, "job", 40)
@@ -169,7 +175,8 @@ func TestImagePullJobProxyKilled(t *testing.T) {
 		t.Fatalf("%+v, pulls %v", job.Status, ops)
 	}
 	// What this process has fetched is the rest.
-	if rest := ops[0].GetBytesTotal() - before[0].GetBytesDone(); ops[0].GetBytesFetched() > rest+ops[0].GetBytesTotal()/20 {
+	if rest :=
+		ops[0].GetBytesTotal() - before[0].GetBytesDone(); ops[0].GetBytesFetched() > rest+ops[0].GetBytesTotal()/20 {
 		t.Errorf("fetched %d again, %d were missing", ops[0].GetBytesFetched(), rest)
 	}
 }
@@ -181,23 +188,30 @@ func TestImagePullSecrets(t *testing.T) {
 	privateRegistry(t, host)
 	encoded := base64.StdEncoding.EncodeToString([]byte(testbed.RegistryUser + ":" + testbed.RegistryPassword))
 	secret := func(name, kind, key, value string) string {
-		return fmt.Sprintf("---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s, namespace: %s}\ntype: kubernetes.io/%s\nstringData: {%s: '%s'}\n", name, ns, kind, key, value)
+		return fmt.Sprintf("---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s, namespace: %s}\ntype: "+
+			"kubernetes.io/%s\nstringData: {%s: '%s'}\n", name, ns, kind, key, value)
 	}
 	var b strings.Builder
-	b.WriteString(secret("good", "dockerconfigjson", ".dockerconfigjson", fmt.Sprintf(`{"auths":{"https://%s/v1/":{"auth":"%s"}}}`, host, encoded)))
-	b.WriteString(secret("older", "dockercfg", ".dockercfg", fmt.Sprintf(`{"%s":{"username":"%s","password":"%s"}}`, host, testbed.RegistryUser, testbed.RegistryPassword)))
-	b.WriteString(secret("bad", "dockerconfigjson", ".dockerconfigjson", fmt.Sprintf(`{"auths":{"%s":{"username":"%s","password":"x%s"}}}`, host, testbed.RegistryUser, testbed.RegistryPassword)))
+	b.WriteString(secret("good", "dockerconfigjson", ".dockerconfigjson",
+		fmt.Sprintf(`{"auths":{"https://%s/v1/":{"auth":"%s"}}}`, host, encoded)))
+	b.WriteString(secret("older", "dockercfg", ".dockercfg",
+		fmt.Sprintf(`{"%s":{"username":"%s","password":"%s"}}`, host, testbed.RegistryUser, testbed.RegistryPassword)))
+	b.WriteString(secret("bad", "dockerconfigjson", ".dockerconfigjson",
+		fmt.Sprintf(`{"auths":{"%s":{"username":"%s","password":"x%s"}}}`, host, testbed.RegistryUser,
+			testbed.RegistryPassword)))
 	apply(t, b.String())
 	begin := func(name string, secrets string) {
 		removeImage(t, host+"/private/"+name+":1")
 		must(t, bed.PushLargeImage(t.Context(), "private/"+name+":1", 1, 1))
 		apply(t, imageJob(ns, name, host+"/private/"+name+":1", "0", "completionPolicy: {}", "pullSecrets: "+secrets))
 	}
-	for name, secrets := range map[string]string{"right": "[good]", "in-the-older-form": "[older]", "wrong": "[bad]", "wrong-and-right": "[bad, good]", "none": "[]", "absent": "[no-such-secret]"} {
+	for name, secrets := range map[string]string{"right": "[good]", "in-the-older-form": "[older]", "wrong": "[bad]",
+		"wrong-and-right": "[bad, good]", "none": "[]", "absent": "[no-such-secret]"} {
 		begin(name, secrets)
 	}
 	for _, name := range []string{"right", "in-the-older-form", "wrong-and-right"} {
-		if job := pulled(t, ns, name); complete(job) != "True Succeeded" || !meta.IsStatusConditionTrue(job.Status.Conditions, v1beta1.ConditionPullSecretsFound) {
+		if job := pulled(t, ns, name); complete(job) != "True Succeeded" ||
+			!meta.IsStatusConditionTrue(job.Status.Conditions, v1beta1.ConditionPullSecretsFound) {
 			t.Errorf("%s: %+v", name, job.Status)
 		}
 	}
@@ -206,7 +220,8 @@ func TestImagePullSecrets(t *testing.T) {
 	}
 	absent := pulled(t, ns, "absent")
 	failedWith(t, absent, "Unauthorized", "pull secret")
-	if c := meta.FindStatusCondition(absent.Status.Conditions, v1beta1.ConditionPullSecretsFound); c == nil || c.Status != "False" || !strings.Contains(c.Message, "no-such-secret of pullSecrets does not exist") {
+	if c := meta.FindStatusCondition(absent.Status.Conditions, v1beta1.ConditionPullSecretsFound); c == nil ||
+		c.Status != "False" || !strings.Contains(c.Message, "no-such-secret of pullSecrets does not exist") {
 		t.Errorf("condition of the job whose secret does not exist: %+v", c)
 	}
 
@@ -216,7 +231,9 @@ func TestImagePullSecrets(t *testing.T) {
 	if job := pulled(t, ns, "of-the-account"); complete(job) != "True Succeeded" {
 		t.Errorf("with the ServiceAccount's secret: %+v", job.Status)
 	}
-	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: user, namespace: %s}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers: [{name: app, image: '%s/private/of-the-account:1'}]\n", ns, host))
+	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: user, namespace: %s}\nspec:\n  "+
+		"terminationGracePeriodSeconds: 1\n  containers: [{name: app, image: '%s/private/of-the-account:1'}]\n", ns,
+		host))
 	ready(t, ns, "user")
 	asked := 0
 	for _, c := range kubeletCalls(t, "PullImage") {
@@ -229,8 +246,10 @@ func TestImagePullSecrets(t *testing.T) {
 	}
 
 	// Nobody can read the password but who may read the secret.
-	said := map[string]string{"jobs": kubectl(t, "-n", ns, "get", "imagepulljobs", "-o", "yaml"), "events": kubectl(t, "-n", ns, "get", "events", "-o", "yaml")}
-	for _, name := range []string{bed.LogFile("cri-proxy"), bed.LogFile("cri-controller"), filepath.Join(bed.StateDir, "pulls.db")} {
+	said := map[string]string{"jobs": kubectl(t, "-n", ns, "get", "imagepulljobs", "-o", "yaml"),
+		"events": kubectl(t, "-n", ns, "get", "events", "-o", "yaml")}
+	for _, name := range []string{bed.LogFile("cri-proxy"), bed.LogFile("cri-controller"),
+		filepath.Join(bed.StateDir, "pulls.db")} {
 		content, err := os.ReadFile(name)
 		must(t, err)
 		said[name] = string(content)
@@ -279,9 +298,11 @@ func TestImagePullJobReferences(t *testing.T) {
 
 func digestOf(t testing.TB, repository, tag string) string {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodHead, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodHead,
+		fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), nil)
 	must(t, err)
-	req.Header["Accept"] = []string{"application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"}
+	req.Header["Accept"] = []string{"application/vnd.oci.image.manifest.v1+json",
+		"application/vnd.docker.distribution.manifest.v2+json"}
 	resp, err := http.DefaultClient.Do(req)
 	must(t, err)
 	must(t, resp.Body.Close())
@@ -292,7 +313,8 @@ func digestOf(t testing.TB, repository, tag string) string {
 	return digest
 }
 
-// TestImagePullJobsOfOneImage has two jobs that want the same: it comes once, and stays pinned as long as one of them is there.
+// TestImagePullJobsOfOneImage has two jobs that want the same: it comes once, and stays pinned as
+// long as one of them is there.
 func TestImagePullJobsOfOneImage(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "shared:1", 2, 6)
@@ -308,7 +330,8 @@ func TestImagePullJobsOfOneImage(t *testing.T) {
 		}
 	}
 	// What is below its two layers may be on the node already.
-	if own, total := int64(12<<20), max(one.Status.BytesTotal, other.Status.BytesTotal); fetched < own || fetched > total*105/100 {
+	if own, total := int64(12<<20), max(one.Status.BytesTotal, other.Status.BytesTotal); fetched < own ||
+		fetched > total*105/100 {
 		t.Errorf("%d bytes were fetched of %d", fetched, total)
 	}
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "one", "--timeout=60s")
@@ -330,7 +353,8 @@ func TestImagePullJobDeleted(t *testing.T) {
 	job, _ := fetched(t, ns, "first", 40)
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "first", "--timeout=60s")
 	ops := pullsOf(t, job)
-	if len(ops) != 1 || ops[0].GetPhase() != opsv1.PullPhase_PULL_CANCELLED || !strings.Contains(ops[0].GetMessage(), "the job was deleted") {
+	if len(ops) != 1 || ops[0].GetPhase() != opsv1.PullPhase_PULL_CANCELLED ||
+		!strings.Contains(ops[0].GetMessage(), "the job was deleted") {
 		t.Errorf("the node's pulls are %v", ops)
 	}
 	if len(pinsOf(t, job)) != 0 || imageOnNode(t, image) != nil {
@@ -349,16 +373,19 @@ func TestImagePullJobEdited(t *testing.T) {
 	old, image := pushed(t, "edited:1", 2, 8), pushed(t, "edited:2", 2, 4)
 	apply(t, imageJob(ns, "job", old, "1Mi")) // so that it is under way as long as it may take
 	untilJob(t, "under way", ns, "job", underWay)
-	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"image":%q,"parallelism":0}}`, image))
+	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"image":%q,"parallelism":0}}`, image))
 	job := untilJob(t, "paused", ns, "job", func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False Paused" })
 	if s := job.Status; s.Active != 0 || s.Succeeded != 0 || s.ObservedGeneration != job.Generation {
 		t.Errorf("paused: %+v", s)
 	}
 	eventually(t, "the first pull is cancelled", func() bool {
 		ops := pullsOf(t, job)
-		return len(ops) == 1 && ops[0].GetPhase() == opsv1.PullPhase_PULL_CANCELLED && strings.Contains(ops[0].GetMessage(), "it has been changed")
+		return len(ops) == 1 && ops[0].GetPhase() == opsv1.PullPhase_PULL_CANCELLED &&
+			strings.Contains(ops[0].GetMessage(), "it has been changed")
 	})
-	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", `{"metadata":{"annotations":{"cri-proxy.io/bytes-per-second":"0"}},"spec":{"parallelism":"100%"}}`)
+	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p",
+		`{"metadata":{"annotations":{"cri-proxy.io/bytes-per-second":"0"}},"spec":{"parallelism":"100%"}}`)
 	job = pulled(t, ns, "job")
 	if complete(job) != "True Succeeded" || len(pullsOf(t, job)) != 2 {
 		t.Errorf("in the end: %+v, pulls %v", job.Status, pullsOf(t, job))
@@ -369,7 +396,8 @@ func TestImagePullJobEdited(t *testing.T) {
 	}
 
 	// One that has ended begins again, and lets go of what it no longer wants.
-	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"image":%q}}`, old))
+	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"image":%q}}`, old))
 	job = untilJob(t, "through with the first image", ns, "job", func(j *v1beta1.ImagePullJob) bool {
 		return complete(j) == "True Succeeded" && j.Status.ObservedGeneration == j.Generation
 	})
@@ -381,10 +409,12 @@ func TestImagePullJobEdited(t *testing.T) {
 func TestImagePullJobDeadline(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "late:1", 2, 8)
-	apply(t, imageJob(ns, "late", image, "2Mi", "pullPolicy: {timeoutSeconds: 3}", "completionPolicy: {activeDeadlineSeconds: 3}"))
+	apply(t, imageJob(ns, "late", image, "2Mi", "pullPolicy: {timeoutSeconds: 3}",
+		"completionPolicy: {activeDeadlineSeconds: 3}"))
 	job := pulled(t, ns, "late")
 	c := meta.FindStatusCondition(job.Status.Conditions, v1beta1.ConditionComplete)
-	if s := job.Status; s.Failed != 1 || c.Reason != "DeadlineExceeded" && c.Reason != "NodesFailed" || len(s.FailedNodes) != 1 {
+	if s := job.Status; s.Failed != 1 || c.Reason != "DeadlineExceeded" && c.Reason != "NodesFailed" ||
+		len(s.FailedNodes) != 1 {
 		t.Errorf("%+v", s)
 	}
 	eventually(t, "nothing goes on", func() bool {
@@ -400,14 +430,17 @@ func TestImagePullJobDeadline(t *testing.T) {
 func TestImagePullJobNever(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "later:1", 1, 1)
-	apply(t, imageJob(ns, "stays", image, "0", "selector: {matchLabels: {pool: "+ns+"}}", "completionPolicy: {type: Never}"))
-	job := untilJob(t, "waiting for nodes", ns, "stays", func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False NoMatchingNodes" })
+	apply(t, imageJob(ns, "stays", image, "0", "selector: {matchLabels: {pool: "+ns+"}}",
+		"completionPolicy: {type: Never}"))
+	job := untilJob(t, "waiting for nodes", ns, "stays",
+		func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False NoMatchingNodes" })
 	if job.Status.Desired != 0 {
 		t.Errorf("%+v", job.Status)
 	}
 	kubectl(t, "label", "node", bed.NodeName, "pool="+ns)
 	t.Cleanup(func() { _, _ = bed.Kubectl(context.WithoutCancel(t.Context()), "label", "node", bed.NodeName, "pool-") })
-	job = untilJob(t, "up to date", ns, "stays", func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False UpToDate" && j.Status.Succeeded == 1 })
+	job = untilJob(t, "up to date", ns, "stays",
+		func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False UpToDate" && j.Status.Succeeded == 1 })
 	pinned(t, image, true)
 	if job.Status.CompletionTime != nil {
 		t.Errorf("%+v", job.Status)
@@ -463,17 +496,20 @@ spec:
 	if s.Desired != 3 || s.Completed != 3 || s.Succeeded != 2 || s.Active != 0 || len(s.FailedImageStatuses) != 1 {
 		t.Fatalf("%+v", s)
 	}
-	if f := s.FailedImageStatuses[0]; f.Name != missing || !strings.Contains(f.Message, "failed on 1 of 1 nodes: NotFound on 1") || f.ImagePullJob == "" {
+	if f := s.FailedImageStatuses[0]; f.Name != missing ||
+		!strings.Contains(f.Message, "failed on 1 of 1 nodes: NotFound on 1") || f.ImagePullJob == "" {
 		t.Errorf("%+v", f)
 	}
 	pinned(t, a, true)
 	pinned(t, b, true)
-	if columns := strings.Fields(kubectl(t, "-n", ns, "get", "imagelistpulljob", "list", "--no-headers")); len(columns) != 5 || columns[1] != "3" || columns[2] != "2" || columns[3] != "3" {
+	if columns := strings.Fields(kubectl(t, "-n", ns, "get", "imagelistpulljob", "list", "--no-headers")); len(
+		columns) != 5 || columns[1] != "3" || columns[2] != "2" || columns[3] != "3" {
 		t.Errorf("kubectl get: %q", columns)
 	}
 
 	// An edit: one image less.
-	kubectl(t, "-n", ns, "patch", "imagelistpulljob", "list", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"images":[%q]}}`, a))
+	kubectl(t, "-n", ns, "patch", "imagelistpulljob", "list", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"images":[%q]}}`, a))
 	eventually(t, "the list has completed again", func() bool {
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "list"}, list))
 		return list.Status.CompletionTime != nil && list.Status.Desired == 1 && list.Status.Succeeded == 1

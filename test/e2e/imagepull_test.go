@@ -27,12 +27,14 @@ func imageOnNode(t testing.TB, image string) *runtimeapi.Image {
 	conn, err := bed.DialRuntime()
 	must(t, err)
 	defer func() { _ = conn.Close() }()
-	resp, err := runtimeapi.NewImageServiceClient(conn).ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	resp, err := runtimeapi.NewImageServiceClient(conn).
+		ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 	return resp.GetImage()
 }
 
-// pinned waits until an image of the node is, or is not any more, pinned: containerd's CRI plugin learns of labels by an event.
+// pinned waits until an image of the node is, or is not any more, pinned: containerd's CRI plugin
+// learns of labels by an event.
 func pinned(t testing.TB, image string, want bool) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("it is %v that %s is pinned", want, image), func() bool {
@@ -50,7 +52,8 @@ func removeImage(t testing.TB, image string) {
 	conn, err := bed.DialRuntime()
 	must(t, err)
 	defer func() { _ = conn.Close() }()
-	_, err = runtimeapi.NewImageServiceClient(conn).RemoveImage(t.Context(), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	_, err = runtimeapi.NewImageServiceClient(conn).
+		RemoveImage(t.Context(), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 }
 
@@ -70,8 +73,8 @@ func TestImagePullJob(t *testing.T) {
 	ns := namespace(t)
 	const image = "docker.io/library/nginx:latest"
 	removeImage(t, image)
-	// Content of its own: kubelet pulls an image that it has pulled under another name before, to see whether this pod may have
-	// it (KEP-2535).
+	// Content of its own: kubelet pulls an image that it has pulled under another name before, to
+	// see whether this pod may have it (KEP-2535).
 	must(t, bed.PushLargeImage(t.Context(), "library/nginx:latest", 1, 1))
 	root, err := testbed.SourceDir("")
 	must(t, err)
@@ -110,13 +113,15 @@ spec:
 	pinned(t, image, false)
 }
 
-// TestImagePullJobProgress watches a larger image, in the older version of the API and in the newer one.
+// TestImagePullJobProgress watches a larger image, in the older version of the API and in the newer
+// one.
 func TestImagePullJobProgress(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "large:1", 4, 8)
 	var before v1beta1.ImagePullJobList
 	must(t, api.List(t.Context(), &before, client.InNamespace(ns)))
-	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns), &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
+	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns),
+		&client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
 	must(t, err)
 	defer watch.Stop()
 	apply(t, fmt.Sprintf(`
@@ -177,7 +182,8 @@ spec:
   %s
 `, name, ns, image, more)
 	}
-	apply(t, job("missing", bed.Image("no-such-image:1"), "")+job("nowhere", bed.Image("busybox:1.0"), "selector: {names: [no-such-node]}"))
+	apply(t, job("missing", bed.Image("no-such-image:1"), "")+job("nowhere", bed.Image("busybox:1.0"),
+		"selector: {names: [no-such-node]}"))
 	missing := pulled(t, ns, "missing")
 	if s := missing.Status; s.Failed != 1 || len(s.FailedNodes) != 1 || s.FailedNodes[0] != bed.NodeName {
 		t.Errorf("missing: %+v", s)

@@ -100,7 +100,8 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// departures are what is on its way out: namespaces, for some seconds, and what goes with them. The next test can begin meanwhile.
+// departures are what is on its way out: namespaces, for some seconds, and what goes with them. The
+// next test can begin meanwhile.
 type departures struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex
@@ -149,7 +150,8 @@ func (d *departures) wait() error {
 	return errors.Join(d.errs...)
 }
 
-// restrictController gives the controller the permissions that the manifests give it, and no others.
+// restrictController gives the controller the permissions that the manifests give it, and no
+// others.
 func restrictController(ctx context.Context) error {
 	root, err := testbed.SourceDir("")
 	if err != nil {
@@ -160,7 +162,8 @@ func restrictController(ctx context.Context) error {
 			return err
 		}
 	}
-	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
+	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller",
+		"system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
 	return err
 }
 
@@ -171,7 +174,8 @@ func newClient(kubeconfig string) (client.WithWatch, error) {
 	}
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
+		v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
 		return nil, err
 	}
 	return client.NewWithWatch(config, client.Options{Scheme: scheme})
@@ -289,12 +293,13 @@ func kubeletCalls(t testing.TB, method string) []call {
 	return out
 }
 
-// kubeletIsThrough waits until kubelet has called through the proxy that runs now: after a restart of that it comes when its connection's
-// back-off is over, and what is asked of it before fails.
+// kubeletIsThrough waits until kubelet has called through the proxy that runs now: after a restart
+// of that it comes when its connection's back-off is over, and what is asked of it before fails.
 func kubeletIsThrough(t testing.TB) {
 	t.Helper()
 	since := len(kubeletCalls(t, "ListContainers"))
-	eventually(t, "kubelet lists through the proxy", func() bool { return len(kubeletCalls(t, "ListContainers")) > since })
+	eventually(t, "kubelet lists through the proxy",
+		func() bool { return len(kubeletCalls(t, "ListContainers")) > since })
 }
 
 // restartProxy ends the proxy with the signal and starts it again.

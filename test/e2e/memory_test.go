@@ -25,10 +25,12 @@ func limitsOf(t testing.TB, uid string) limits {
 	group := filepath.Join(bed.CgroupParent, "kubepods", "pod"+uid)
 	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
 		dir := filepath.Join("/sys/fs/cgroup", group)
-		return limits{t, filepath.Join(dir, "memory.max"), filepath.Join(dir, "memory.current"), filepath.Join(dir, "pids.max")}
+		return limits{t, filepath.Join(dir, "memory.max"), filepath.Join(dir, "memory.current"),
+			filepath.Join(dir, "pids.max")}
 	}
 	dir := filepath.Join("/sys/fs/cgroup/memory", group)
-	return limits{t, filepath.Join(dir, "memory.limit_in_bytes"), filepath.Join(dir, "memory.usage_in_bytes"), filepath.Join("/sys/fs/cgroup/pids", group, "pids.max")}
+	return limits{t, filepath.Join(dir, "memory.limit_in_bytes"), filepath.Join(dir, "memory.usage_in_bytes"),
+		filepath.Join("/sys/fs/cgroup/pids", group, "pids.max")}
 }
 
 func (l limits) mib(file string) int {
@@ -40,7 +42,8 @@ func (l limits) mib(file string) int {
 	return n >> 20
 }
 
-// hog is a pod whose container uses that much of its 64 MiB, and ends with code 7 when it is asked to stop.
+// hog is a pod whose container uses that much of its 64 MiB, and ends with code 7 when it is asked
+// to stop.
 func hog(ns, name string, mib int) string {
 	return fmt.Sprintf(`
 apiVersion: v1
@@ -56,8 +59,9 @@ spec:
 `, name, ns, bed.Image("busybox:1.0"), mib<<20)
 }
 
-// TestNearTheMemoryLimit restarts a container that has nearly all of its pod's memory: by the default order, then with both running
-// at once, then with hardly any process IDs left. It always ends because it was asked to.
+// TestNearTheMemoryLimit restarts a container that has nearly all of its pod's memory: by the
+// default order, then with both running at once, then with hardly any process IDs left. It always
+// ends because it was asked to.
 func TestNearTheMemoryLimit(t *testing.T) {
 	const uses = 58
 	ns := namespace(t)
@@ -86,8 +90,10 @@ func TestNearTheMemoryLimit(t *testing.T) {
 		if tc.before != nil {
 			tc.before()
 		}
-		apply(t, strings.Replace(recreate(ns, tc.name, "hog", "containers: [{name: app}]\n  strategy: {minStartedSeconds: 3}"),
-			"name: "+tc.name+"}", "name: "+tc.name+", annotations: {"+appsv1alpha1.RestartOrderAnnotation+": "+tc.order+"}}", 1))
+		apply(t, strings.Replace(recreate(ns, tc.name, "hog",
+			"containers: [{name: app}]\n  strategy: {minStartedSeconds: 3}"),
+			"name: "+tc.name+"}",
+			"name: "+tc.name+", annotations: {"+appsv1alpha1.RestartOrderAnnotation+": "+tc.order+"}}", 1))
 		if tc.order == "StartFirst" {
 			eventually(t, "both use their memory", func() bool { return l.mib(l.used) >= 2*uses })
 			if got := l.mib(l.limit); got != 128 {
@@ -98,7 +104,8 @@ func TestNearTheMemoryLimit(t *testing.T) {
 		if c := account(t, crr, "app"); c.GetMethod() != tc.method {
 			t.Errorf("%s: operation: %v", tc.name, c)
 		}
-		eventually(t, "kubelet knows of the restart", func() bool { return container(t, getPod(t, ns, "hog"), "app").RestartCount == int32(i+1) })
+		eventually(t, "kubelet knows of the restart",
+			func() bool { return container(t, getPod(t, ns, "hog"), "app").RestartCount == int32(i+1) })
 		c := container(t, getPod(t, ns, "hog"), "app")
 		if last := c.LastTerminationState.Terminated; last == nil || last.ExitCode != 7 || last.Reason == "OOMKilled" {
 			t.Errorf("%s: the old container ended %+v", tc.name, last)

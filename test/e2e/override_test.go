@@ -15,12 +15,16 @@ import (
 )
 
 // restartWith restarts container app, changed, and waits until that has succeeded.
-func restartWith(t testing.TB, pod *corev1.Pod, uid string, change func(*opsv1.ContainerRestart)) *opsv1.ContainerOperation {
+func restartWith(
+	t testing.TB, pod *corev1.Pod, uid string, change func(*opsv1.ContainerRestart),
+) *opsv1.ContainerOperation {
 	t.Helper()
 	c := &opsv1.ContainerRestart{Name: "app"}
 	change(c)
 	_, err := opsClient(t).Restart(t.Context(), &opsv1.RestartRequest{
-		Uid: uid + "-" + string(pod.UID), Pod: &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}, Containers: []*opsv1.ContainerRestart{c}, Requester: "test",
+		Uid:        uid + "-" + string(pod.UID),
+		Pod:        &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)},
+		Containers: []*opsv1.ContainerRestart{c}, Requester: "test",
 	})
 	must(t, err)
 	return inPhase(t, uid+"-"+string(pod.UID), opsv1.Phase_PHASE_SUCCEEDED).GetContainers()[0]
@@ -31,10 +35,12 @@ func overridesOf(t testing.TB, pod *corev1.Pod) []*opsv1.ImageOverride {
 	t.Helper()
 	l, err := opsClient(t).ListOverrides(t.Context(), &opsv1.ListOverridesRequest{})
 	must(t, err)
-	return slices.DeleteFunc(l.GetOverrides(), func(o *opsv1.ImageOverride) bool { return o.GetPod().GetUid() != string(pod.UID) })
+	return slices.DeleteFunc(l.GetOverrides(),
+		func(o *opsv1.ImageOverride) bool { return o.GetPod().GetUid() != string(pod.UID) })
 }
 
-// TestOverride runs another image than the pod's spec says: through a crash of the container, of the proxy and of kubelet, and back.
+// TestOverride runs another image than the pod's spec says: through a crash of the container, of
+// the proxy and of kubelet, and back.
 func TestOverride(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -42,7 +48,8 @@ func TestOverride(t *testing.T) {
 	apply(t, upgradable(ns, "shop", dir, "", corev1.RestartPolicyAlways))
 	before := ready(t, ns, "shop")
 	began(t, dir, "shop", "1.0")
-	// shows waits until the pod's status has that many restarts of app, and the last one with the image.
+	// shows waits until the pod's status has that many restarts of app, and the last one with the
+	// image.
 	shows := func(restarts int32, image string) corev1.ContainerStatus {
 		t.Helper()
 		var c corev1.ContainerStatus
@@ -51,8 +58,10 @@ func TestOverride(t *testing.T) {
 			return c.RestartCount == restarts && c.Image == image && c.Ready && c.State.Running != nil
 		})
 		after := getPod(t, ns, "shop")
-		if after.UID != before.UID || after.Status.PodIP != before.Status.PodIP || after.Status.Phase != corev1.PodRunning || after.Spec.Containers[0].Image != one {
-			t.Errorf("pod: %s %s %s, image %s", after.UID, after.Status.PodIP, after.Status.Phase, after.Spec.Containers[0].Image)
+		if after.UID != before.UID || after.Status.PodIP != before.Status.PodIP ||
+			after.Status.Phase != corev1.PodRunning || after.Spec.Containers[0].Image != one {
+			t.Errorf("pod: %s %s %s, image %s", after.UID, after.Status.PodIP, after.Status.Phase,
+				after.Spec.Containers[0].Image)
 		}
 		if n, o := container(t, after, "neighbour"), container(t, before, "neighbour"); n.ContainerID != o.ContainerID {
 			t.Errorf("neighbour was restarted: %+v", n)
@@ -64,7 +73,8 @@ func TestOverride(t *testing.T) {
 	shows(1, two)
 	began(t, dir, "shop", "2.0")
 	assertKubeletDidNothing(t, ns, "shop", "app")
-	if o := overridesOf(t, before); len(o) != 1 || o[0].GetImage() != two || o[0].GetSpecImage() != one || o[0].GetContainer() != "app" {
+	if o := overridesOf(t, before); len(o) != 1 || o[0].GetImage() != two || o[0].GetSpecImage() != one ||
+		o[0].GetContainer() != "app" {
 		t.Errorf("overrides: %v", o)
 	}
 

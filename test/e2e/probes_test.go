@@ -15,7 +15,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// draining is a pod whose container app closes its port when it is asked to stop, and then takes some seconds to end.
+// draining is a pod whose container app closes its port when it is asked to stop, and then takes
+// some seconds to end.
 func draining(ns, name string, policy corev1.RestartPolicy, alone, sidecar bool) string {
 	app := fmt.Sprintf(`
   - name: app
@@ -45,8 +46,8 @@ spec:
 `, name, ns, policy, first, rest)
 }
 
-// TestProbeFailsWhileDraining restarts containers whose liveness probe fails while they end. Kubelet stops them too: it gets the new
-// container, whatever the policy, and no pod ends.
+// TestProbeFailsWhileDraining restarts containers whose liveness probe fails while they end.
+// Kubelet stops them too: it gets the new container, whatever the policy, and no pod ends.
 func TestProbeFailsWhileDraining(t *testing.T) {
 	ns := namespace(t)
 	pods := map[string]string{
@@ -84,7 +85,8 @@ func TestProbeFailsWhileDraining(t *testing.T) {
 	}
 }
 
-// starting is a pod whose container app takes some seconds to listen, and whose liveness probe would end it by then.
+// starting is a pod whose container app takes some seconds to listen, and whose liveness probe
+// would end it by then.
 func starting(ns, name string, policy corev1.RestartPolicy) string {
 	return fmt.Sprintf(`
 apiVersion: v1
@@ -106,8 +108,8 @@ spec:
 `, name, ns, policy, bed.Image("app:1"), bed.Image("busybox:1.0"))
 }
 
-// TestStartupProbeGatesLiveness replaces containers that take longer to start than their liveness probe has patience: none is
-// ended by that before its startup probe has passed.
+// TestStartupProbeGatesLiveness replaces containers that take longer to start than their liveness
+// probe waits: none is ended by that before its startup probe has passed.
 func TestStartupProbeGatesLiveness(t *testing.T) {
 	ns := namespace(t)
 	told := durationpb.New(7 * time.Second) // the startup probe's period, and two seconds
@@ -120,7 +122,8 @@ func TestStartupProbeGatesLiveness(t *testing.T) {
 		}
 	}
 	upgrade := func(t *testing.T, pod *corev1.Pod) {
-		commitUpgrade(t, prepareUpgrade(t, pod, bed.Image("app:2"), func(c *opsv1.ContainerUpgrade) { c.HoldProbes = told }))
+		commitUpgrade(t,
+			prepareUpgrade(t, pod, bed.Image("app:2"), func(c *opsv1.ContainerUpgrade) { c.HoldProbes = told }))
 		setImage(t, pod, bed.Image("app:2"))
 	}
 	for _, tc := range []struct {
@@ -153,7 +156,8 @@ func TestStartupProbeGatesLiveness(t *testing.T) {
 				starts = starts || c.Started != nil && !*c.Started
 				return starts && *c.Started && c.Ready
 			})
-			// A probe that kubelet made for the old container may have found the new one: then kubelet has taken that one over.
+			// A probe that kubelet made for the old container may have found the new one: then
+			// kubelet has taken that one over.
 			if e := events(t, ns, tc.name); strings.Contains(e, "Failed ") {
 				t.Errorf("events: %s", e)
 			}

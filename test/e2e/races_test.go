@@ -88,13 +88,15 @@ func opsClient(t testing.TB) opsv1.OpsClient {
 
 func adminConn(t testing.TB) *grpc.ClientConn {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	must(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	return conn
 }
 
-// account waits for the end of the operation that a request has on the node for one container, and returns its account.
+// account waits for the end of the operation that a request has on the node for one container, and
+// returns its account.
 func account(t testing.TB, crr *appsv1alpha1.ContainerRecreateRequest, name string) *opsv1.ContainerOperation {
 	t.Helper()
 	node := opsClient(t)
@@ -117,7 +119,8 @@ func runtimeClient(t testing.TB) runtimeapi.RuntimeServiceClient {
 	return runtimeapi.NewRuntimeServiceClient(conn)
 }
 
-// succeededAll checks that the request has completed and that every container of it has been restarted.
+// succeededAll checks that the request has completed and that every container of it has been
+// restarted.
 func succeededAll(t testing.TB, ns, name string) *appsv1alpha1.ContainerRecreateRequest {
 	t.Helper()
 	crr := completed(t, ns, name)
@@ -146,8 +149,8 @@ func events(t testing.TB, ns, name string) string {
 	return strings.Join(out, "\n")
 }
 
-// traced is a pod whose container app writes into a directory of the host when it starts and when it is asked to
-// stop.
+// traced is a pod whose container app writes into a directory of the host when it starts and when
+// it is asked to stop.
 func traced(ns, name, dir string) string {
 	return fmt.Sprintf(`
 apiVersion: v1
@@ -168,8 +171,9 @@ spec:
 // tracedGrace is far longer than the process takes to end when it is asked to.
 const tracedGrace = 40 * time.Second
 
-// TestPodDeletedDuringRestart deletes the pod while a restart of its container is at a step. The pod goes away within its
-// grace; every process that had begun has been asked to stop, and nothing is left.
+// TestPodDeletedDuringRestart deletes the pod while a restart of its container is at a step. The
+// pod goes away within its grace; every process that had begun has been asked to stop, and nothing
+// is left.
 func TestPodDeletedDuringRestart(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -193,14 +197,16 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 			if slices.Index(points, point) >= slices.Index(points, "running") {
 				processes = 2
 			}
-			// Before it has said how to stop it, the first process of a container takes no notice of being asked.
+			// Before it has said how to stop it, the first process of a container takes no notice
+			// of being asked.
 			eventually(t, "the processes listen to signals", func() bool {
 				log, err := os.ReadFile(filepath.Join(dir, point))
 				return err == nil && strings.Count(string(log), "began ") == processes
 			})
 			began := time.Now()
 			kubectl(t, "-n", ns, "delete", "pod", point, "--wait=false")
-			eventually(t, "kubelet is stopping the container", func() bool { return strings.Contains(events(t, ns, point), "Killing") })
+			eventually(t, "kubelet is stopping the container",
+				func() bool { return strings.Contains(events(t, ns, point), "Killing") })
 			h.release()
 			eventually(t, "the pod is gone", func() bool {
 				return apierrors.IsNotFound(api.Get(t.Context(), client.ObjectKeyFromObject(pod), &corev1.Pod{}))
@@ -221,8 +227,8 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 	}
 }
 
-// assertNoGates checks that the proxy has nothing left of gates that were opened or given up. An operation that has
-// been taken up again removes its gate at its end.
+// assertNoGates checks that the proxy has nothing left of gates that were opened or given up. An
+// operation that has been taken up again removes its gate at its end.
 func assertNoGates(t testing.TB) {
 	t.Helper()
 	eventually(t, "no gate is left", func() bool {
@@ -235,8 +241,8 @@ func assertNoGates(t testing.TB) {
 	})
 }
 
-// assertNothingLeft waits until no operation is at work on the node, and checks that the runtime has nothing of the pod
-// but what has ended.
+// assertNothingLeft waits until no operation is at work on the node, and checks that the runtime
+// has nothing of the pod but what has ended.
 func assertNothingLeft(t testing.TB, pod *corev1.Pod) {
 	t.Helper()
 	node := opsClient(t)
@@ -245,9 +251,10 @@ func assertNothingLeft(t testing.TB, pod *corev1.Pod) {
 		must(t, err)
 		return len(info.GetActiveSlots()) == 0
 	})
-	list, err := runtimeClient(t).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
-	}})
+	list, err := runtimeClient(t).
+		ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
+		}})
 	must(t, err)
 	for _, c := range list.GetContainers() {
 		if c.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
@@ -276,9 +283,10 @@ spec:
 `, ns, bed.Image("busybox:1.0"), bed.Image("app:1"))
 }
 
-// TestLivenessDuringRestart lets liveness probes fail while the old container has stopped and the new one does not run yet.
-// Exec probes are answered so that kubelet takes nothing from it. Http probes go past the proxy: kubelet stops the
-// container too, which joins the restart, and exactly one runs.
+// TestLivenessDuringRestart lets liveness probes fail while the old container has stopped and the
+// new one does not run yet. Exec probes are answered so that kubelet takes nothing from it. Http
+// probes go past the proxy: kubelet stops the container too, which joins the restart, and exactly
+// one runs.
 func TestLivenessDuringRestart(t *testing.T) {
 	ns := namespace(t)
 	apply(t, probed(ns))
@@ -323,14 +331,16 @@ func TestLivenessDuringRestart(t *testing.T) {
 	}
 }
 
-// assertOneRunning waits until of a slot's containers, around the proxy, one runs and none has only been created: a process
-// runs a moment before the runtime says so. Two that run are one too many at any time.
+// assertOneRunning waits until of a slot's containers, around the proxy, one runs and none has only
+// been created: a process runs a moment before the runtime says so. Two that run are one too many
+// at any time.
 func assertOneRunning(t testing.TB, podUID, name string) {
 	t.Helper()
 	cri := runtimeClient(t)
 	eventually(t, "one container of "+name+" runs and none waits", func() bool {
 		list, err := cri.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{
-			Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name}},
+			Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID,
+				"io.kubernetes.container.name": name}},
 		})
 		must(t, err)
 		running, others := 0, 0
@@ -398,7 +408,9 @@ func attachTerminal(t testing.TB, ns, pod, name string) *session {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", bed.Kubeconfig)
 	must(t, err)
-	u, err := url.Parse(fmt.Sprintf("%s/api/v1/namespaces/%s/pods/%s/attach?container=%s&stdin=true&stdout=true&tty=true", bed.APIServer, ns, pod, name))
+	u, err := url.Parse(
+		fmt.Sprintf("%s/api/v1/namespaces/%s/pods/%s/attach?container=%s&stdin=true&stdout=true&tty=true",
+			bed.APIServer, ns, pod, name))
 	must(t, err)
 	executor, err := remotecommand.NewSPDYExecutor(config, http.MethodPost, u)
 	must(t, err)
@@ -412,12 +424,14 @@ func attachTerminal(t testing.TB, ns, pod, name string) *session {
 	return s
 }
 
-// TestSessionsDuringRestart restarts two containers, one of them with a terminal, while kubectl exec and attach are open. The
-// sessions end with the container they belong to, and new ones lead to the new container.
+// TestSessionsDuringRestart restarts two containers, one of them with a terminal, while kubectl
+// exec and attach are open. The sessions end with the container they belong to, and new ones lead
+// to the new container.
 func TestSessionsDuringRestart(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
-	listening := `[sh, -c, 'trap "echo leaving; exit 0" TERM; n=$(cat /proc/sys/kernel/random/uuid); echo first $n; while :; do read -t 1 line && echo heard $line by $n; done']`
+	listening :=
+		`[sh, -c, 'trap "echo leaving; exit 0" TERM; n=$(cat /proc/sys/kernel/random/uuid); echo first $n; while :; do read -t 1 line && echo heard $line by $n; done']`
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
@@ -442,8 +456,9 @@ spec:
 	}
 	open := func(mark string) map[string]*session {
 		sessions := map[string]*session{
-			"exec": connect(t, "-n", ns, "exec", "-i", "shell", "-c", "pipe", "--", "cat"),
-			"pipe": connect(t, "-n", ns, "attach", "-i", "shell", "-c", "pipe"), "terminal": attachTerminal(t, ns, "shell", "terminal"),
+			"exec":     connect(t, "-n", ns, "exec", "-i", "shell", "-c", "pipe", "--", "cat"),
+			"pipe":     connect(t, "-n", ns, "attach", "-i", "shell", "-c", "pipe"),
+			"terminal": attachTerminal(t, ns, "shell", "terminal"),
 		}
 		for what, s := range sessions {
 			heard := mark
@@ -480,8 +495,9 @@ spec:
 	assertKubeletDidNothing(t, ns, "shell", "terminal")
 }
 
-// TestResizeDuringRestart resizes a container in place, once while its successor waits and once while it has stopped and is
-// masked. The successor has the new limits, in its status and in the kernel.
+// TestResizeDuringRestart resizes a container in place, once while its successor waits and once
+// while it has stopped and is masked. The successor has the new limits, in its status and in the
+// kernel.
 func TestResizeDuringRestart(t *testing.T) {
 	ns := namespace(t)
 	apply(t, fmt.Sprintf(`
@@ -539,17 +555,21 @@ spec:
 // cpuQuota returns what the kernel allows the running container, in µs per 100 ms.
 func cpuQuota(t testing.TB, pod *corev1.Pod, name string) int64 {
 	t.Helper()
-	list, err := runtimeClient(t).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		State:         &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
-		LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID), "io.kubernetes.container.name": name},
-	}})
+	list, err := runtimeClient(t).
+		ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID),
+				"io.kubernetes.container.name": name},
+		}})
 	must(t, err)
 	if len(list.GetContainers()) != 1 {
 		t.Fatalf("running: %v", list.GetContainers())
 	}
 	// The container's cgroup is named after it, wherever kubelet has put the pod's.
-	for _, pattern := range []string{"cpu/%s/*/*/*/%s/cpu.cfs_quota_us", "cpu/%s/*/*/%s/cpu.cfs_quota_us", "%s/*/*/*/%s/cpu.max", "%s/*/*/%s/cpu.max"} {
-		files, err := filepath.Glob(filepath.Join("/sys/fs/cgroup", fmt.Sprintf(pattern, strings.Trim(bed.CgroupParent, "/"), list.GetContainers()[0].GetId())))
+	for _, pattern := range []string{"cpu/%s/*/*/*/%s/cpu.cfs_quota_us", "cpu/%s/*/*/%s/cpu.cfs_quota_us",
+		"%s/*/*/*/%s/cpu.max", "%s/*/*/%s/cpu.max"} {
+		files, err := filepath.Glob(filepath.Join("/sys/fs/cgroup",
+			fmt.Sprintf(pattern, strings.Trim(bed.CgroupParent, "/"), list.GetContainers()[0].GetId())))
 		must(t, err)
 		if len(files) != 1 {
 			continue
@@ -568,8 +588,9 @@ func cpuQuota(t testing.TB, pod *corev1.Pod, name string) int64 {
 	return 0
 }
 
-// TestKubeletRestartDuringRestart starts kubelet anew while a restart has staged its container, and while the old one has
-// stopped and is masked. The new kubelet finds a running container each time and leaves it alone.
+// TestKubeletRestartDuringRestart starts kubelet anew while a restart has staged its container, and
+// while the old one has stopped and is masked. The new kubelet finds a running container each time
+// and leaves it alone.
 func TestKubeletRestartDuringRestart(t *testing.T) {
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
@@ -587,7 +608,8 @@ func TestKubeletRestartDuringRestart(t *testing.T) {
 			})
 			h.release()
 			succeededAll(t, ns, point)
-			if c := container(t, getPod(t, ns, "my-pod"), "app"); c.RestartCount != int32(i+1) || c.State.Running == nil {
+			if c := container(t, getPod(t, ns, "my-pod"), "app"); c.RestartCount != int32(i+1) ||
+				c.State.Running == nil {
 				t.Errorf("container app: %+v", c)
 			}
 			assertOneRunning(t, string(before.UID), "app")
@@ -599,14 +621,15 @@ func TestKubeletRestartDuringRestart(t *testing.T) {
 	assertKubeletDidNothing(t, ns, "my-pod", "app")
 }
 
-// TestTwoRequestsOnePod sends requests for two containers of one pod at the same time. Both complete, independent of each other: one
-// is held, the other is not.
+// TestTwoRequestsOnePod sends requests for two containers of one pod at the same time. Both
+// complete, independent of each other: one is held, the other is not.
 func TestTwoRequestsOnePod(t *testing.T) {
 	ns := namespace(t)
 	hook := newHeldHook(t)
 	apply(t, hook.preStop(threeContainers(ns, "my-pod", corev1.RestartPolicyAlways)))
 	ready(t, ns, "my-pod")
-	apply(t, recreate(ns, "slow", "my-pod", "containers: [{name: app}]")+"---"+recreate(ns, "quick", "my-pod", "containers: [{name: two}]"))
+	apply(t, recreate(ns, "slow", "my-pod", "containers: [{name: app}]")+"---"+recreate(ns, "quick", "my-pod",
+		"containers: [{name: two}]"))
 	<-hook.reached
 	succeededAll(t, ns, "quick")
 	slow := &appsv1alpha1.ContainerRecreateRequest{}

@@ -37,9 +37,9 @@ func TestReadyAgain(t *testing.T) {
 		t.Parallel()
 	}
 	ns := namespace(t)
-	period, restarts, abreast, patience := 60, 20, 4, 45*time.Second
+	period, restarts, abreast, timeout := 60, 20, 4, 45*time.Second
 	if n, err := strconv.Atoi(os.Getenv("READY_RESTARTS")); err == nil {
-		period, restarts, patience = 10, n, 2*time.Minute
+		period, restarts, timeout = 10, n, 2*time.Minute
 	}
 	var names []string
 	for i := range abreast {
@@ -70,7 +70,8 @@ spec:
 	for i, name := range names {
 		wg.Go(func() {
 			for n := i; n < restarts; n += abreast {
-				r, err := restartUntilReady(t.Context(), node, patience, n/abreast%2 == 1, ns, name, fmt.Sprintf("%s-%d", name, n))
+				r, err := restartUntilReady(t.Context(), node, timeout, n/abreast%2 == 1, ns, name,
+					fmt.Sprintf("%s-%d", name, n))
 				if err != nil {
 					t.Error(err)
 					return
@@ -117,9 +118,9 @@ func percentiles(d []time.Duration) string {
 // restartUntilReady restarts the container of a pod, and follows the pod until it is Ready with the
 // new one.
 func restartUntilReady(
-	ctx context.Context, node opsv1.OpsClient, patience time.Duration, startFirst bool, ns, pod, request string,
+	ctx context.Context, node opsv1.OpsClient, timeout time.Duration, startFirst bool, ns, pod, request string,
 ) (readyAgain, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var r readyAgain
 	var before corev1.Pod
@@ -174,6 +175,7 @@ func restartUntilReady(
 		r.reveal = stop
 	}
 	r.startFirst = startFirst
-	_, err = bed.Kubectl(ctx, "-n", ns, "wait", "--for=jsonpath={.status.phase}=Completed", "crr/"+request, "--timeout=60s")
+	_, err = bed.Kubectl(ctx, "-n", ns, "wait", "--for=jsonpath={.status.phase}=Completed", "crr/"+request,
+		"--timeout=60s")
 	return r, err
 }

@@ -70,7 +70,8 @@ spec:
 		{"no-containers", "containers: []", "spec.containers"},
 		{"twice", "containers: [{name: app}, {name: app}]", "uplicate"},
 		{"short-deadline", "containers: [{name: app}]\n  activeDeadlineSeconds: 1", "activeDeadlineSeconds"},
-		{"negative-grace", "containers: [{name: app}]\n  strategy: {terminationGracePeriodSeconds: -1}", "terminationGracePeriodSeconds"},
+		{"negative-grace", "containers: [{name: app}]\n  strategy: {terminationGracePeriodSeconds: -1}",
+			"terminationGracePeriodSeconds"},
 		{"policy", "containers: [{name: app}]\n  strategy: {failurePolicy: Maybe}", "failurePolicy"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -80,7 +81,8 @@ spec:
 			}
 		})
 	}
-	if after := getPod(t, ns, "my-pod"); container(t, after, "app").ContainerID != container(t, before, "app").ContainerID {
+	if after := getPod(t, ns, "my-pod"); container(t, after, "app").ContainerID != container(t, before, "app").
+		ContainerID {
 		t.Error("a refused request restarted the container")
 	}
 }
@@ -101,7 +103,8 @@ spec:
 	kubectl(t, "-n", ns, "delete", "pod", "leaving", "--wait=false")
 	apply(t, recreate(ns, "too-late", "leaving", "containers: [{name: app}]"))
 	crr := completed(t, ns, "too-late")
-	if s := crr.Status.ContainerRecreateStates; len(s) > 0 && s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
+	if s := crr.Status.ContainerRecreateStates; len(s) > 0 &&
+		s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
 		t.Errorf("states: %+v", s)
 	}
 	t.Log(crr.Status.Message, crr.Status.ContainerRecreateStates)
@@ -110,8 +113,9 @@ spec:
 	}
 }
 
-// TestTwoRequests sends requests for one container at the same time: all complete, and those without force may be
-// satisfied by the restart that another one made, in whatever order they are taken. One with force always restarts.
+// TestTwoRequests sends requests for one container at the same time: all complete, and those
+// without force may be satisfied by the restart that another one made, in whatever order they are
+// taken. One with force always restarts.
 func TestTwoRequests(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -119,14 +123,16 @@ func TestTwoRequests(t *testing.T) {
 	ready(t, ns, "my-pod")
 	succeed := func(names ...string) int32 {
 		for _, name := range names {
-			if s := completed(t, ns, name).Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+			if s := completed(t, ns, name).Status.ContainerRecreateStates; len(s) != 1 ||
+				s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 				t.Errorf("request %s: %+v", name, s)
 			}
 		}
 		return container(t, getPod(t, ns, "my-pod"), "app").RestartCount
 	}
 	const force = "\n  strategy: {forceRecreate: true}"
-	apply(t, recreate(ns, "one", "my-pod", "containers: [{name: app}]")+"---"+recreate(ns, "two", "my-pod", "containers: [{name: app}]")+
+	apply(t, recreate(ns, "one", "my-pod", "containers: [{name: app}]")+"---"+recreate(ns, "two", "my-pod",
+		"containers: [{name: app}]")+
 		"---"+recreate(ns, "forced", "my-pod", "containers: [{name: app}]"+force))
 	together := succeed("one", "two", "forced")
 	if together < 1 || together > 3 {
@@ -145,12 +151,14 @@ func TestOrdered(t *testing.T) {
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
 	before := ready(t, ns, "my-pod")
-	apply(t, recreate(ns, "ordered", "my-pod", "containers: [{name: three}, {name: app}]\n  strategy: {orderedRecreate: true, minStartedSeconds: 2}"))
+	apply(t, recreate(ns, "ordered", "my-pod",
+		"containers: [{name: three}, {name: app}]\n  strategy: {orderedRecreate: true, minStartedSeconds: 2}"))
 	crr := completed(t, ns, "ordered")
 	after := getPod(t, ns, "my-pod")
 	first, second := container(t, after, "three"), container(t, after, "app")
 	if len(crr.Status.ContainerRecreateStates) != 2 || first.RestartCount != 1 || second.RestartCount != 1 {
-		t.Fatalf("states %+v, restarts %d and %d", crr.Status.ContainerRecreateStates, first.RestartCount, second.RestartCount)
+		t.Fatalf("states %+v, restarts %d and %d", crr.Status.ContainerRecreateStates, first.RestartCount,
+			second.RestartCount)
 	}
 	if gap := second.State.Running.StartedAt.Sub(first.State.Running.StartedAt.Time); gap < 2*time.Second {
 		t.Errorf("the second started %s after the first, which had to run for 2 s", gap)
@@ -175,17 +183,20 @@ spec:
 `, ns, bed.Image("busybox:1.0")))
 	before := ready(t, ns, "slow")
 	apply(t, recreate(ns, "first", "slow", "containers: [{name: app}]\n  activeDeadlineSeconds: 10"))
-	apply(t, recreate(ns, "second", "slow", "containers: [{name: app}]\n  strategy: {forceRecreate: true}\n  activeDeadlineSeconds: 10"))
+	apply(t, recreate(ns, "second", "slow",
+		"containers: [{name: app}]\n  strategy: {forceRecreate: true}\n  activeDeadlineSeconds: 10"))
 	for _, name := range []string{"first", "second"} {
 		crr := completed(t, ns, name)
 		if !strings.Contains(crr.Status.Message, "activeDeadlineSeconds") {
 			t.Errorf("%s: message %q", name, crr.Status.Message)
 		}
-		if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
+		if s := crr.Status.ContainerRecreateStates; len(s) != 1 ||
+			s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
 			t.Errorf("%s: states %+v", name, s)
 		}
 	}
-	// The first had begun to stop the container, so it runs to its end on the node; the second never happens.
+	// The first had begun to stop the container, so it runs to its end on the node; the second
+	// never happens.
 	eventually(t, "the first restart has ended", func() bool {
 		return container(t, getPod(t, ns, "slow"), "app").ContainerID != container(t, before, "app").ContainerID
 	})
@@ -209,14 +220,17 @@ func TestNodeUnreachable(t *testing.T) {
 	apply(t, recreate(ns, "patient", "my-pod", "containers: [{name: two}]\n  activeDeadlineSeconds: 120"))
 	crr := completed(t, ns, "hopeless")
 	startProxy(t)
-	if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
+	if s := crr.Status.ContainerRecreateStates; len(s) != 1 ||
+		s[0].Phase != appsv1alpha1.ContainerRecreateRequestFailed {
 		t.Errorf("states: %+v, message %q", s, crr.Status.Message)
 	}
-	if s := completed(t, ns, "patient").Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+	if s := completed(t, ns, "patient").Status.ContainerRecreateStates; len(s) != 1 ||
+		s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 		t.Errorf("states: %+v", s)
 	}
 	after := getPod(t, ns, "my-pod")
-	if container(t, after, "app").ContainerID != container(t, before, "app").ContainerID || container(t, after, "two").RestartCount != 1 {
+	if container(t, after, "app").ContainerID != container(t, before, "app").ContainerID || container(t, after, "two").
+		RestartCount != 1 {
 		t.Error("the wrong container was restarted")
 	}
 	eventually(t, "an event NodeUnreachable names the address", func() bool {
@@ -241,7 +255,8 @@ func TestControllerRestart(t *testing.T) {
 		return crr.Status.Phase == appsv1alpha1.ContainerRecreateRequestRecreating
 	})
 	must(t, bed.StopController(t.Context(), syscall.SIGKILL))
-	gated := strings.Replace(threeContainers(ns, "gated", corev1.RestartPolicyNever), "spec:", "spec:\n  readinessGates: [{conditionType: KruisePodReady}]", 1)
+	gated := strings.Replace(threeContainers(ns, "gated", corev1.RestartPolicyNever), "spec:",
+		"spec:\n  readinessGates: [{conditionType: KruisePodReady}]", 1)
 	apply(t, gated) // while nobody opens gates
 	eventually(t, "the gate alone keeps the pod from being ready", func() bool {
 		return slices.ContainsFunc(getPod(t, ns, "gated").Status.Conditions, func(c corev1.PodCondition) bool {
@@ -251,7 +266,8 @@ func TestControllerRestart(t *testing.T) {
 	must(t, bed.StartController(t.Context()))
 	ready(t, ns, "gated")
 	hook.release()
-	if s := completed(t, ns, "survives").Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+	if s := completed(t, ns, "survives").Status.ContainerRecreateStates; len(s) != 1 ||
+		s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 		t.Errorf("states: %+v", s)
 	}
 	if n := container(t, getPod(t, ns, "my-pod"), "app").RestartCount; n != 1 {
@@ -269,7 +285,8 @@ func TestTTL(t *testing.T) {
 	// A watch misses nothing, however short it lives.
 	var before appsv1alpha1.ContainerRecreateRequestList
 	must(t, api.List(t.Context(), &before, client.InNamespace(ns)))
-	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns), &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
+	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns),
+		&client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
 	must(t, err)
 	defer watch.Stop()
 	apply(t, recreate(ns, "short-lived", "my-pod", "containers: [{name: app}]\n  ttlSecondsAfterFinished: 2"))

@@ -54,10 +54,12 @@ type phases struct {
 func watchPhases(t testing.TB, ns, name, uid string) *phases {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	// From now on: a watch without a version may begin with an older state, out of the API server's cache.
+	// From now on: a watch without a version may begin with an older state, out of the API server's
+	// cache.
 	var now corev1.PodList
 	must(t, api.List(ctx, &now, client.InNamespace(ns)))
-	w, err := api.Watch(ctx, &corev1.PodList{}, client.InNamespace(ns), &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: now.ResourceVersion}})
+	w, err := api.Watch(ctx, &corev1.PodList{}, client.InNamespace(ns),
+		&client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: now.ResourceVersion}})
 	must(t, err)
 	p := &phases{}
 	done := make(chan struct{})
@@ -116,7 +118,8 @@ spec:
 
 // TestContainerRecreateRequest restarts one container of a pod under each restart policy.
 func TestContainerRecreateRequest(t *testing.T) {
-	for _, policy := range []corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyOnFailure, corev1.RestartPolicyNever} {
+	for _, policy := range []corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyOnFailure,
+		corev1.RestartPolicyNever} {
 		t.Run(string(policy), func(t *testing.T) {
 			ns := namespace(t)
 			apply(t, threeContainers(ns, "my-pod", policy))
@@ -127,7 +130,8 @@ func TestContainerRecreateRequest(t *testing.T) {
 			// As found in the field, status and all; only the namespace is adapted.
 			apply(t, example(t, ns))
 			crr := completed(t, ns, "example-restart")
-			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Name != "app" || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Name != "app" ||
+				s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 				t.Fatalf("states: %+v, message %q", s, crr.Status.Message)
 			}
 			after := getPod(t, ns, "my-pod")
@@ -141,16 +145,20 @@ func TestContainerRecreateRequest(t *testing.T) {
 				t.Errorf("pod %s %s became %s %s", before.UID, before.Status.PodIP, after.UID, after.Status.PodIP)
 			}
 			was, is := container(t, before, "app"), container(t, after, "app")
-			if is.ContainerID == was.ContainerID || is.RestartCount != was.RestartCount+1 || is.State.Running == nil || !is.Ready {
+			if is.ContainerID == was.ContainerID || is.RestartCount != was.RestartCount+1 || is.State.Running == nil ||
+				!is.Ready {
 				t.Errorf("container app was %+v and is %+v", was, is)
 			}
 			last := is.LastTerminationState.Terminated
-			if last == nil || last.ExitCode != 7 || last.Message != "last words" || last.ContainerID != was.ContainerID {
+			if last == nil || last.ExitCode != 7 || last.Message != "last words" ||
+				last.ContainerID != was.ContainerID {
 				t.Errorf("last state of app: %+v", last)
 			}
 			for _, other := range []string{"two", "three"} {
-				if a, b := container(t, before, other), container(t, after, other); a.ContainerID != b.ContainerID || b.RestartCount != 0 {
-					t.Errorf("container %s was %s and is %s, restarts %d", other, a.ContainerID, b.ContainerID, b.RestartCount)
+				if a, b := container(t, before, other), container(t, after, other); a.ContainerID != b.ContainerID ||
+					b.RestartCount != 0 {
+					t.Errorf("container %s was %s and is %s, restarts %d", other, a.ContainerID, b.ContainerID,
+						b.RestartCount)
 				}
 			}
 			for _, args := range [][]string{{}, {"--previous"}} {
@@ -241,13 +249,15 @@ func TestTenRestarts(t *testing.T) {
 // TestKillProxyAtEachStep kills cri-proxy at every step of a restart that a request asked for.
 func TestKillProxyAtEachStep(t *testing.T) {
 	ns := namespace(t)
-	points := []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"}
+	points := []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal",
+		"revealed", "done"}
 	pods := ""
 	for _, point := range points {
 		pods += threeContainers(ns, "pod-"+point, corev1.RestartPolicyNever) + "---\n"
 	}
 	apply(t, pods)
-	// All before the proxy is restarted for the first time: kubelet must not be starting a pod then.
+	// All before the proxy is restarted for the first time: kubelet must not be starting a pod
+	// then.
 	for _, point := range points {
 		ready(t, ns, "pod-"+point)
 	}
@@ -264,7 +274,8 @@ func TestKillProxyAtEachStep(t *testing.T) {
 			startProxy(t)
 
 			crr := completed(t, ns, point)
-			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+			if s := crr.Status.ContainerRecreateStates; len(s) != 1 ||
+				s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 				t.Errorf("states: %+v, message %q", s, crr.Status.Message)
 			}
 			after := getPod(t, ns, pod)
@@ -317,7 +328,8 @@ spec:
 `, ns, bed.Image("app:1"), bed.Image("busybox:1.0")))
 	pod := ready(t, ns, "web")
 
-	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init", "/work/post-start"); out != "from-init" {
+	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init",
+		"/work/post-start"); out != "from-init" {
 		t.Errorf("exec: %q", out)
 	}
 	if out := kubectl(t, "-n", ns, "logs", "web", "-c", "app"); out == "" {
@@ -330,8 +342,10 @@ spec:
 		t.Helper()
 		now := getPod(t, ns, "web")
 		for _, name := range []string{"app", "shell", "sidecar"} {
-			if a, b := container(t, pod, name), container(t, now, name); a.ContainerID != b.ContainerID || b.RestartCount != 0 {
-				t.Errorf("after %s: container %s was %s and is %s, restarts %d", what, name, a.ContainerID, b.ContainerID, b.RestartCount)
+			if a, b := container(t, pod, name), container(t, now, name); a.ContainerID != b.ContainerID ||
+				b.RestartCount != 0 {
+				t.Errorf("after %s: container %s was %s and is %s, restarts %d", what, name, a.ContainerID,
+					b.ContainerID, b.RestartCount)
 			}
 		}
 	}
@@ -340,10 +354,12 @@ spec:
 	ready(t, ns, "web")
 	check("a restart of kubelet")
 	for _, why := range watching() {
-		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call and its
-		// first relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go) and it has reached the API server
+		// A kubelet that has just started says this of itself, with or without a proxy, until its
+		// first Status call and its first relist have come back (pkg/kubelet/runtime.go,
+		// pkg/kubelet/pleg/generic.go) and it has reached the API server
 		// (pkg/volume/csi/csi_plugin.go); it must not say anything else.
-		if !slices.ContainsFunc([]string{"container runtime status check may not have completed yet", "pleg has yet to be successful", "CSINode is not yet initialized"},
+		if !slices.ContainsFunc([]string{"container runtime status check may not have completed yet",
+			"pleg has yet to be successful", "CSINode is not yet initialized"},
 			func(said string) bool { return strings.Contains(why, said) }) {
 			t.Errorf("the node was not ready: %s", why)
 		}

@@ -21,8 +21,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// workload is a StatefulSet, DaemonSet or Deployment of the app image; rest is what its spec has beyond that, pod what the pod template's
-// spec has.
+// workload is a StatefulSet, DaemonSet or Deployment of the app image; rest is what its spec has
+// beyond that, pod what the pod template's spec has.
 func workload(kind, ns, name, rest, pod string) string {
 	return fmt.Sprintf(`
 apiVersion: apps/v1
@@ -59,7 +59,8 @@ spec:
 `, name, ns, target, image, rest)
 }
 
-// podsOf returns the pods of a workload, in order of name, when there are so many and all are ready.
+// podsOf returns the pods of a workload, in order of name, when there are so many and all are
+// ready.
 func podsOf(t testing.TB, ns, app string, n int) []*corev1.Pod {
 	t.Helper()
 	var out []*corev1.Pod
@@ -92,7 +93,8 @@ func getRollout(t testing.TB, ns, name string) *inplace.InPlaceRollout {
 // waitRollout is what a person does.
 func waitRollout(t testing.TB, ns, name, condition string) {
 	t.Helper()
-	if out, err := bed.Kubectl(t.Context(), "-n", ns, "wait", "--for=condition="+condition, "--timeout=120s", "ipr/"+name); err != nil {
+	if out, err := bed.Kubectl(t.Context(), "-n", ns, "wait", "--for=condition="+condition, "--timeout=120s",
+		"ipr/"+name); err != nil {
 		t.Fatalf("%v: %s\n%+v\n%s", err, out, getRollout(t, ns, name).Status, events(t, ns, name))
 	}
 }
@@ -110,8 +112,8 @@ func imagesOf(pods []*corev1.Pod) map[string]int {
 	return out
 }
 
-// inPlace checks that the pods are those of before, with the new image in container app, which has been restarted so often, and everything
-// else as it was.
+// inPlace checks that the pods are those of before, with the new image in container app, which has
+// been restarted so often, and everything else as it was.
 func inPlace(t testing.TB, before, after []*corev1.Pod, image string, restarts int32) {
 	t.Helper()
 	was := map[string]*corev1.Pod{}
@@ -129,7 +131,8 @@ func inPlace(t testing.TB, before, after []*corev1.Pod, image string, restarts i
 		}
 		c := container(t, p, "app")
 		if c.Image != image || c.RestartCount != container(t, b, "app").RestartCount+restarts {
-			t.Errorf("pod %s: %s, restarts %d, want %s, %d more than %d", p.Name, c.Image, c.RestartCount, image, restarts, container(t, b, "app").RestartCount)
+			t.Errorf("pod %s: %s, restarts %d, want %s, %d more than %d", p.Name, c.Image, c.RestartCount, image,
+				restarts, container(t, b, "app").RestartCount)
 		}
 		if container(t, p, "side").ContainerID != container(t, b, "side").ContainerID {
 			t.Errorf("pod %s: the other container was restarted", p.Name)
@@ -137,7 +140,8 @@ func inPlace(t testing.TB, before, after []*corev1.Pod, image string, restarts i
 	}
 }
 
-// onImage waits until all pods of a workload run the image, by their status: kubelet is a moment behind.
+// onImage waits until all pods of a workload run the image, by their status: kubelet is a moment
+// behind.
 func onImage(t testing.TB, ns, app, image string, n int) []*corev1.Pod {
 	t.Helper()
 	var out []*corev1.Pod
@@ -153,14 +157,17 @@ func onImage(t testing.TB, ns, app, image string, n int) []*corev1.Pod {
 	return out
 }
 
-// TestRolloutOfPod changes the images of two containers of a pod and restarts a third one, each once.
+// TestRolloutOfPod changes the images of two containers of a pod and restarts a third one, each
+// once.
 func TestRolloutOfPod(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
 	before := ready(t, ns, "my-pod")
-	want := map[string]string{"app": bed.Image("busybox:2.0"), "two": bed.Image("busybox:1.0"), "three": bed.Image("busybox:3.0")}
-	apply(t, rollout(ns, "all", "{podName: my-pod}", want["app"], fmt.Sprintf("\n  - {name: two}\n  - {name: three, image: %q}", want["three"])))
+	want := map[string]string{"app": bed.Image("busybox:2.0"), "two": bed.Image("busybox:1.0"),
+		"three": bed.Image("busybox:3.0")}
+	apply(t, rollout(ns, "all", "{podName: my-pod}", want["app"],
+		fmt.Sprintf("\n  - {name: two}\n  - {name: three, image: %q}", want["three"])))
 	waitRollout(t, ns, "all", "Complete")
 	var after *corev1.Pod
 	eventually(t, "all have been restarted", func() bool {
@@ -215,26 +222,31 @@ spec:
 	if container(t, after, "main").ContainerID != container(t, before, "main").ContainerID {
 		t.Errorf("main container: %+v", after.Status)
 	}
-	if got := callsOf(t, ns, "meshed", "app", since); !slices.Equal(got, []string{"StopContainer OK", "CreateContainer OK", "StartContainer OK"}) {
+	if got := callsOf(t, ns, "meshed", "app", since); !slices.Equal(got,
+		[]string{"StopContainer OK", "CreateContainer OK", "StartContainer OK"}) {
 		t.Errorf("kubelet called %q", got)
 	}
 }
 
-// TestRolloutOfStatefulSet takes a StatefulSet through a partition, a pause, scaling, an undo and a broken image.
+// TestRolloutOfStatefulSet takes a StatefulSet through a partition, a pause, scaling, an undo and a
+// broken image.
 func TestRolloutOfStatefulSet(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
-	apply(t, workload("StatefulSet", ns, "web", "\n  serviceName: web\n  replicas: 5\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}", ""))
+	apply(t, workload("StatefulSet", ns, "web",
+		"\n  serviceName: web\n  replicas: 5\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}", ""))
 	before := podsOf(t, ns, "web", 5)
 
 	apply(t, rollout(ns, "web", "{workloadRef: {kind: StatefulSet, name: web}}", two, "\n  strategy: {partition: 3}"))
-	eventually(t, "the two highest pods are updated", func() bool { return getRollout(t, ns, "web").Status.Updated == 2 })
+	eventually(t, "the two highest pods are updated",
+		func() bool { return getRollout(t, ns, "web").Status.Updated == 2 })
 	if p := podsOf(t, ns, "web", 5); imagesOf(p)[two] != 2 || imagesOf(p[3:])[two] != 2 {
 		t.Errorf("images: %v", imagesOf(p))
 	}
 
-	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p", `{"spec":{"paused":true,"strategy":{"partition":0}}}`)
+	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p",
+		`{"spec":{"paused":true,"strategy":{"partition":0}}}`)
 	kubectl(t, "-n", ns, "scale", "sts/web", "--replicas=6")
 	podsOf(t, ns, "web", 6)
 	if p := podsOf(t, ns, "web", 6); imagesOf(p)[one] != 3 || imagesOf(p)[two] != 3 { // the new pod is of the template
@@ -248,17 +260,21 @@ func TestRolloutOfStatefulSet(t *testing.T) {
 	set := &appsv1.StatefulSet{}
 	eventually(t, "the StatefulSet's controller is at rest", func() bool {
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "web"}, set))
-		return set.Status.CurrentRevision == set.Status.UpdateRevision && set.Status.UpdatedReplicas == 5 && set.Status.ReadyReplicas == 5
+		return set.Status.CurrentRevision == set.Status.UpdateRevision && set.Status.UpdatedReplicas == 5 &&
+			set.Status.ReadyReplicas == 5
 	})
 
 	// Undo: the images of before are in the status.
-	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`, getRollout(t, ns, "web").Status.PreviousImages["app"]))
+	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`,
+			getRollout(t, ns, "web").Status.PreviousImages["app"]))
 	again := onImage(t, ns, "web", one, 5)
 	waitRollout(t, ns, "web", "Complete")
 	inPlace(t, after, again, one, 1)
 
 	// A tag that does not exist touches nothing, and is taken back.
-	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`, bed.Image("app:missing")))
+	kubectl(t, "-n", ns, "patch", "ipr", "web", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`, bed.Image("app:missing")))
 	waitRollout(t, ns, "web", "Degraded")
 	eventually(t, "the rollout has been rolled back", func() bool {
 		for _, c := range getRollout(t, ns, "web").Status.Conditions {
@@ -280,12 +296,14 @@ func TestRolloutOfStatefulSet(t *testing.T) {
 	t.Log(status.Message)
 }
 
-// TestSetImageOnStatefulSet has a workload follow its template by itself: kubectl set image and kubectl rollout undo do what people expect.
+// TestSetImageOnStatefulSet has a workload follow its template by itself: kubectl set image and
+// kubectl rollout undo do what people expect.
 func TestSetImageOnStatefulSet(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
-	apply(t, strings.Replace(workload("StatefulSet", ns, "auto", "\n  serviceName: auto\n  replicas: 3\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}",
+	apply(t, strings.Replace(workload("StatefulSet", ns, "auto",
+		"\n  serviceName: auto\n  replicas: 3\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}",
 		"\n      readinessGates: [{conditionType: cri-proxy.io/in-place-ready}]"),
 		"metadata: {name: auto,", `metadata: {name: auto, annotations: {cri-proxy.io/in-place: "true"},`, 1))
 	before := podsOf(t, ns, "auto", 3)
@@ -320,17 +338,21 @@ func TestRolloutOfDaemonSet(t *testing.T) {
 	})
 }
 
-// TestRolloutOfDeployment changes a Deployment in place: one ReplicaSet, the same pods, and kubectl rollout status ends.
+// TestRolloutOfDeployment changes a Deployment in place: one ReplicaSet, the same pods, and kubectl
+// rollout status ends.
 func TestRolloutOfDeployment(t *testing.T) {
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	apply(t, workload("Deployment", ns, "front", "\n  replicas: 5", ""))
 	before := podsOf(t, ns, "front", 5)
-	apply(t, rollout(ns, "front", "{workloadRef: {kind: Deployment, name: front}}", two, "\n  strategy: {maxUnavailable: 2, partition: 3}"))
+	apply(t, rollout(ns, "front", "{workloadRef: {kind: Deployment, name: front}}", two,
+		"\n  strategy: {maxUnavailable: 2, partition: 3}"))
 	eventually(t, "two pods are updated", func() bool { return getRollout(t, ns, "front").Status.Updated == 2 })
-	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p", `{"spec":{"paused":true,"strategy":{"partition":0}}}`)
+	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p",
+		`{"spec":{"paused":true,"strategy":{"partition":0}}}`)
 	eventually(t, "it is paused", func() bool {
-		return slices.ContainsFunc(getRollout(t, ns, "front").Status.Conditions, func(c metav1.Condition) bool { return c.Reason == inplace.ReasonPaused })
+		return slices.ContainsFunc(getRollout(t, ns, "front").Status.Conditions,
+			func(c metav1.Condition) bool { return c.Reason == inplace.ReasonPaused })
 	})
 	if p := podsOf(t, ns, "front", 5); imagesOf(p)[two] != 2 || imagesOf(p)[one] != 3 {
 		t.Errorf("paused: %v", imagesOf(p))
@@ -344,13 +366,15 @@ func TestRolloutOfDeployment(t *testing.T) {
 	inPlace(t, before, after, two, 1)
 	atRest := func() {
 		t.Helper()
-		kubectl(t, "-n", ns, "rollout", "status", "deploy/front", "--timeout=60s") // its controller may be a moment behind
+		// its controller may be a moment behind
+		kubectl(t, "-n", ns, "rollout", "status", "deploy/front", "--timeout=60s")
 		sets := &appsv1.ReplicaSetList{}
 		must(t, api.List(t.Context(), sets, client.InNamespace(ns)))
 		d := &appsv1.Deployment{}
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "front"}, d))
 		// Others are its history, without pods.
-		with := slices.DeleteFunc(slices.Clone(sets.Items), func(s appsv1.ReplicaSet) bool { return *s.Spec.Replicas == 0 && s.Status.Replicas == 0 })
+		with := slices.DeleteFunc(slices.Clone(sets.Items),
+			func(s appsv1.ReplicaSet) bool { return *s.Spec.Replicas == 0 && s.Status.Replicas == 0 })
 		if len(with) != 1 || d.Spec.Paused || d.Status.UpdatedReplicas != *d.Spec.Replicas {
 			t.Errorf("%d ReplicaSets with pods, Deployment %+v %+v", len(with), d.Spec.Paused, d.Status)
 		}
@@ -358,22 +382,26 @@ func TestRolloutOfDeployment(t *testing.T) {
 	atRest()
 	kubectl(t, "-n", ns, "scale", "deploy/front", "--replicas=5")
 	podsOf(t, ns, "front", 5)
-	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`, one))
+	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p",
+		fmt.Sprintf(`{"spec":{"containers":[{"name":"app","image":%q}]}}`, one))
 	again := onImage(t, ns, "front", one, 5)
 	waitRollout(t, ns, "front", "Complete")
 	inPlace(t, after, again, one, 1)
 	atRest()
 }
 
-// TestRolloutFails rolls an image out that ends as soon as it runs. The pods get their old image back, and no second one is begun.
+// TestRolloutFails rolls an image out that ends as soon as it runs. The pods get their old image
+// back, and no second one is begun.
 func TestRolloutFails(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	one := bed.Image("app:1")
 	crane(t, "mutate", bed.Image("app:2"), "-t", bed.Image("app:crash"), "--env", "FAIL_START=1")
-	apply(t, workload("StatefulSet", ns, "ill", "\n  serviceName: ill\n  replicas: 3\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}", ""))
+	apply(t, workload("StatefulSet", ns, "ill",
+		"\n  serviceName: ill\n  replicas: 3\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}", ""))
 	before := podsOf(t, ns, "ill", 3)
-	apply(t, rollout(ns, "ill", "{workloadRef: {kind: StatefulSet, name: ill}}", bed.Image("app:crash"), "\n  strategy: {progressDeadlineSeconds: 30, minReadySeconds: 2}"))
+	apply(t, rollout(ns, "ill", "{workloadRef: {kind: StatefulSet, name: ill}}", bed.Image("app:crash"),
+		"\n  strategy: {progressDeadlineSeconds: 30, minReadySeconds: 2}"))
 	waitRollout(t, ns, "ill", "Degraded")
 	after := onImage(t, ns, "ill", one, 3)
 	touched := 0
@@ -398,7 +426,8 @@ func TestRolloutFails(t *testing.T) {
 	t.Log(events(t, ns, "ill"))
 }
 
-// TestRolloutOfPrivateImage changes a pod to an image that its imagePullSecrets open, and says what is wrong without them.
+// TestRolloutOfPrivateImage changes a pod to an image that its imagePullSecrets open, and says what
+// is wrong without them.
 func TestRolloutOfPrivateImage(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -429,16 +458,19 @@ spec:
 	before, bare := ready(t, ns, "with"), ready(t, ns, "without")
 	apply(t, rollout(ns, "without", "{podName: without}", host+"/app:2", ""))
 	waitRollout(t, ns, "without", "Degraded")
-	if s := getRollout(t, ns, "without").Status; len(s.Failures) != 1 || !strings.Contains(s.Failures[0].Message, "Unauthorized") {
+	if s := getRollout(t, ns, "without").Status; len(s.Failures) != 1 ||
+		!strings.Contains(s.Failures[0].Message, "Unauthorized") {
 		t.Errorf("status: %+v", s)
 	}
-	if got := getPod(t, ns, "without"); container(t, got, "app").ContainerID != container(t, bare, "app").ContainerID || got.Spec.Containers[0].Image != bed.Image("app:1") {
+	if got := getPod(t, ns, "without"); container(t, got, "app").ContainerID != container(t, bare, "app").ContainerID ||
+		got.Spec.Containers[0].Image != bed.Image("app:1") {
 		t.Errorf("the pod was touched: %+v", got.Status)
 	}
 	apply(t, rollout(ns, "with", "{podName: with}", host+"/app:2", ""))
 	waitRollout(t, ns, "with", "Complete")
 	after := ready(t, ns, "with")
-	if c := container(t, after, "app"); c.RestartCount != 1 || c.Image != host+"/app:2" && c.ImageID == container(t, before, "app").ImageID {
+	if c := container(t, after, "app"); c.RestartCount != 1 ||
+		c.Image != host+"/app:2" && c.ImageID == container(t, before, "app").ImageID {
 		t.Errorf("container: %+v", c)
 	}
 	for _, log := range []string{"cri-proxy", "cri-controller"} {
@@ -450,7 +482,8 @@ spec:
 	}
 }
 
-// TestRolloutKeepsBudget has a PodDisruptionBudget that allows nothing: nothing is stopped until it does.
+// TestRolloutKeepsBudget has a PodDisruptionBudget that allows nothing: nothing is stopped until it
+// does.
 func TestRolloutKeepsBudget(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -464,7 +497,8 @@ spec: {minAvailable: 2, selector: {matchLabels: {app: kept}}}
 	before := podsOf(t, ns, "kept", 2)
 	apply(t, rollout(ns, "kept", "{workloadRef: {kind: Deployment, name: kept}}", two, ""))
 	eventually(t, "the rollout says what holds it", func() bool {
-		return slices.ContainsFunc(getRollout(t, ns, "kept").Status.Conditions, func(c metav1.Condition) bool { return c.Reason == inplace.ReasonBudget })
+		return slices.ContainsFunc(getRollout(t, ns, "kept").Status.Conditions,
+			func(c metav1.Condition) bool { return c.Reason == inplace.ReasonBudget })
 	})
 	if p := podsOf(t, ns, "kept", 2); imagesOf(p)[one] != 2 {
 		t.Errorf("images: %v", imagesOf(p))

@@ -22,8 +22,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// upgradable is a pod whose container app writes its version into a directory of the host when it starts, when it is asked to stop, and in
-// its hooks; rest is what the container has beyond that.
+// upgradable is a pod whose container app writes its version into a directory of the host when it
+// starts, when it is asked to stop, and in its hooks; rest is what the container has beyond that.
 func upgradable(ns, name, dir, rest string, policy corev1.RestartPolicy) string {
 	return fmt.Sprintf(`
 apiVersion: v1
@@ -59,7 +59,8 @@ func traceOf(t testing.TB, dir, pod string) []string {
 func began(t testing.TB, dir, pod, version string) {
 	t.Helper()
 	eventually(t, "version "+version+" of "+pod+" has begun", func() bool {
-		return slices.ContainsFunc(traceOf(t, dir, pod), func(l string) bool { return strings.HasPrefix(l, "began "+version) })
+		return slices.ContainsFunc(traceOf(t, dir, pod),
+			func(l string) bool { return strings.HasPrefix(l, "began "+version) })
 	})
 }
 
@@ -72,7 +73,8 @@ func prepareUpgrade(t testing.TB, pod *corev1.Pod, image string, change func(*op
 	}
 	uid := "upgrade-" + string(pod.UID)
 	_, err := opsClient(t).PrepareUpgrade(t.Context(), &opsv1.PrepareUpgradeRequest{
-		Uid: uid, Pod: &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}, Containers: []*opsv1.ContainerUpgrade{c}, Requester: "test",
+		Uid: uid, Pod: &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)},
+		Containers: []*opsv1.ContainerUpgrade{c}, Requester: "test",
 	})
 	must(t, err)
 	inPhase(t, uid, opsv1.Phase_PHASE_PREPARED)
@@ -109,7 +111,8 @@ func setImage(t testing.TB, pod *corev1.Pod, image string) {
 	kubectl(t, "-n", pod.Namespace, "set", "image", "pod/"+pod.Name, "app="+image)
 }
 
-// upgraded waits until the pod's status has the new image and the pod is ready, and checks that everything else is as it was.
+// upgraded waits until the pod's status has the new image and the pod is ready, and checks that
+// everything else is as it was.
 func upgraded(t testing.TB, before *corev1.Pod, image string) *corev1.Pod {
 	t.Helper()
 	was := container(t, before, "app")
@@ -121,12 +124,14 @@ func upgraded(t testing.TB, before *corev1.Pod, image string) *corev1.Pod {
 	})
 	c := container(t, after, "app")
 	// The runtime tells a name of the image, which need not be the one that it was asked for by.
-	if wasImage, isOther := was.ImageID, c.ImageID != was.ImageID; isOther == strings.HasSuffix(image, ":twin") || c.RestartCount != was.RestartCount+1 {
+	if wasImage, isOther := was.ImageID, c.ImageID != was.ImageID; isOther == strings.HasSuffix(image, ":twin") ||
+		c.RestartCount != was.RestartCount+1 {
 		t.Logf("image was %s", wasImage)
 		t.Errorf("container: %+v, want image %s", c, image)
 	}
 	if after.UID != before.UID || after.Status.PodIP != before.Status.PodIP || after.Status.Phase != corev1.PodRunning {
-		t.Errorf("pod was %s %s and is %s %s %s", before.UID, before.Status.PodIP, after.UID, after.Status.PodIP, after.Status.Phase)
+		t.Errorf("pod was %s %s and is %s %s %s", before.UID, before.Status.PodIP, after.UID, after.Status.PodIP,
+			after.Status.Phase)
 	}
 	if n, o := container(t, after, "neighbour"), container(t, before, "neighbour"); n.ContainerID != o.ContainerID {
 		t.Errorf("neighbour was restarted: %+v", n)
@@ -154,9 +159,11 @@ func callsOf(t testing.TB, ns, pod, name string, since time.Time) []string {
 		_, bare, _ := strings.Cut(id, "://")
 		ids[bare] = true
 	}
-	for _, method := range []string{"StopContainer", "CreateContainer", "StartContainer", "RemoveContainer", "StopPodSandbox"} {
+	for _, method := range []string{"StopContainer", "CreateContainer", "StartContainer", "RemoveContainer",
+		"StopPodSandbox"} {
 		for _, c := range kubeletCalls(t, method) {
-			if c.Time.After(since) && (ids[c.ContainerID] && c.ContainerID != "" || c.Pod == pod && c.Namespace == ns && c.Container == name) {
+			if c.Time.After(since) && (ids[c.ContainerID] && c.ContainerID != "" ||
+				c.Pod == pod && c.Namespace == ns && c.Container == name) {
 				all = append(all, at{c, method})
 			}
 		}
@@ -169,7 +176,8 @@ func callsOf(t testing.TB, ns, pod, name string, since time.Time) []string {
 	return out
 }
 
-// TestUpgrade changes the image of a running container. Kubelet does what it does for any change of an image, and finds everything ready.
+// TestUpgrade changes the image of a running container. Kubelet does what it does for any change of
+// an image, and finds everything ready.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -198,8 +206,10 @@ func TestUpgrade(t *testing.T) {
 		{name: "start-first", policy: corev1.RestartPolicyAlways,
 			change: func(c *opsv1.ContainerUpgrade) { c.Order, c.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, 1 },
 			trace:  []string{"began 1.0", "began 2.0", "asked 1.0"}},
-		{name: "same-image", policy: corev1.RestartPolicyAlways, image: bed.Image("busybox:twin"), trace: []string{"began 1.0", "asked 1.0", "began 1.0"}},
-		{name: "digest", policy: corev1.RestartPolicyOnFailure, image: digest, trace: []string{"began 1.0", "asked 1.0", "began 2.0"}},
+		{name: "same-image", policy: corev1.RestartPolicyAlways, image: bed.Image("busybox:twin"),
+			trace: []string{"began 1.0", "asked 1.0", "began 1.0"}},
+		{name: "digest", policy: corev1.RestartPolicyOnFailure, image: digest,
+			trace: []string{"began 1.0", "asked 1.0", "began 2.0"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if tc.image == "" {
@@ -208,7 +218,8 @@ func TestUpgrade(t *testing.T) {
 			apply(t, upgradable(ns, tc.name, dir, tc.rest, tc.policy))
 			before := ready(t, ns, tc.name)
 			began(t, dir, tc.name, "1.0")
-			told := strings.Split(events(t, ns, tc.name), "\n") // of the pod's start, when a volume may not have been there at once
+			// of the pod's start, when a volume may not have been there at once
+			told := strings.Split(events(t, ns, tc.name), "\n")
 			uid := prepareUpgrade(t, before, tc.image, tc.change)
 			commitUpgrade(t, uid)
 			since := time.Now()
@@ -229,7 +240,8 @@ func TestUpgrade(t *testing.T) {
 			if !slices.Equal(got, tc.trace) {
 				t.Errorf("the pod wrote %q, want %q", got, tc.trace)
 			}
-			if got := callsOf(t, ns, tc.name, "app", since); !slices.Equal(got, []string{"StopContainer OK", "CreateContainer OK", "StartContainer OK"}) {
+			if got := callsOf(t, ns, tc.name, "app", since); !slices.Equal(got,
+				[]string{"StopContainer OK", "CreateContainer OK", "StartContainer OK"}) {
 				t.Errorf("kubelet called %q", got)
 			}
 			if bad := seen(); len(bad) > 0 {
@@ -248,12 +260,14 @@ func TestUpgrade(t *testing.T) {
 // crane runs the registry client on the bed's registry.
 func crane(t testing.TB, args ...string) string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "crane"), append(args, "--insecure")...).Output()
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "crane"), append(args, "--insecure")...).
+		Output()
 	must(t, err)
 	return strings.TrimSpace(string(out))
 }
 
-// watchUnexpected watches a pod and returns a function that tells in what phases other than Running it was seen.
+// watchUnexpected watches a pod and returns a function that tells in what phases other than Running
+// it was seen.
 func watchUnexpected(t testing.TB, pod *corev1.Pod) func() []string {
 	t.Helper()
 	w := watchPhases(t, pod.Namespace, pod.Name, string(pod.UID))
@@ -269,16 +283,21 @@ func watchUnexpected(t testing.TB, pod *corev1.Pod) func() []string {
 	}
 }
 
-// TestUpgradeWithNewSetting upgrades a container whose ConfigMap has changed since it was made: it gets the new setting.
+// TestUpgradeWithNewSetting upgrades a container whose ConfigMap has changed since it was made: it
+// gets the new setting.
 func TestUpgradeWithNewSetting(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
-	apply(t, fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: conf, namespace: %s}\ndata: {setting: old}\n---\n", ns)+
-		upgradable(ns, "setting", dir, "\n    env: [{name: SETTING, valueFrom: {configMapKeyRef: {name: conf, key: setting}}}]", corev1.RestartPolicyAlways))
+	apply(t, fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: conf, namespace: %s}\ndata: {setting: "+
+		"old}\n---\n", ns)+
+		upgradable(ns, "setting", dir,
+			"\n    env: [{name: SETTING, valueFrom: {configMapKeyRef: {name: conf, key: setting}}}]",
+			corev1.RestartPolicyAlways))
 	before := ready(t, ns, "setting")
 	began(t, dir, "setting", "1.0 old")
-	// Before the preparation, which goes by what kubelet asked for when it made the container: kubelet hears of the change by a watch.
+	// Before the preparation, which goes by what kubelet asked for when it made the container:
+	// kubelet hears of the change by a watch.
 	kubectl(t, "-n", ns, "patch", "configmap", "conf", "-p", `{"data":{"setting":"new"}}`)
 	uid := prepareUpgrade(t, before, bed.Image("busybox:2.0"), nil)
 	commitUpgrade(t, uid)
@@ -286,13 +305,15 @@ func TestUpgradeWithNewSetting(t *testing.T) {
 	upgraded(t, before, bed.Image("busybox:2.0"))
 	began(t, dir, "setting", "2.0 new")
 	op := inPhase(t, uid, opsv1.Phase_PHASE_SUCCEEDED)
-	if c := op.GetContainers()[0]; c.GetMethod() != "kubelet" || !strings.Contains(strings.Join(c.GetWarnings(), " "), "envs.SETTING") {
+	if c := op.GetContainers()[0]; c.GetMethod() != "kubelet" ||
+		!strings.Contains(strings.Join(c.GetWarnings(), " "), "envs.SETTING") {
 		t.Errorf("operation: %v", op)
 	}
 	assertOneRunning(t, string(before.UID), "app")
 }
 
-// TestPodDeletedDuringUpgrade deletes, or evicts, the pod at each step between the patch and kubelet's start of the new container.
+// TestPodDeletedDuringUpgrade deletes, or evicts, the pod at each step between the patch and
+// kubelet's start of the new container.
 func TestPodDeletedDuringUpgrade(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -341,7 +362,8 @@ func TestPodDeletedDuringUpgrade(t *testing.T) {
 			for _, l := range trace {
 				counts[strings.TrimSpace(l)]++
 			}
-			if counts["preStop 1.0"] != 1 || counts["asked 1.0"] != 1 || counts["began 2.0"] > counts["asked 2.0"] || counts["began 2.0"] > 1 || counts["asked 2.0"] > 1 || counts["preStop 2.0"] > 1 {
+			if counts["preStop 1.0"] != 1 || counts["asked 1.0"] != 1 || counts["began 2.0"] > counts["asked 2.0"] ||
+				counts["began 2.0"] > 1 || counts["asked 2.0"] > 1 || counts["preStop 2.0"] > 1 {
 				t.Errorf("the pod wrote %q", trace)
 			}
 			assertNothingLeft(t, pod)
@@ -352,14 +374,17 @@ func TestPodDeletedDuringUpgrade(t *testing.T) {
 // evict asks for the pod's eviction, as kubectl drain does.
 func evict(t testing.TB, pod *corev1.Pod) {
 	t.Helper()
-	body := fmt.Sprintf(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":%q,"namespace":%q}}`, pod.Name, pod.Namespace)
+	body := fmt.Sprintf(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":%q,"namespace":%q}}`,
+		pod.Name, pod.Namespace)
 	file := filepath.Join(scratchDir(t, "evict"), "eviction.json")
 	must(t, os.WriteFile(file, []byte(body), 0o600))
-	kubectl(t, "create", "--raw", fmt.Sprintf("/api/v1/namespaces/%s/pods/%s/eviction", pod.Namespace, pod.Name), "-f", file)
+	kubectl(t, "create", "--raw", fmt.Sprintf("/api/v1/namespaces/%s/pods/%s/eviction", pod.Namespace, pod.Name), "-f",
+		file)
 }
 
-// TestLivenessDuringUpgrade has kubelet restart the container because a probe fails while an upgrade is armed and the pod's spec has not
-// been patched. Kubelet gets what it asks for, and the patch is served afterwards.
+// TestLivenessDuringUpgrade has kubelet restart the container because a probe fails while an
+// upgrade is armed and the pod's spec has not been patched. Kubelet gets what it asks for, and the
+// patch is served afterwards.
 func TestLivenessDuringUpgrade(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -388,8 +413,10 @@ func TestLivenessDuringUpgrade(t *testing.T) {
 	assertOneRunning(t, string(before.UID), "app")
 }
 
-// TestLivenessAtEachStepOfUpgrade has the liveness probe fail at steps between the patch and kubelet's start of the new container, at all of them with CHAOS=full. What kubelet
-// makes of it is one preStop and one request to stop for each process, and a container of the new image in the end.
+// TestLivenessAtEachStepOfUpgrade has the liveness probe fail at steps between the patch and
+// kubelet's start of the new container, at all of them with CHAOS=full. What kubelet makes of it is
+// one preStop and one request to stop for each process, and a container of the new image in the
+// end.
 func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -413,7 +440,8 @@ func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 			pod := ready(t, ns, point)
 			began(t, dir, point, "1.0")
 			ill := func(version string) string { return filepath.Join(dir, point+"-ill-"+version) }
-			// One probe fails, after which kubelet probes no more but kills the container. The next one is well.
+			// One probe fails, after which kubelet probes no more but kills the container. The next
+			// one is well.
 			failing := func(version string) { must(t, os.WriteFile(ill(version), nil, 0o644)) }
 			// A probe of the old container has failed, or could not be told.
 			probed := func() {
@@ -421,10 +449,12 @@ func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 				_, id, _ := strings.Cut(container(t, pod, "app").ContainerID, "://")
 				since := time.Now()
 				eventually(t, "kubelet has probed the old container", func() bool {
-					return slices.ContainsFunc(kubeletCalls(t, "ExecSync"), func(c call) bool { return c.ContainerID == id && c.Time.After(since) })
+					return slices.ContainsFunc(kubeletCalls(t, "ExecSync"),
+						func(c call) bool { return c.ContainerID == id && c.Time.After(since) })
 				})
 			}
-			waits := point != "armed" // there nothing is held: kubelet stops the container for the one reason or the other
+			// there nothing is held: kubelet stops the container for the one reason or the other
+			waits := point != "armed"
 			var h *held
 			if waits {
 				h = holdAt(t, "upgrade."+point)
@@ -449,12 +479,15 @@ func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 				probed()
 				setImage(t, pod, two)
 			}
-			eventually(t, "the old container has been asked to stop", func() bool { return slices.Contains(traceOf(t, dir, point), "asked 1.0") })
+			eventually(t, "the old container has been asked to stop",
+				func() bool { return slices.Contains(traceOf(t, dir, point), "asked 1.0") })
 			if kills > 0 {
-				eventually(t, "kubelet has killed the new one", func() bool { return slices.Contains(traceOf(t, dir, point), "asked 2.0") })
+				eventually(t, "kubelet has killed the new one",
+					func() bool { return slices.Contains(traceOf(t, dir, point), "asked 2.0") })
 			}
-			// Without a hold kubelet may stop the old container for its probe, and make it anew as the spec was then, after the node has taken the stop
-			// for that of the patch: the new one is then asked to stop and forgotten, and made again.
+			// Without a hold kubelet may stop the old container for its probe, and make it anew as
+			// the spec was then, after the node has taken the stop for that of the patch: the new
+			// one is then asked to stop and forgotten, and made again.
 			counts, forgotten := map[string]int{}, 0
 			var after *corev1.Pod
 			eventually(t, "all is settled", func() bool {
@@ -465,13 +498,16 @@ func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 				forgotten = counts["asked 2.0"] - kills
 				after = getPod(t, ns, point)
 				c := container(t, after, "app")
-				return c.Ready && c.Image == two && counts["began 2.0"] == counts["asked 2.0"]+1 && int(c.RestartCount) == counts["began 1.0"]+counts["began 2.0"]-1-forgotten
+				return c.Ready && c.Image == two && counts["began 2.0"] == counts["asked 2.0"]+1 &&
+					int(c.RestartCount) == counts["began 1.0"]+counts["began 2.0"]-1-forgotten
 			})
-			if counts["preStop 1.0"] != counts["began 1.0"] || counts["asked 1.0"] != counts["began 1.0"] || counts["preStop 2.0"] != kills ||
+			if counts["preStop 1.0"] != counts["began 1.0"] || counts["asked 1.0"] != counts["began 1.0"] ||
+				counts["preStop 2.0"] != kills ||
 				forgotten > 1 || waits && (forgotten > 0 || counts["began 1.0"] != 1) {
 				t.Errorf("the pod wrote %q", traceOf(t, dir, point))
 			}
-			if n := container(t, after, "neighbour"); n.ContainerID != container(t, pod, "neighbour").ContainerID || after.UID != pod.UID || after.Status.PodIP != pod.Status.PodIP {
+			if n := container(t, after, "neighbour"); n.ContainerID != container(t, pod, "neighbour").ContainerID ||
+				after.UID != pod.UID || after.Status.PodIP != pod.Status.PodIP {
 				t.Errorf("the pod was touched: %+v", after.Status)
 			}
 			node := opsClient(t)
@@ -492,8 +528,8 @@ func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
 	}
 }
 
-// TestKillDuringUpgrade kills the proxy, kubelet or the runtime at steps of an upgrade, at all of them with CHAOS=full. It ends with the
-// new image all the same.
+// TestKillDuringUpgrade kills the proxy, kubelet or the runtime at steps of an upgrade, at all of
+// them with CHAOS=full. It ends with the new image all the same.
 func TestKillDuringUpgrade(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -536,7 +572,8 @@ func TestKillDuringUpgrade(t *testing.T) {
 			uid := "upgrade-" + string(pod.UID)
 			req := &opsv1.PrepareUpgradeRequest{
 				Uid: uid, Pod: &opsv1.PodRef{Namespace: ns, Name: name, Uid: string(pod.UID)},
-				Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: bed.Image("busybox:2.0")}}, Requester: "test",
+				Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: bed.Image("busybox:2.0")}},
+				Requester:  "test",
 			}
 			_, err := node.PrepareUpgrade(t.Context(), req)
 			must(t, err)
@@ -569,7 +606,8 @@ func TestKillDuringUpgrade(t *testing.T) {
 			for _, l := range traceOf(t, dir, name) {
 				counts[strings.TrimSpace(l)]++
 			}
-			if counts["began 1.0"] != 1 || counts["asked 1.0"] != 1 || counts["began 2.0"] != 1 || counts["asked 2.0"] != 0 {
+			if counts["began 1.0"] != 1 || counts["asked 1.0"] != 1 || counts["began 2.0"] != 1 ||
+				counts["asked 2.0"] != 0 {
 				t.Errorf("the pod wrote %v", counts)
 			}
 			assertNoGates(t)

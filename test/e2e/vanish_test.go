@@ -16,8 +16,9 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// TestOverrideGoesWithPod deletes a pod that has another image than its spec says. Kubelet takes up to a minute to remove the sandbox of a
-// pod that is gone: this is the last test that is alone, and those that run beside each other have begun meanwhile.
+// TestOverrideGoesWithPod deletes a pod that has another image than its spec says. Kubelet takes up
+// to a minute to remove the sandbox of a pod that is gone: this is the last test that is alone, and
+// those that run beside each other have begun meanwhile.
 func TestOverrideGoesWithPod(t *testing.T) {
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
@@ -39,6 +40,7 @@ func TestOverrideGoesWithPod(t *testing.T) {
 		if err != nil {
 			return false, err
 		}
-		return !slices.ContainsFunc(l.GetOverrides(), func(o *opsv1.ImageOverride) bool { return o.GetPod().GetUid() == string(pod.UID) }), nil
+		return !slices.ContainsFunc(l.GetOverrides(),
+			func(o *opsv1.ImageOverride) bool { return o.GetPod().GetUid() == string(pod.UID) }), nil
 	})
 }

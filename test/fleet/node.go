@@ -216,7 +216,8 @@ func (n *Node) Restart(_ context.Context, req *opsv1.RestartRequest) (*opsv1.Ope
 	o := &operation{
 		request: req, cancelled: make(chan string, 1), changed: make(chan struct{}),
 		op: &opsv1.Operation{
-			Uid: req.GetUid(), Kind: "Restart", Pod: req.GetPod(), Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
+			Uid: req.GetUid(), Kind: "Restart", Pod: req.GetPod(), Requester: req.GetRequester(),
+			CreateTime: timestamppb.Now(),
 			Phase:      opsv1.Phase_PHASE_PENDING,
 			Containers: []*opsv1.ContainerOperation{{Name: want.GetName(), Phase: opsv1.Phase_PHASE_PENDING}},
 		},

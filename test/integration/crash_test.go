@@ -28,9 +28,13 @@ import (
 // process is cri-proxy as a process of its own, which can be killed.
 type process struct {
 	*node
-	dir string
-	cmd *exec.Cmd
+	dir   string
+	cmd   *exec.Cmd
+	build build
 }
+
+// build returns the path of a binary, which it makes when it is first called.
+type build func() (string, error)
 
 // failpointBinary builds cri-proxy with failpoints, once.
 var failpointBinary = sync.OnceValues(func() (string, error) {
@@ -40,8 +44,14 @@ var failpointBinary = sync.OnceValues(func() (string, error) {
 
 func startProcess(t testing.TB, failpoint string) *process {
 	t.Helper()
+	return startBuild(t, failpointBinary, failpoint)
+}
+
+// startBuild is startProcess for another binary than the checkout's.
+func startBuild(t testing.TB, b build, failpoint string) *process {
+	t.Helper()
 	dir := shortDir(t)
-	p := &process{dir: dir, node: &node{socket: filepath.Join(dir, "cri.sock")}}
+	p := &process{dir: dir, node: &node{socket: filepath.Join(dir, "cri.sock")}, build: b}
 	config := fmt.Sprintf(`listen: {path: %q, mode: "0600"}
 runtimeEndpoint: unix://%s
 stateDir: %q
@@ -65,7 +75,7 @@ images: {registryHostsDir: %q, parallel: 2}
 // start starts the process over the state that its directory has.
 func (p *process) start(t testing.TB, failpoint string) {
 	t.Helper()
-	bin, err := failpointBinary()
+	bin, err := p.build()
 	must(t, err)
 	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(t, err)
@@ -77,12 +87,14 @@ func (p *process) start(t testing.TB, failpoint string) {
 	if p.kubelet == nil {
 		p.kubelet = dial(t, p.socket, bed.dir)
 		p.direct = dial(t, bed.runtime, bed.dir)
-		conn, err := grpc.NewClient("unix://"+filepath.Join(p.dir, "admin.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		conn, err := grpc.NewClient("unix://"+filepath.Join(p.dir, "admin.sock"),
+			grpc.WithTransportCredentials(insecure.NewCredentials()))
 		must(t, err)
 		t.Cleanup(func() { _ = conn.Close() })
 		p.ops = opsv1.NewOpsClient(conn)
 	}
-	// The socket files of a killed process stay: only answers tell, on the very connections that the test goes on with.
+	// The socket files of a killed process stay: only answers tell, on the very connections that
+	// the test goes on with.
 	eventually(t, "cri-proxy answers", func() bool {
 		_, err := p.Version(t.Context(), &runtimeapi.VersionRequest{})
 		_, opsErr := p.ops.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
@@ -118,14 +130,24 @@ func (p *process) died(t testing.TB) {
 // TestKillAtEachStep kills cri-proxy at every step of a restart. The next process
 // must end the restart with one running container, nothing hidden and nothing left.
 func TestKillAtEachStep(t *testing.T) {
-	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"} {
-		t.Run(point, func(t *testing.T) {
+	const hook = `{"exec":{"command":["sh","-c","echo hook >/dev/termination-log; true"]}}`
+	for _, tc := range []struct{ point, preStop string }{
+		{"stage", hook}, {"created", hook}, {"staged", hook}, {"stop", hook}, {"stopped", hook}, {"running", hook},
+		{"started", hook}, {"reveal", hook}, {"revealed", hook}, {"done", hook},
+		// Without a hook, the point of no return is written with the step stop.
+		{"staged", ""}, {"stop", ""}, {"stopped", ""},
+	} {
+		point, name := tc.point, tc.point
+		if tc.preStop == "" {
+			name += "-without-hook"
+		}
+		t.Run(name, func(t *testing.T) {
 			n := startProcess(t, "restart."+point)
 			p := n.runPod(t)
-			app := p.run(t, spec{name: "app", command: looping, preStop: `{"exec":{"command":["sh","-c","echo hook >/dev/termination-log; true"]}}`})
+			app := p.run(t, spec{name: "app", command: looping, preStop: tc.preStop})
 			side := p.run(t, spec{name: "side", command: looping})
 			before := n.status(t, side)
-			uid := "kill-" + point
+			uid := "kill-" + name
 			req := restartOf("app")
 			req.Uid = uid
 			req.Pod = &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}
@@ -187,16 +209,19 @@ func TestKillWhileUndoing(t *testing.T) {
 	}
 }
 
-// TestStopWhileStopping ends cri-proxy by SIGTERM while a container takes its time to stop. Kubelet must not
-// wait for that: the process leaves, and the next one takes the restart up within the grace that is left.
+// TestStopWhileStopping ends cri-proxy by SIGTERM while a container takes its time to stop. Kubelet
+// must not wait for that: the process leaves, and the next one takes the restart up within the
+// grace that is left.
 func TestStopWhileStopping(t *testing.T) {
 	n := startProcess(t, "")
 	p := n.runPod(t)
 	const grace = 12
-	p.run(t, spec{name: "app", grace: grace, command: []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}})
+	p.run(t, spec{name: "app", grace: grace,
+		command: []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}})
 	began := time.Now()
 	uid := n.begin(t, p, restartOf("app"))
-	eventually(t, "the incumbent has been asked to stop", func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
+	eventually(t, "the incumbent has been asked to stop",
+		func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
 	asked := time.Now()
 	must(t, n.cmd.Process.Signal(syscall.SIGTERM))
 	if err := n.cmd.Wait(); err != nil {

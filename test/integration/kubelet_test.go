@@ -49,8 +49,8 @@ type pod struct {
 	name, uid string
 	sandbox   string
 	config    *runtimeapi.PodSandboxConfig
-	// relisting is held from a list of everything until the statuses that it is followed by: there is one kubelet, and what one
-	// of its lists has shown counts as known.
+	// relisting is held from a list of everything until the statuses that it is followed by: there
+	// is one kubelet, and what one of its lists has shown counts as known.
 	relisting sync.Mutex
 }
 
@@ -90,8 +90,10 @@ func (k *kubelet) runPodIn(t testing.TB, parent string) *pod {
 	p.config = &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: p.name, Namespace: "default", Uid: p.uid},
 		LogDirectory: logs,
-		Labels:       map[string]string{"io.kubernetes.pod.name": p.name, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": p.uid},
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Labels: map[string]string{"io.kubernetes.pod.name": p.name, "io.kubernetes.pod.namespace": "default",
+			"io.kubernetes.pod.uid": p.uid},
+		Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent,
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
 	}
 	resp, err := k.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: p.config})
 	if err != nil {
@@ -103,7 +105,8 @@ func (k *kubelet) runPodIn(t testing.TB, parent string) *pod {
 		defer cancel()
 		direct := dial(t, bed.runtime, k.dir) // the proxy under test may be gone
 		_, _ = direct.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
-		// The runtime refuses to remove what has ended by itself, and it is still clearing away. Kubelet tries again as well.
+		// The runtime refuses to remove what has ended by itself, and it is still clearing away.
+		// Kubelet tries again as well.
 		for {
 			_, err := direct.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox})
 			if err == nil {
@@ -135,10 +138,12 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 	if s.grace == 0 {
 		s.grace = 5
 	}
-	img, err := p.k.images.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
+	img, err := p.k.images.ImageStatus(t.Context(),
+		&runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
 	ref := img.GetImage().GetId() // kubelet names an image by its ID
 	if err != nil || ref == "" {
-		pulled, err := p.k.images.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
+		pulled, err := p.k.images.PullImage(t.Context(),
+			&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -171,8 +176,9 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 		LogPath: fmt.Sprintf("%s/%d.log", s.name, attempt),
 		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: term}},
 		Linux: &runtimeapi.LinuxContainerConfig{
-			Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 100, MemoryLimitInBytes: 64 << 20},
-			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
+			Resources: &runtimeapi.LinuxContainerResources{CpuShares: 100, MemoryLimitInBytes: 64 << 20},
+			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
 		},
 	}
 	if s.preStop != "" {
@@ -187,15 +193,16 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 	return &runtimeapi.CreateContainerRequest{PodSandboxId: p.sandbox, Config: c, SandboxConfig: p.config}
 }
 
-// run creates and starts a container and returns its ID. One that says when it has begun has done so: before, the first process of a
-// container takes no notice of signals.
+// run creates and starts a container and returns its ID. One that says when it has begun has done
+// so: before, the first process of a container takes no notice of signals.
 func (p *pod) run(t testing.TB, s spec) string {
 	t.Helper()
 	resp, err := p.k.CreateContainer(t.Context(), p.request(t, s, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.k.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()}); err != nil {
+	if _, err := p.k.StartContainer(t.Context(),
+		&runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()}); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(strings.Join(s.command, " "), "echo started") {
@@ -210,10 +217,12 @@ func (p *pod) began(t testing.TB, name string, attempt int) {
 	p.logs(t, name, attempt, "started")
 }
 
-// logs waits until the attempt has logged the text: what a process writes is in the log a moment later.
+// logs waits until the attempt has logged the text: what a process writes is in the log a moment
+// later.
 func (p *pod) logs(t testing.TB, name string, attempt int, text string) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("attempt %d of %s logs %q", attempt, name, text), func() bool { return strings.Contains(p.log(t, name, attempt), text) })
+	eventually(t, fmt.Sprintf("attempt %d of %s logs %q", attempt, name, text),
+		func() bool { return strings.Contains(p.log(t, name, attempt), text) })
 }
 
 func (k *kubelet) status(t testing.TB, id string) *runtimeapi.ContainerStatus {
@@ -225,29 +234,34 @@ func (k *kubelet) status(t testing.TB, id string) *runtimeapi.ContainerStatus {
 	return resp.GetStatus()
 }
 
-// look makes kubelet learn of the pod as its PLEG does: sandboxes are listed, then containers, and the sandbox's status is asked for. The
-// statuses of the containers come next, the newest one's first; until then, the status of a container that was replaced says that
-// it runs.
+// look makes kubelet learn of the pod as its PLEG does: sandboxes are listed, then containers, and
+// the sandbox's status is asked for. The statuses of the containers come next, the newest one's
+// first; until then, the status of a container that was replaced says that it runs.
 func (p *pod) look(t testing.TB, k *kubelet) {
 	t.Helper()
 	uid := map[string]string{"io.kubernetes.pod.uid": p.uid}
-	if _, err := k.ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{LabelSelector: uid}}); err != nil {
+	if _, err := k.ListPodSandbox(t.Context(),
+		&runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{LabelSelector: uid}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: uid}}); err != nil {
+	if _, err := k.ListContainers(t.Context(),
+		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: uid}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.sandbox}); err != nil {
+	if _, err := k.PodSandboxStatus(t.Context(),
+		&runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.sandbox}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// running returns how many containers of the name run, and how many exist, as the socket of k tells.
+// running returns how many containers of the name run, and how many exist, as the socket of k
+// tells.
 func (p *pod) running(t testing.TB, k *kubelet, name string) (running, all int) {
 	t.Helper()
-	resp, err := k.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{
-		"io.kubernetes.pod.uid": p.uid, "io.kubernetes.container.name": name,
-	}}})
+	resp, err := k.ListContainers(t.Context(),
+		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{
+			"io.kubernetes.pod.uid": p.uid, "io.kubernetes.container.name": name,
+		}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -329,13 +343,15 @@ func (p *pod) watch(name string) *relist {
 		if running != 1 {
 			report("kubelet sees %d running containers of the slot: %s", running, strings.Join(states, " "))
 		} else if filter.GetState() == nil && alive == 0 {
-			// Kubelet asks for the status of what a whole list shows it, and takes nothing else for the pod's state.
+			// Kubelet asks for the status of what a whole list shows it, and takes nothing else for
+			// the pod's state.
 			report("the one container that was listed as running has ended: %s", strings.Join(states, " "))
 		}
 	}
 	for _, f := range []*runtimeapi.ContainerFilter{
 		{LabelSelector: map[string]string{"io.kubernetes.pod.uid": p.uid}},
-		{PodSandboxId: p.sandbox, State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING}},
+		{PodSandboxId: p.sandbox,
+			State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING}},
 	} {
 		wg.Go(func() {
 			for ctx.Err() == nil {

@@ -39,7 +39,8 @@ func TestMain(m *testing.M) {
 func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	failed := false
-	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Direct: true, Log: os.Stderr, KeepLogs: func() bool { return failed }})
+	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Direct: true, Log: os.Stderr,
+		KeepLogs: func() bool { return failed }})
 	if err != nil {
 		return 0, err
 	}

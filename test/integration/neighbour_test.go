@@ -38,7 +38,7 @@ func (n *node) execUntilEnd(ctx context.Context, t testing.TB, id string) <-chan
 }
 
 // TestLongCallInAnotherPod restarts a container while kubelet runs a hook in another pod that
-// outlasts every patience: any drain of a node has them.
+// outlasts every timeout: any drain of a node has them.
 func TestLongCallInAnotherPod(t *testing.T) {
 	n := startNode(t)
 	p, neighbour := n.runPod(t), n.runPod(t)

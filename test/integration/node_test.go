@@ -21,6 +21,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -64,14 +65,17 @@ func startNodeIn(t testing.TB, dir string) *node {
 	}
 	up, err := proxy.NewUpstream("unix://"+bed.runtime, proxy.UpstreamOptions{Log: log})
 	must(t, err)
-	view := interceptors.NewView()
-	puller, err := prepull.Open(prepull.Options{StateDir: dir, Conn: up.Conn(), Log: log, Parallel: 2, HostsDir: bed.hosts})
+	view := view.New()
+	puller, err := prepull.Open(prepull.Options{StateDir: dir, Conn: up.Conn(), Log: log, Parallel: 2,
+		HostsDir: bed.hosts})
 	must(t, err)
 	engine, err := ops.Open(t.Context(), ops.Options{
-		StateDir: dir, Conn: up.Conn(), View: view, Log: log, LegacyLogDir: filepath.Join(dir, "containers"), Images: puller,
+		StateDir: dir, Conn: up.Conn(), View: view, Log: log, LegacyLogDir: filepath.Join(dir, "containers"),
+		Images: puller,
 	})
 	must(t, err)
-	director := interceptors.New(interceptors.Options{View: view, Records: engine.Records(), Runtime: up.Conn(), Log: log, Overrides: engine.Overrides(), Judge: engine})
+	director := interceptors.New(interceptors.Options{View: view, Records: engine.Records(), Runtime: up.Conn(),
+		Log: log, Overrides: engine.Overrides(), Judge: engine})
 	server := proxy.NewServer(up, proxy.Options{Director: director, Log: log})
 	n := &node{socket: filepath.Join(dir, "cri.sock")}
 	lis, err := proxy.Listen(n.socket, proxy.ListenOptions{Mode: 0o600})
@@ -79,7 +83,8 @@ func startNodeIn(t testing.TB, dir string) *node {
 	admin, err := net.Listen("unix", filepath.Join(dir, "admin.sock"))
 	must(t, err)
 	commands := grpc.NewServer()
-	opsv1.RegisterOpsServer(commands, ops.NewServer(engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} }))
+	opsv1.RegisterOpsServer(commands,
+		ops.NewServer(engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} }))
 
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -104,7 +109,8 @@ func startNodeIn(t testing.TB, dir string) *node {
 
 	n.kubelet = dial(t, n.socket, bed.dir)
 	n.direct = dial(t, bed.runtime, bed.dir)
-	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "admin.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "admin.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	n.ops = opsv1.NewOpsClient(conn)

@@ -27,7 +27,8 @@ func overrideWith(image string) *opsv1.RestartRequest {
 
 // revertImage is a restart of app with the image of the pod's spec.
 func revertImage() *opsv1.RestartRequest {
-	return &opsv1.RestartRequest{Requester: "test", Containers: []*opsv1.ContainerRestart{{Name: "app", RevertImage: true}}}
+	return &opsv1.RestartRequest{Requester: "test",
+		Containers: []*opsv1.ContainerRestart{{Name: "app", RevertImage: true}}}
 }
 
 // overridden runs app with the second image in the place of the first one.
@@ -70,7 +71,9 @@ func (n *node) has(t testing.TB, p *pod, attempt int, version, image string) {
 	switch o := n.overrideOf(t, p); {
 	case image == "" && o != nil:
 		t.Errorf("there is an override: %v", o)
-	case image != "" && (o.GetImage() != image || o.GetSpecImage() != bed.busybox || !strings.HasPrefix(o.GetImageId(), "sha256:") || o.GetPod().GetName() != p.name || o.GetRequester() != "test" || o.GetOperationUid() == "" || o.GetSince() == nil):
+	case image != "" && (o.GetImage() != image || o.GetSpecImage() != bed.busybox ||
+		!strings.HasPrefix(o.GetImageId(), "sha256:") || o.GetPod().GetName() != p.name || o.GetRequester() != "test" ||
+		o.GetOperationUid() == "" || o.GetSince() == nil):
 		t.Errorf("override: %v, want %s", o, image)
 	}
 }
@@ -84,7 +87,8 @@ func (p *pod) crash(t testing.TB, n *node, id string, s spec) string {
 }
 
 func TestOverride(t *testing.T) {
-	for name, order := range map[string]opsv1.Order{"stop first": opsv1.Order_ORDER_STOP_FIRST, "start first": opsv1.Order_ORDER_START_FIRST} {
+	for name, order := range map[string]opsv1.Order{"stop first": opsv1.Order_ORDER_STOP_FIRST,
+		"start first": opsv1.Order_ORDER_START_FIRST} {
 		t.Run(name, func(t *testing.T) {
 			n := startNode(t)
 			p := n.runPod(t)
@@ -98,21 +102,25 @@ func TestOverride(t *testing.T) {
 				t.Errorf("what kubelet must not see:\n%s", strings.Join(bad, "\n"))
 			}
 			c := op.GetContainers()[0]
-			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetImage() != bed.busybox2 || len(c.GetWarnings()) > 0 {
+			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetImage() != bed.busybox2 ||
+				len(c.GetWarnings()) > 0 {
 				t.Fatalf("operation: %v", op)
 			}
 			st := n.status(t, c.GetSuccessorId())
-			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 || st.GetAnnotations()[annotationHash] != hash {
+			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 ||
+				st.GetAnnotations()[annotationHash] != hash {
 				t.Errorf("new container: %v", st)
 			}
 			n.has(t, p, 1, "2.0", bed.busybox2)
 
-			// kubelet makes it anew, from the spec that it knows: after a crash, after a failed probe.
+			// kubelet makes it anew, from the spec that it knows: after a crash, after a failed
+			// probe.
 			id := p.crash(t, n, c.GetSuccessorId(), version1())
 			n.has(t, p, 2, "2.0", bed.busybox2)
 			id = p.replace(t, id, version1())
 			n.has(t, p, 3, "2.0", bed.busybox2)
-			if st := n.status(t, id); st.GetImage().GetImage() != bed.busybox2 || st.GetAnnotations()[annotationHash] != hash {
+			if st := n.status(t, id); st.GetImage().GetImage() != bed.busybox2 ||
+				st.GetAnnotations()[annotationHash] != hash {
 				t.Errorf("kubelet's container: %v", st)
 			}
 			// A plain restart keeps it, and so does another one on top.
@@ -152,7 +160,8 @@ func TestOverrideReverted(t *testing.T) {
 
 	req := revertImage()
 	req.Uid, req.Pod = "revert-none", &opsv1.PodRef{Namespace: "default", Name: p.name}
-	if _, err := n.ops.Restart(t.Context(), req); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "nothing to revert") {
+	if _, err := n.ops.Restart(t.Context(), req); status.Code(err) != codes.FailedPrecondition ||
+		!strings.Contains(err.Error(), "nothing to revert") {
 		t.Errorf("reverted twice: %v", err)
 	}
 
@@ -161,7 +170,8 @@ func TestOverrideReverted(t *testing.T) {
 		_, err := n.direct.StopContainer(t.Context(), stopRequest(id, 2))
 		must(t, err)
 		op := n.restart(t, p, revertImage())
-		if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetSuccessorId() != "" || len(c.GetWarnings()) != 1 {
+		if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetSuccessorId() != "" ||
+			len(c.GetWarnings()) != 1 {
 			t.Errorf("operation: %v", op)
 		}
 		p.replace(t, id, version1())
@@ -201,13 +211,16 @@ func TestOverrideReverted(t *testing.T) {
 // removeImage removes an image as kubelet's garbage collection does.
 func (p *pod) removeImage(t testing.TB, image string) {
 	t.Helper()
-	st, err := p.k.images.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	st, err := p.k.images.ImageStatus(t.Context(),
+		&runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
-	_, err = p.k.images.RemoveImage(t.Context(), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: st.GetImage().GetId()}})
+	_, err = p.k.images.RemoveImage(t.Context(),
+		&runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: st.GetImage().GetId()}})
 	must(t, err)
 }
 
-// TestOverrideImageGone has the image removed from the node: kubelet's container is made as kubelet asks for it.
+// TestOverrideImageGone has the image removed from the node: kubelet's container is made as kubelet
+// asks for it.
 func TestOverrideImageGone(t *testing.T) {
 	n := startNode(t)
 	p, id := n.overridden(t)
@@ -247,7 +260,8 @@ func TestOverrideOfPodThatIsGone(t *testing.T) {
 	eventually(t, "the override of the second pod is forgotten", func() bool { return n.overrideOf(t, second) == nil })
 }
 
-// TestOverrideRefused asks for overrides that cannot work: what runs is not touched, and nothing is remembered.
+// TestOverrideRefused asks for overrides that cannot work: what runs is not touched, and nothing is
+// remembered.
 func TestOverrideRefused(t *testing.T) {
 	n := startNode(t)
 	for _, tc := range []struct {
@@ -257,22 +271,26 @@ func TestOverrideRefused(t *testing.T) {
 		{"no such image", bed.missing, "PullFailed", "NotFound", version1()},
 		{"no reference", "UPPER/case:", "PullFailed", "invalid reference", version1()},
 		{"the same image", bed.busybox, "ImageUnchanged", "leave the image out", version1()},
-		{"it cannot start", bed.busybox2, "StartFailed", "", spec{name: "app", image: bed.app, command: []string{"/app"}}},
+		{"it cannot start", bed.busybox2, "StartFailed", "",
+			spec{name: "app", image: bed.app, command: []string{"/app"}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := n.runPod(t)
 			created, err := n.CreateContainer(t.Context(), p.withSpec(t, tc.spec, 0))
 			must(t, err)
-			_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: created.GetContainerId()})
+			_, err = n.StartContainer(t.Context(),
+				&runtimeapi.StartContainerRequest{ContainerId: created.GetContainerId()})
 			must(t, err)
 			op := n.restart(t, p, overrideWith(tc.image))
-			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.GetReason() != tc.reason || !strings.Contains(c.GetMessage(), tc.text) {
+			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.GetReason() != tc.reason ||
+				!strings.Contains(c.GetMessage(), tc.text) {
 				t.Errorf("operation: %v", op)
 			}
 			if running, all := p.running(t, n.direct, "app"); running != 1 || all != 1 {
 				t.Errorf("%d running of %d", running, all)
 			}
-			if st := n.status(t, created.GetContainerId()); st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			if st := n.status(t,
+				created.GetContainerId()); st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 				t.Errorf("old container: %v", st)
 			}
 			if o := n.overrideOf(t, p); o != nil {
@@ -283,15 +301,16 @@ func TestOverrideRefused(t *testing.T) {
 	t.Run("the image of the spec", func(t *testing.T) {
 		p, _ := n.overridden(t)
 		op := n.restart(t, p, overrideWith(bed.busybox))
-		if c := op.GetContainers()[0]; c.GetReason() != "ImageUnchanged" || !strings.Contains(c.GetMessage(), "revert") {
+		if c := op.GetContainers()[0]; c.GetReason() != "ImageUnchanged" ||
+			!strings.Contains(c.GetMessage(), "revert") {
 			t.Errorf("operation: %v", op)
 		}
 		n.has(t, p, 1, "2.0", bed.busybox2)
 	})
 }
 
-// TestOverrideDoesNotStart has no gate, so that the old container has been stopped when the new one turns out not to start: kubelet gets its
-// own image back, or the override that there was.
+// TestOverrideDoesNotStart has no gate, so that the old container has been stopped when the new one
+// turns out not to start: kubelet gets its own image back, or the override that there was.
 func TestOverrideDoesNotStart(t *testing.T) {
 	n := startProcess(t, "")
 	n.kill(t)
@@ -320,7 +339,8 @@ func TestOverrideDoesNotStart(t *testing.T) {
 	}
 }
 
-// TestOverrideAndUpgrade changes the spec of a pod that has an override: the spec wins, but not before it has been changed.
+// TestOverrideAndUpgrade changes the spec of a pod that has an override: the spec wins, but not
+// before it has been changed.
 func TestOverrideAndUpgrade(t *testing.T) {
 	n := startNode(t)
 	start := func(t *testing.T) (*pod, string) {
@@ -337,7 +357,8 @@ func TestOverrideAndUpgrade(t *testing.T) {
 		uid := n.toVersion2(t, p, nil)
 		n.arm(t, uid)
 		created := p.replace(t, id, version2())
-		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetContainers()[0].GetSuccessorId() != created || len(op.GetContainers()[0].GetWarnings()) > 0 {
+		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED ||
+			op.GetContainers()[0].GetSuccessorId() != created || len(op.GetContainers()[0].GetWarnings()) > 0 {
 			t.Errorf("operation: %v", op)
 		}
 		n.has(t, p, 2, "2.0", "")
@@ -349,7 +370,8 @@ func TestOverrideAndUpgrade(t *testing.T) {
 		s := version1()
 		s.image = bed.app3
 		created := p.replace(t, id, s)
-		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetContainers()[0].GetSuccessorId() != created {
+		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED ||
+			op.GetContainers()[0].GetSuccessorId() != created {
 			t.Errorf("operation: %v", op)
 		}
 		n.has(t, p, 2, "3", "")
@@ -367,16 +389,19 @@ func TestOverrideAndUpgrade(t *testing.T) {
 	t.Run("to the image of the spec", func(t *testing.T) {
 		p, _ := start(t)
 		uid := n.prepare(t, p, func(c *opsv1.ContainerUpgrade) { c.Image = bed.busybox })
-		if c := n.wait(t, uid).GetContainers()[0]; c.GetReason() != "ImageUnchanged" || !strings.Contains(c.GetMessage(), "revert") {
+		if c := n.wait(t, uid).GetContainers()[0]; c.GetReason() != "ImageUnchanged" ||
+			!strings.Contains(c.GetMessage(), "revert") {
 			t.Errorf("operation: %v", c)
 		}
 		n.has(t, p, 1, "3", bed.app3)
 	})
 }
 
-// TestOverrideKillAtEachStep kills cri-proxy at every step of an override and of its end: the one that runs is the one that is remembered.
+// TestOverrideKillAtEachStep kills cri-proxy at every step of an override and of its end: the one
+// that runs is the one that is remembered.
 func TestOverrideKillAtEachStep(t *testing.T) {
-	for _, point := range []string{"pulled", "stage", "created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed", "done"} {
+	for _, point := range []string{"pulled", "stage", "created", "staged", "stop", "gated", "stopped", "running",
+		"started", "reveal", "revealed", "done"} {
 		t.Run(point, func(t *testing.T) {
 			n := startProcess(t, "restart."+point)
 			p := n.runPod(t)
@@ -414,8 +439,9 @@ func TestOverrideKillAtEachStep(t *testing.T) {
 	}
 }
 
-// TestOverrideTakenBack has kubelet stop the container at steps of an override: before it is bound to stop the container nothing is remembered of
-// it, by the next process either; from then on kubelet gets the container with the other image.
+// TestOverrideTakenBack has kubelet stop the container at steps of an override: before it is bound
+// to stop the container nothing is remembered of it, by the next process either; from then on
+// kubelet gets the container with the other image.
 func TestOverrideTakenBack(t *testing.T) {
 	for _, step := range []string{"created", "staged", "stopped", "running", "started", "reveal"} {
 		joins := step != "created" && step != "staged"
@@ -424,7 +450,7 @@ func TestOverrideTakenBack(t *testing.T) {
 			t.Cleanup(hold.release)
 			p := n.runPod(t)
 			id := p.runSpec(t, version1())
-			uid := hold.held(n, p, overrideWith(bed.busybox2))
+			uid := hold.held(n.node, p, overrideWith(bed.busybox2))
 			s := &stepTest{n: n, hold: hold, pod: p, steps: stopFirst, step: step, incumbent: id, uid: uid}
 			stopped := make(chan error, 1)
 			go func() {
@@ -481,7 +507,8 @@ func TestOverrideKillWhileUndoing(t *testing.T) {
 	n.has(t, p, 1, "1.0", "")
 }
 
-// TestOverridePrivate pulls from a registry that wants a password, and kills the only process that has it.
+// TestOverridePrivate pulls from a registry that wants a password, and kills the only process that
+// has it.
 func TestOverridePrivate(t *testing.T) {
 	const host = "private.it"
 	auth, err := bed.node.BasicAuth()
@@ -497,7 +524,8 @@ func TestOverridePrivate(t *testing.T) {
 	p.runSpec(t, version1())
 	req := overrideWith(image)
 	req.Uid, req.Pod = "private", &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}
-	req.Credentials = []*opsv1.RegistryCredential{{Match: host, Username: testbed.RegistryUser, Password: testbed.RegistryPassword}}
+	req.Credentials = []*opsv1.RegistryCredential{{Match: host, Username: testbed.RegistryUser,
+		Password: testbed.RegistryPassword}}
 	_, _ = n.ops.Restart(t.Context(), req) // the answer may not come
 	n.died(t)
 	n.start(t, "")
@@ -545,14 +573,16 @@ func TestOverridePrivate(t *testing.T) {
 		p.removeImage(t, image)
 		p.runSpec(t, version1())
 		op := n.restart(t, p, overrideWith(image))
-		if c := op.GetContainers()[0]; c.GetReason() != "PullFailed" || !strings.Contains(c.GetMessage(), "Unauthorized") {
+		if c := op.GetContainers()[0]; c.GetReason() != "PullFailed" ||
+			!strings.Contains(c.GetMessage(), "Unauthorized") {
 			t.Errorf("operation: %v", op)
 		}
 		n.has(t, p, 0, "1.0", "")
 	})
 }
 
-// TestOverridePatchedBehindTheProxy has kubelet make the container of another spec while the proxy is bypassed.
+// TestOverridePatchedBehindTheProxy has kubelet make the container of another spec while the proxy
+// is bypassed.
 func TestOverridePatchedBehindTheProxy(t *testing.T) {
 	n := startNode(t)
 	p, id := n.overridden(t)

@@ -17,7 +17,8 @@ import (
 )
 
 // looping exits with code 7 on SIGTERM and leaves a termination message.
-var looping = []string{"sh", "-c", `trap 'echo bye > /dev/termination-log; exit 7' TERM; echo started $RAW; while :; do sleep 0.05; done`}
+var looping = []string{"sh", "-c",
+	`trap 'echo bye > /dev/termination-log; exit 7' TERM; echo started $RAW; while :; do sleep 0.05; done`}
 
 // started returns what the process says at its start.
 func started(log string) string {
@@ -66,7 +67,8 @@ func TestRestart(t *testing.T) {
 	if now.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || now.GetCreatedAt() <= old.GetCreatedAt() {
 		t.Errorf("successor is %v", now)
 	}
-	for key, want := range map[string]string{"io.kubernetes.container.hash": "abcdef", "io.kubernetes.container.restartCount": "1"} {
+	for key, want := range map[string]string{"io.kubernetes.container.hash": "abcdef",
+		"io.kubernetes.container.restartCount": "1"} {
 		if now.GetAnnotations()[key] != want {
 			t.Errorf("annotation %s is %q", key, now.GetAnnotations()[key])
 		}
@@ -89,7 +91,8 @@ func TestRestart(t *testing.T) {
 	if termination(now) != "" || now.GetMounts()[0].GetHostPath() == old.GetMounts()[0].GetHostPath() {
 		t.Error("the successor has no termination file of its own")
 	}
-	link, err := os.Readlink(filepath.Join(filepath.Dir(n.socket), "containers", p.name+"_default_app-"+now.GetId()+".log"))
+	link, err := os.Readlink(filepath.Join(filepath.Dir(n.socket), "containers",
+		p.name+"_default_app-"+now.GetId()+".log"))
 	if err != nil || link != now.GetLogPath() {
 		t.Errorf("log symlink leads to %q: %v", link, err)
 	}

@@ -35,7 +35,8 @@ type limitedPod struct {
 func (n *node) limitedPod(t testing.TB) *limitedPod {
 	t.Helper()
 	parent := fmt.Sprintf("%s/pod%d", bed.cgroup, nodeNumber.Add(1))
-	p := &limitedPod{pod: n.runPodIn(t, parent), t: t, memory: "/sys/fs/cgroup/memory" + parent, pids: "/sys/fs/cgroup/pids" + parent}
+	p := &limitedPod{pod: n.runPodIn(t, parent), t: t, memory: "/sys/fs/cgroup/memory" + parent,
+		pids: "/sys/fs/cgroup/pids" + parent}
 	if cgroupV2() {
 		p.memory, p.pids = "/sys/fs/cgroup"+parent, "/sys/fs/cgroup"+parent
 	}
@@ -71,7 +72,8 @@ func (p *limitedPod) used() int {
 	return p.number(p.file("memory.usage_in_bytes", "memory.current")) / mebi
 }
 
-// settled returns the MiB that the pod uses, the last one begun counted, once that is no longer growing.
+// settled returns the MiB that the pod uses, the last one begun counted, once that is no longer
+// growing.
 func (p *limitedPod) settled() int {
 	p.t.Helper()
 	used := p.used()
@@ -84,8 +86,9 @@ func (p *limitedPod) settled() int {
 	return used + 1
 }
 
-// graceful asserts that the container has ended because it was asked to. In v1 the kernel tells every container of a pod when it kills a
-// process of any of them, and containerd has that as the reason.
+// graceful asserts that the container has ended because it was asked to. In v1 the kernel tells
+// every container of a pod when it kills a process of any of them, and containerd has that as the
+// reason.
 func (n *node) graceful(t testing.TB, id string) {
 	t.Helper()
 	if st := n.direct.status(t, id); st.GetExitCode() != 7 || st.GetReason() == "OOMKilled" {
@@ -95,7 +98,9 @@ func (n *node) graceful(t testing.TB, id string) {
 
 // hog uses that much memory, beside its first process, which ends gracefully.
 func hog(mib int) []string {
-	return []string{"sh", "-c", fmt.Sprintf(`trap 'echo asked; exit 7' TERM; (head -c %d /dev/zero; exec sleep 100000) | tail -c %d & echo started; while :; do sleep 0.05; done`, mib*mebi, mib*mebi)}
+	return []string{"sh", "-c",
+		fmt.Sprintf(
+			`trap 'echo asked; exit 7' TERM; (head -c %d /dev/zero; exec sleep 100000) | tail -c %d & echo started; while :; do sleep 0.05; done`, mib*mebi, mib*mebi)}
 }
 
 // runHog runs app in the pod and waits until it uses its memory.
@@ -114,7 +119,8 @@ func ended(t testing.TB, op *opsv1.Operation) *opsv1.ContainerOperation {
 	return op.GetContainers()[0]
 }
 
-// TestNearTheMemoryLimit restarts a container that has left less than runc needs, and one that leaves enough.
+// TestNearTheMemoryLimit restarts a container that has left less than runc needs, and one that
+// leaves enough.
 func TestNearTheMemoryLimit(t *testing.T) {
 	for _, tc := range []struct {
 		left   int
@@ -124,7 +130,8 @@ func TestNearTheMemoryLimit(t *testing.T) {
 			n := startNode(t)
 			p := n.limitedPod(t)
 			id := p.runHog(40)
-			p.limit(p.settled() + tc.left) // not before: on its way there a process may need more than it has in the end
+			// not before: on its way there a process may need more than it has in the end
+			p.limit(p.settled() + tc.left)
 			c := ended(t, n.restart(t, p.pod, restartOf("app")))
 			if c.GetMethod() != tc.method || (tc.method == "gate") != (len(c.GetWarnings()) == 0) {
 				t.Errorf("method %s, warnings %q", c.GetMethod(), c.GetWarnings())
@@ -137,13 +144,16 @@ func TestNearTheMemoryLimit(t *testing.T) {
 	}
 }
 
-// TestCacheIsRoom restarts a container whose pod is full of the cache of files that it has read. Beside a busy disk the kernel may show
-// that cache as still to be written, for up to two seconds.
+// TestCacheIsRoom restarts a container whose pod is full of the cache of files that it has read.
+// Beside a busy disk the kernel may show that cache as still to be written, for up to two seconds.
 func TestCacheIsRoom(t *testing.T) {
 	n := startNode(t)
 	p := n.limitedPod(t)
 	p.limit(64)
-	id := p.run(t, spec{name: "app", command: []string{"sh", "-c", `trap 'exit 7' TERM; head -c 90000000 /dev/zero >/tmp/f; sync; cat /tmp/f >/dev/null; echo started; while :; do sleep 0.05; done`}})
+	id := p.run(t,
+		spec{name: "app",
+			command: []string{"sh", "-c",
+				`trap 'exit 7' TERM; head -c 90000000 /dev/zero >/tmp/f; sync; cat /tmp/f >/dev/null; echo started; while :; do sleep 0.05; done`}})
 	if used := p.used(); used < 50 {
 		t.Fatalf("%d MiB are in use", used)
 	}
@@ -160,10 +170,16 @@ func TestNearThePidsLimit(t *testing.T) {
 		t.Run(fmt.Sprintf("%d left", left), func(t *testing.T) {
 			n := startNode(t)
 			p := n.limitedPod(t)
-			id := p.run(t, spec{name: "app", command: []string{"sh", "-c", `trap 'exit 7' TERM; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 9999 & done; echo started; wait; wait`}})
-			must(t, os.WriteFile(filepath.Join(p.pids, "pids.max"), []byte(strconv.Itoa(p.number(filepath.Join(p.pids, "pids.current"))+left)), 0))
+			id := p.run(t,
+				spec{name: "app",
+					command: []string{"sh", "-c",
+						`trap 'exit 7' TERM; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 9999 & done; echo started; wait; wait`}})
+			must(t, os.WriteFile(filepath.Join(p.pids, "pids.max"),
+				[]byte(strconv.Itoa(p.number(filepath.Join(p.pids, "pids.current"))+left)), 0))
 			c := ended(t, n.restart(t, p.pod, restartOf("app")))
-			if c.GetMethod() != "pidfd" || !strings.Contains(strings.Join(c.GetWarnings(), "\n"), fmt.Sprintf("the pod has %d process IDs free", left)) {
+			if c.GetMethod() != "pidfd" ||
+				!strings.Contains(strings.Join(c.GetWarnings(), "\n"),
+					fmt.Sprintf("the pod has %d process IDs free", left)) {
 				t.Errorf("method %s, warnings %q", c.GetMethod(), c.GetWarnings())
 			}
 			n.graceful(t, id)
@@ -211,12 +227,15 @@ func TestNoRoomToOverlap(t *testing.T) {
 	req := restartOf("app")
 	req.Containers[0].Order = opsv1.Order_ORDER_START_FIRST
 	op := n.restart(t, p.pod, req)
-	if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.GetReason() != "InsufficientResources" || !strings.Contains(c.GetMessage(), "it may use 64.0 MiB, and outside of the pod there is") {
+	if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED ||
+		c.GetReason() != "InsufficientResources" ||
+		!strings.Contains(c.GetMessage(), "it may use 64.0 MiB, and outside of the pod there is") {
 		t.Errorf("operation: %v", op)
 	} else {
 		t.Log(c.GetMessage())
 	}
-	if running, all := p.running(t, n.direct, "app"); running != 1 || all != 1 || n.direct.status(t, id).GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+	if running, all := p.running(t, n.direct, "app"); running != 1 || all != 1 || n.direct.status(t, id).
+		GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("%d of %d run", running, all)
 	}
 	if got := p.number(p.limitFile()); got != 64*mebi {
@@ -257,7 +276,8 @@ func TestLimitIsSetBackAfterKill(t *testing.T) {
 	}
 }
 
-// TestUpgradeNearTheMemoryLimit arms an upgrade in a pod without room, and in one that comes to have none.
+// TestUpgradeNearTheMemoryLimit arms an upgrade in a pod without room, and in one that comes to
+// have none.
 func TestUpgradeNearTheMemoryLimit(t *testing.T) {
 	for _, uses := range []int{40, 60} {
 		t.Run(fmt.Sprintf("%d of 64 MiB", uses), func(t *testing.T) {
@@ -271,7 +291,8 @@ func TestUpgradeNearTheMemoryLimit(t *testing.T) {
 				op, err := n.ops.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: uid})
 				must(t, err)
 				c := op.GetContainers()[0]
-				st, err := n.direct.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetSuccessorId()})
+				st, err := n.direct.ContainerStatus(t.Context(),
+					&runtimeapi.ContainerStatusRequest{ContainerId: c.GetSuccessorId()})
 				if err != nil {
 					return c.GetMethod(), runtimeapi.ContainerState_CONTAINER_UNKNOWN // just being replaced
 				}
@@ -300,7 +321,9 @@ func TestKilledByTheKernel(t *testing.T) {
 	p := n.limitedPod(t)
 	p.limit(64)
 	id := p.run(t, spec{
-		name: "app", command: []string{"awk", `BEGIN { s = sprintf("%40000000s", "x"); print "started"; fflush(); while (1) system("sleep 0.05") }`},
+		name: "app",
+		command: []string{"awk",
+			`BEGIN { s = sprintf("%40000000s", "x"); print "started"; fflush(); while (1) system("sleep 0.05") }`},
 		preStop: `{"exec":{"command":["sh","-c","head -c 60000000 /dev/zero | tail -c 60000000 >/dev/null; sleep 1"]}}`,
 	})
 	c := ended(t, n.restart(t, p.pod, restartOf("app")))
@@ -308,7 +331,8 @@ func TestKilledByTheKernel(t *testing.T) {
 	if st.GetExitCode() != 137 || st.GetReason() != "OOMKilled" {
 		t.Fatalf("the kernel has not killed it: exit code %d, %s", st.GetExitCode(), st.GetReason())
 	}
-	if w := strings.Join(c.GetWarnings(), "\n"); !strings.Contains(w, "exit code 137") || !strings.Contains(w, "before it was asked to stop") {
+	if w := strings.Join(c.GetWarnings(), "\n"); !strings.Contains(w, "exit code 137") ||
+		!strings.Contains(w, "before it was asked to stop") {
 		t.Errorf("warnings are %q", w)
 	}
 	t.Log(c.GetWarnings())

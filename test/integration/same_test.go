@@ -49,7 +49,8 @@ var variable = []struct {
 	{regexp.MustCompile(`198\.1[89]\.[0-9]+\.[0-9]+`), "IP"},
 	{regexp.MustCompile(`(pod|uid)-[0-9]+(-[0-9]+)?`), "NAME"},
 	{regexp.MustCompile(`[0-9T:.-]+Z`), "DATE"},
-	{regexp.MustCompile(`"(usageNanoCores|usageCoreNanoSeconds|workingSetBytes|rssBytes|usageBytes|availableBytes|pageFaults|majorPageFaults|value|usedBytes|inodesUsed|pid)":"?[0-9]+"?|\{"value":"[0-9]+"\}`), "FIGURE"},
+	{regexp.MustCompile(
+		`"(usageNanoCores|usageCoreNanoSeconds|workingSetBytes|rssBytes|usageBytes|availableBytes|pageFaults|majorPageFaults|value|usedBytes|inodesUsed|pid)":"?[0-9]+"?|\{"value":"[0-9]+"\}`), "FIGURE"},
 }
 
 func (tr *transcript) note(what string, m proto.Message, err error) {
@@ -101,7 +102,8 @@ func everything(t *testing.T, k *kubelet) []string {
 	note("Status", st, err)
 	rc, err := k.RuntimeConfig(ctx, &runtimeapi.RuntimeConfigRequest{})
 	note("RuntimeConfig", rc, err)
-	urc, err := k.UpdateRuntimeConfig(ctx, &runtimeapi.UpdateRuntimeConfigRequest{RuntimeConfig: &runtimeapi.RuntimeConfig{}})
+	urc, err := k.UpdateRuntimeConfig(ctx,
+		&runtimeapi.UpdateRuntimeConfigRequest{RuntimeConfig: &runtimeapi.RuntimeConfig{}})
 	note("UpdateRuntimeConfig", urc, err)
 
 	// Images.
@@ -114,21 +116,24 @@ func everything(t *testing.T, k *kubelet) []string {
 	// containerd lists all images whatever the filter says; those of other tests come and go.
 	listed := func(what string) {
 		m, err := k.images.ListImages(ctx, &runtimeapi.ListImagesRequest{Filter: &runtimeapi.ImageFilter{Image: image}})
-		m.Images = slices.DeleteFunc(m.GetImages(), func(i *runtimeapi.Image) bool { return !slices.Contains(i.GetRepoTags(), image.GetImage()) })
+		m.Images = slices.DeleteFunc(m.GetImages(),
+			func(i *runtimeapi.Image) bool { return !slices.Contains(i.GetRepoTags(), image.GetImage()) })
 		note(what, m, err)
 	}
 	listed("ListImages")
 	ri, err := k.images.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: image})
 	note("RemoveImage", ri, err)
 	listed("ListImages after")
-	pull, err = k.images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: bed.extra + "-absent"}})
+	pull, err = k.images.PullImage(ctx,
+		&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: bed.extra + "-absent"}})
 	note("PullImage absent", pull, err)
 
 	// Pod and containers.
 	p := k.runPod(t)
 	ps, err := k.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.sandbox})
 	note("PodSandboxStatus", ps, err)
-	lp, err := k.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
+	lp, err := k.ListPodSandbox(ctx,
+		&runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
 	note("ListPodSandbox", lp, err)
 	request := p.request(t, spec{name: "app", command: looping, env: map[string][]byte{"A": []byte("b")}}, 0)
 	created, err := k.CreateContainer(ctx, request)
@@ -139,7 +144,8 @@ func everything(t *testing.T, k *kubelet) []string {
 	cs := func(what string) {
 		m, err := k.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		note("ContainerStatus "+what, m, err)
-		l, err := k.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: p.sandbox}})
+		l, err := k.ListContainers(ctx,
+			&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: p.sandbox}})
 		note("ListContainers "+what, l, err)
 	}
 	cs("created")
@@ -148,7 +154,9 @@ func everything(t *testing.T, k *kubelet) []string {
 	cs("running")
 	start, err = k.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id})
 	note("StartContainer again", start, err)
-	ucr, err := k.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpuShares: 200}})
+	ucr, err := k.UpdateContainerResources(ctx,
+		&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id,
+			Linux: &runtimeapi.LinuxContainerResources{CpuShares: 200}})
 	note("UpdateContainerResources", ucr, err)
 	cs("updated")
 
@@ -159,7 +167,9 @@ func everything(t *testing.T, k *kubelet) []string {
 	}
 	es, err := k.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"sleep", "30"}, Timeout: 1})
 	tr.text("ExecSync timeout", fmt.Sprint(es, status.Code(err)))
-	exec, err := k.Exec(ctx, &runtimeapi.ExecRequest{ContainerId: id, Cmd: []string{"sh", "-c", "cat; echo err >&2; exit 4"}, Stdin: true, Stdout: true, Stderr: true})
+	exec, err := k.Exec(ctx,
+		&runtimeapi.ExecRequest{ContainerId: id, Cmd: []string{"sh", "-c", "cat; echo err >&2; exit 4"}, Stdin: true,
+			Stdout: true, Stderr: true})
 	note("Exec", exec, err)
 	tr.text("exec stream", stream(t, exec.GetUrl(), "typed\n", true))
 	attach, err := k.Attach(ctx, &runtimeapi.AttachRequest{ContainerId: id, Stdout: true})
@@ -177,29 +187,46 @@ func everything(t *testing.T, k *kubelet) []string {
 	// Stats and metrics.
 	stats, err := k.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: id})
 	tr.text("ContainerStats", fmt.Sprint(stats.GetStats().GetAttributes().GetMetadata(), status.Code(err)))
-	ls, err := k.ListContainerStats(ctx, &runtimeapi.ListContainerStatsRequest{Filter: &runtimeapi.ContainerStatsFilter{PodSandboxId: p.sandbox}})
+	ls, err := k.ListContainerStats(ctx,
+		&runtimeapi.ListContainerStatsRequest{Filter: &runtimeapi.ContainerStatsFilter{PodSandboxId: p.sandbox}})
 	tr.text("ListContainerStats", fmt.Sprint(len(ls.GetStats()), status.Code(err)))
 	pss, err := k.PodSandboxStats(ctx, &runtimeapi.PodSandboxStatsRequest{PodSandboxId: p.sandbox})
 	tr.text("PodSandboxStats", fmt.Sprint(len(pss.GetStats().GetLinux().GetContainers()), status.Code(err)))
-	lps, err := k.ListPodSandboxStats(ctx, &runtimeapi.ListPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.sandbox}})
+	lps, err := k.ListPodSandboxStats(ctx,
+		&runtimeapi.ListPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.sandbox}})
 	tr.text("ListPodSandboxStats", fmt.Sprint(len(lps.GetStats()), status.Code(err)))
 	lmd, err := k.ListMetricDescriptors(ctx, &runtimeapi.ListMetricDescriptorsRequest{})
-	slices.SortFunc(lmd.Descriptors, func(a, b *runtimeapi.MetricDescriptor) int { return strings.Compare(a.GetName(), b.GetName()) })
+	slices.SortFunc(lmd.Descriptors,
+		func(a, b *runtimeapi.MetricDescriptor) int { return strings.Compare(a.GetName(), b.GetName()) })
 	note("ListMetricDescriptors", lmd, err)
 	fs, err := k.images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
 	tr.text("ImageFsInfo", fmt.Sprint(len(fs.GetImageFilesystems()), status.Code(err)))
 
 	// Streaming lists, as far as the runtime has them.
-	tr.text("StreamContainers", received(k.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		PodSandboxId: p.sandbox, State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
-	}})))
-	tr.text("StreamContainers exited", received(k.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		PodSandboxId: p.sandbox, State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_EXITED},
-	}})))
-	tr.text("StreamPodSandboxes", received(k.StreamPodSandboxes(ctx, &runtimeapi.StreamPodSandboxesRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})))
-	tr.text("StreamImages", received(k.images.StreamImages(ctx, &runtimeapi.StreamImagesRequest{Filter: &runtimeapi.ImageFilter{Image: &runtimeapi.ImageSpec{Image: bed.busybox}}})))
-	tr.text("StreamContainerStats", received(k.StreamContainerStats(ctx, &runtimeapi.StreamContainerStatsRequest{Filter: &runtimeapi.ContainerStatsFilter{PodSandboxId: p.sandbox}})))
-	tr.text("StreamPodSandboxStats", received(k.StreamPodSandboxStats(ctx, &runtimeapi.StreamPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.sandbox}})))
+	tr.text("StreamContainers",
+		received(k.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			PodSandboxId: p.sandbox,
+			State:        &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
+		}})))
+	tr.text("StreamContainers exited",
+		received(k.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			PodSandboxId: p.sandbox,
+			State:        &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_EXITED},
+		}})))
+	tr.text("StreamPodSandboxes",
+		received(k.StreamPodSandboxes(ctx,
+			&runtimeapi.StreamPodSandboxesRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})))
+	tr.text("StreamImages",
+		received(k.images.StreamImages(ctx,
+			&runtimeapi.StreamImagesRequest{
+				Filter: &runtimeapi.ImageFilter{Image: &runtimeapi.ImageSpec{Image: bed.busybox}}})))
+	tr.text("StreamContainerStats",
+		received(k.StreamContainerStats(ctx,
+			&runtimeapi.StreamContainerStatsRequest{
+				Filter: &runtimeapi.ContainerStatsFilter{PodSandboxId: p.sandbox}})))
+	tr.text("StreamPodSandboxStats",
+		received(k.StreamPodSandboxStats(ctx,
+			&runtimeapi.StreamPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.sandbox}})))
 
 	// The end.
 	stop, err := k.StopContainer(ctx, stopRequest(id, 5))
@@ -217,14 +244,17 @@ func everything(t *testing.T, k *kubelet) []string {
 	sp, err := k.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
 	note("StopPodSandbox", sp, err)
 	eventually(t, "the CRI plugin knows that the sandbox has ended", func() bool { // it learns of it beside the call
-		l, err := k.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
-		return err == nil && len(l.GetItems()) == 1 && l.GetItems()[0].GetState() == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+		l, err := k.ListPodSandbox(ctx,
+			&runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
+		return err == nil && len(l.GetItems()) == 1 &&
+			l.GetItems()[0].GetState() == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 	})
 	created, err = k.CreateContainer(ctx, p.request(t, spec{name: "late", command: looping}, 0))
 	note("CreateContainer in a stopped pod", created, err)
 	rp, err := k.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox})
 	note("RemovePodSandbox", rp, err)
-	lp, err = k.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
+	lp, err = k.ListPodSandbox(ctx,
+		&runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
 	note("ListPodSandbox after", lp, err)
 
 	// Unknown to the runtime: it must be the one that says so.
@@ -294,7 +324,8 @@ func forwarded(t *testing.T, k *kubelet, p *pod, rawURL string) string {
 	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{Host: u.Host})
 	must(t, err)
 	stop, listening := make(chan struct{}), make(chan struct{})
-	f, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u), []string{"0:8080"}, stop, listening, io.Discard, io.Discard)
+	f, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u),
+		[]string{"0:8080"}, stop, listening, io.Discard, io.Discard)
 	must(t, err)
 	done := make(chan error, 1)
 	go func() { done <- f.ForwardPorts() }()
@@ -316,7 +347,9 @@ func forwarded(t *testing.T, k *kubelet, p *pod, rawURL string) string {
 func TestAttach(t *testing.T) {
 	n := startNode(t)
 	p := n.runPod(t)
-	id := p.run(t, spec{name: "app", command: []string{"sh", "-c", "trap 'echo leaving; exit 0' TERM; while :; do echo tick; sleep 0.05; done"}})
+	id := p.run(t,
+		spec{name: "app",
+			command: []string{"sh", "-c", "trap 'echo leaving; exit 0' TERM; while :; do echo tick; sleep 0.05; done"}})
 	attach, err := n.Attach(t.Context(), &runtimeapi.AttachRequest{ContainerId: id, Stdout: true})
 	must(t, err)
 	u, err := url.Parse(attach.GetUrl())
@@ -351,8 +384,9 @@ func TestSameEvents(t *testing.T) {
 		t.Cleanup(cancel)
 		s, err := k.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
 		must(t, err)
-		// containerd keeps the events of five minutes in which nobody listens, sends them to the first who does, and does
-		// nothing else before they are taken (internal/eventq): so they are, however many tests have run before.
+		// containerd keeps the events of five minutes in which nobody listens, sends them to the
+		// first who does, and does nothing else before they are taken (internal/eventq): so they
+		// are, however many tests have run before.
 		out := make(chan string, 1<<16)
 		go func() {
 			defer close(out)
@@ -362,13 +396,15 @@ func TestSameEvents(t *testing.T) {
 					return
 				}
 				b, _ := proto.MarshalOptions{Deterministic: true}.Marshal(e)
-				out <- e.GetPodSandboxStatus().GetMetadata().GetUid() + " " + e.GetContainerEventType().String() + " " + e.GetContainerId() + fmt.Sprintf(" %x", b)
+				out <- e.GetPodSandboxStatus().GetMetadata().GetUid() + " " + e.GetContainerEventType().String() + " " +
+					e.GetContainerId() + fmt.Sprintf(" %x", b)
 			}
 		}()
 		return out
 	}
 	direct, proxied := subscribe(n.direct), subscribe(n.kubelet)
-	// A subscription takes effect on the runtime's side some time after the call; events of a first pod tell when.
+	// A subscription takes effect on the runtime's side some time after the call; events of a first
+	// pod tell when.
 	collect := func(c <-chan string, uid, last string) []string {
 		var all []string
 		timeout := time.After(30 * time.Second)

@@ -23,7 +23,8 @@ import (
 // The steps of a restart, in order, at which it can be held.
 var (
 	stopFirst  = []string{"created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed"}
-	startFirst = []string{"created", "staged", "start", "running", "ready", "stop", "stopped", "started", "reveal", "revealed"}
+	startFirst = []string{"created", "staged", "start", "running", "ready", "stop", "stopped", "started",
+		"reveal", "revealed"}
 )
 
 // pause holds restarts of a process at its failpoint, one after the other.
@@ -40,7 +41,7 @@ func startPaused(t testing.TB, step string) (*process, *pause) {
 }
 
 // held begins a restart and waits until it is at the step.
-func (p *pause) held(n *process, pod *pod, req *opsv1.RestartRequest) string {
+func (p *pause) held(n *node, pod *pod, req *opsv1.RestartRequest) string {
 	p.t.Helper()
 	for _, name := range []string{"reached", "go"} {
 		if err := os.Remove(filepath.Join(p.dir, name)); err != nil && !os.IsNotExist(err) {
@@ -76,14 +77,16 @@ func (s *stepTest) after(step string) bool {
 	return slices.Index(s.steps, s.step) >= slices.Index(s.steps, step)
 }
 
-// TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is at every step. Calls that
-// adjust it are answered and come true for its successor; calls that end it end the restart, but for a stop of what the restart is
-// bound to stop, which joins it; and what runs afterwards is what kubelet wants.
+// TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is
+// at every step. Calls that adjust it are answered and come true for its successor; calls that end
+// it end the restart, but for a stop of what the restart is bound to stop, which joins it; and what
+// runs afterwards is what kubelet wants.
 func TestKubeletAtEachStep(t *testing.T) {
 	for _, step := range stopFirst {
 		t.Run(step, func(t *testing.T) {
 			atStep(t, opsv1.Order_ORDER_STOP_FIRST, stopFirst, step, map[string]func(*testing.T, *stepTest){
-				"adjusts": kubeletAdjusts, "creates": kubeletCreates, "stops": kubeletStops, "removes": kubeletRemoves, "stops the sandbox": kubeletStopsSandbox,
+				"adjusts": kubeletAdjusts, "creates": kubeletCreates, "stops": kubeletStops, "removes": kubeletRemoves,
+				"stops the sandbox": kubeletStopsSandbox,
 			})
 		})
 	}
@@ -97,17 +100,20 @@ func TestKubeletAtEachStep(t *testing.T) {
 }
 
 // atStep runs tests on restarts that are held at a step, each on a pod of its own.
-func atStep(t *testing.T, order opsv1.Order, steps []string, step string, tests map[string]func(*testing.T, *stepTest)) {
+func atStep(
+	t *testing.T, order opsv1.Order, steps []string, step string, tests map[string]func(*testing.T, *stepTest),
+) {
 	t.Helper()
 	n, hold := startPaused(t, step)
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			p := n.runPod(t)
-			s := &stepTest{n: n, hold: hold, pod: p, steps: steps, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: unneededGrace})}
+			s := &stepTest{n: n, hold: hold, pod: p, steps: steps, step: step,
+				incumbent: p.run(t, spec{name: "app", command: looping, grace: unneededGrace})}
 			t.Cleanup(hold.release) // a test that fails on the way must not leave the process stuck
 			req := restartOf("app")
 			req.Containers[0].Order = order
-			s.uid = hold.held(n, p, req)
+			s.uid = hold.held(n.node, p, req)
 			if s.after("running") {
 				p.began(t, "app", 1)
 			}
@@ -123,7 +129,8 @@ const unneededGrace = 30
 func kubeletAdjusts(t *testing.T, s *stepTest) {
 	ctx := t.Context()
 	dead, shown := s.after("stopped"), s.after("revealed")
-	exec, err := s.n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 30})
+	exec, err := s.n.ExecSync(ctx,
+		&runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 30})
 	switch code := status.Code(err); {
 	case code == codes.OK && !dead && exec.GetExitCode() == 0:
 	case code == codes.Unavailable && !shown && s.after("stop"): // which kubelet's prober takes for no result
@@ -131,7 +138,8 @@ func kubeletAdjusts(t *testing.T, s *stepTest) {
 	default:
 		t.Errorf("exec probe: %v, %v", exec, err)
 	}
-	if _, err := s.n.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: s.incumbent}); err != nil && !shown {
+	if _, err := s.n.ReopenContainerLog(ctx,
+		&runtimeapi.ReopenContainerLogRequest{ContainerId: s.incumbent}); err != nil && !shown {
 		t.Errorf("log rotation: %v", err)
 	}
 	_, err = s.n.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{
@@ -147,7 +155,8 @@ func kubeletAdjusts(t *testing.T, s *stepTest) {
 	}
 	for i := range 2 { // the successor, and the one after it
 		s.pod.began(t, "app", i+1)
-		if got := s.n.status(t, successor).GetResources().GetLinux(); got.GetCpuShares() != 333 || got.GetCpusetCpus() != "1" {
+		if got := s.n.status(t, successor).GetResources().GetLinux(); got.GetCpuShares() != 333 ||
+			got.GetCpusetCpus() != "1" {
 			t.Errorf("the successor has %v", got)
 		}
 		if got := cpus(t, s.n.kubelet, successor); got != "1" {
@@ -161,14 +170,16 @@ func kubeletAdjusts(t *testing.T, s *stepTest) {
 // cpus returns the CPUs that the container's process may run on.
 func cpus(t testing.TB, k *kubelet, id string) string {
 	t.Helper()
-	resp, err := k.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"grep", "Cpus_allowed_list", "/proc/1/status"}, Timeout: 10})
+	resp, err := k.ExecSync(t.Context(),
+		&runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"grep", "Cpus_allowed_list", "/proc/1/status"},
+			Timeout: 10})
 	must(t, err)
 	_, list, _ := strings.Cut(string(resp.GetStdout()), ":")
 	return strings.TrimSpace(list)
 }
 
-// kubeletCreates creates the next attempt, as a kubelet does that has taken the incumbent for dead. It waits for the
-// restart, whose successor has that name then.
+// kubeletCreates creates the next attempt, as a kubelet does that has taken the incumbent for dead.
+// It waits for the restart, whose successor has that name then.
 func kubeletCreates(t *testing.T, s *stepTest) {
 	created := make(chan error, 1)
 	go func() {
@@ -214,7 +225,8 @@ func kubeletStops(t *testing.T, s *stepTest) {
 	}
 	if joins {
 		s.counts(t, 1)
-		resp, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping, grace: unneededGrace}, 1))
+		resp, err := s.n.CreateContainer(t.Context(),
+			s.pod.request(t, spec{name: "app", command: looping, grace: unneededGrace}, 1))
 		must(t, err)
 		_, err = s.n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
 		must(t, err)
@@ -273,11 +285,11 @@ func kubeletStopsSandbox(t *testing.T, s *stepTest) {
 	}
 }
 
-// kubeletArrives waits until the operation knows that it has to give way to a call.
+// kubeletArrives waits until the operation knows that it has to yield to a call.
 func (s *stepTest) kubeletArrives(t *testing.T, method string) {
 	t.Helper()
 	if s.after("revealed") {
-		return // nothing gives way any more
+		return // nothing yields any more
 	}
 	s.logged(t, s.pod.uid, method)
 }
@@ -339,8 +351,9 @@ func (s *stepTest) counts(t *testing.T, want int) {
 	}
 }
 
-// TestResourcesOfClones pins a container to a CPU, as kubelet's static CPU manager does after the start, and gives it
-// devices, of the host and by CDI. Each successor has what its predecessor had, however often.
+// TestResourcesOfClones pins a container to a CPU, as kubelet's static CPU manager does after the
+// start, and gives it devices, of the host and by CDI. Each successor has what its predecessor had,
+// however often.
 func TestResourcesOfClones(t *testing.T) {
 	const spec1 = `{"cdiVersion":"0.6.0","kind":"test.example/device","devices":[{"name":"one","containerEdits":{
 		"env":["FROM_CDI=yes"],"deviceNodes":[{"path":"/dev/by-cdi","hostPath":"/dev/null"}]}}]}`
@@ -356,13 +369,18 @@ func TestResourcesOfClones(t *testing.T) {
 	id := created.GetContainerId()
 	_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: id})
 	must(t, err)
-	_, err = n.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}})
+	_, err = n.UpdateContainerResources(t.Context(),
+		&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id,
+			Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}})
 	must(t, err)
 	attempt := 0
 	tell := func() string {
 		p.began(t, "app", attempt) // until then /proc/1 is the runtime's
 		resp, err := n.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
-			ContainerId: id, Timeout: 10, Cmd: []string{"sh", "-c", "ls -ln /dev/by-cdi /dev/of-host | awk '{print $1, $3, $4, $5, $6, $NF}'; head -c1 /dev/of-host | wc -c; tr '\\000' '\\n' < /proc/1/environ | sort"},
+			ContainerId: id, Timeout: 10,
+			Cmd: []string{"sh", "-c",
+				"ls -ln /dev/by-cdi /dev/of-host | awk '{print $1, $3, $4, $5, $6, $NF}'; head -c1 /dev/of-host | wc " +
+					"-c; tr '\\000' '\\n' < /proc/1/environ | sort"},
 		})
 		must(t, err)
 		return string(resp.GetStdout()) + string(resp.GetStderr())
@@ -384,10 +402,13 @@ func TestResourcesOfClones(t *testing.T) {
 		if got := cpus(t, n.kubelet, id); got != "1" {
 			t.Errorf("restart %d: the kernel lets it run on CPUs %s", i, got)
 		}
-		if got := n.status(t, id).GetResources().GetLinux(); got.GetCpusetCpus() != "1" || got.GetCpuShares() != 100 || got.GetMemoryLimitInBytes() != 64<<20 {
+		if got := n.status(t, id).GetResources().GetLinux(); got.GetCpusetCpus() != "1" || got.GetCpuShares() != 100 ||
+			got.GetMemoryLimitInBytes() != 64<<20 {
 			t.Errorf("restart %d: resources %v", i, got)
 		}
-		gates, err := n.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: id, Timeout: 10, Cmd: []string{"grep", "-c", "/dev/.cri-proxy ", "/proc/1/mountinfo"}})
+		gates, err := n.ExecSync(t.Context(),
+			&runtimeapi.ExecSyncRequest{ContainerId: id, Timeout: 10,
+				Cmd: []string{"grep", "-c", "/dev/.cri-proxy ", "/proc/1/mountinfo"}})
 		must(t, err)
 		if got := strings.TrimSpace(string(gates.GetStdout())); got != "1" {
 			t.Errorf("restart %d: it has been given %s gates", i, got)
@@ -398,8 +419,9 @@ func TestResourcesOfClones(t *testing.T) {
 	}
 }
 
-// TestResourcesChangedPastTheProxy changes a container's resources at the runtime itself, as kubelet does while the proxy is
-// bypassed. The successor has what the kernel gave the incumbent last, and not what the proxy has recorded.
+// TestResourcesChangedPastTheProxy changes a container's resources at the runtime itself, as
+// kubelet does while the proxy is bypassed. The successor has what the kernel gave the incumbent
+// last, and not what the proxy has recorded.
 func TestResourcesChangedPastTheProxy(t *testing.T) {
 	for name, before := range map[string]*runtimeapi.LinuxContainerResources{
 		"nothing recorded since":      nil,
@@ -419,13 +441,15 @@ func TestResourcesChangedPastTheProxy(t *testing.T) {
 			p.began(t, "app", 0)
 			update := func(k *kubelet, r *runtimeapi.LinuxContainerResources) {
 				t.Helper()
-				_, err := k.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: r})
+				_, err := k.UpdateContainerResources(t.Context(),
+					&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: r})
 				must(t, err)
 			}
 			if before != nil {
 				update(n.kubelet, before)
 			}
-			update(n.direct, &runtimeapi.LinuxContainerResources{CpusetCpus: "1", MemoryLimitInBytes: 96 << 20, CpuQuota: 70_000})
+			update(n.direct, &runtimeapi.LinuxContainerResources{CpusetCpus: "1", MemoryLimitInBytes: 96 << 20,
+				CpuQuota: 70_000})
 			was := n.inKernel(t, id)
 			if !strings.HasPrefix(was, "1 100663296 70000 100000 ") {
 				t.Fatalf("the kernel has %s", was)
@@ -445,7 +469,8 @@ func TestResourcesChangedPastTheProxy(t *testing.T) {
 	}
 }
 
-// inKernel is what the kernel has of a container's resources: cpuset, memory limit, CPU quota, period and shares.
+// inKernel is what the kernel has of a container's resources: cpuset, memory limit, CPU quota,
+// period and shares.
 func (k *kubelet) inKernel(t testing.TB, id string) string {
 	t.Helper()
 	resp, err := k.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
@@ -456,7 +481,8 @@ func (k *kubelet) inKernel(t testing.TB, id string) string {
 	must(t, json.Unmarshal([]byte(resp.GetInfo()["info"]), &info))
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", info.PID))
 	must(t, err)
-	files := []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpu/cpu.shares"}
+	files := []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us",
+		"cpu/cpu.cfs_period_us", "cpu/cpu.shares"}
 	if cgroupV2() {
 		files = []string{"/cpuset.cpus", "/memory.max", "/cpu.max", "/cpu.weight"}
 	}
@@ -465,7 +491,8 @@ func (k *kubelet) inKernel(t testing.TB, id string) string {
 		controller, name, _ := strings.Cut(file, "/")
 		at := ""
 		for line := range strings.Lines(string(groups)) {
-			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); slices.Contains(strings.Split(f[1], ","), controller) {
+			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); slices.Contains(strings.Split(f[1], ","),
+				controller) {
 				at = f[2]
 			}
 		}

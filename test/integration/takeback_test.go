@@ -17,7 +17,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 func stopRequest(id string, grace int64) *runtimeapi.StopContainerRequest {
@@ -32,8 +32,10 @@ func TestKubeletTakesBack(t *testing.T) {
 		restart *opsv1.ContainerRestart
 		phase   opsv1.Phase
 	}{
-		{name: "in preStop", spec: spec{command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING},
-		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(60)}, phase: opsv1.Phase_PHASE_STARTING},
+		{name: "in preStop", spec: spec{command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60},
+			restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING},
+		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(60)},
+			phase: opsv1.Phase_PHASE_STARTING},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := startNode(t)
@@ -63,8 +65,9 @@ func TestKubeletTakesBack(t *testing.T) {
 	}
 }
 
-// TestKubeletJoins stops the incumbent as kubelet does after a failed probe, at different points of a restart, and makes the next
-// container: kubelet's grace counts where it is the shorter one, and what it gets is the successor.
+// TestKubeletJoins stops the incumbent as kubelet does after a failed probe, at different points of
+// a restart, and makes the next container: kubelet's grace counts where it is the shorter one, and
+// what it gets is the successor.
 func TestKubeletJoins(t *testing.T) {
 	stubborn := []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}
 	for _, tc := range []struct {
@@ -75,11 +78,15 @@ func TestKubeletJoins(t *testing.T) {
 		asked   bool // wait until the incumbent has been asked to stop
 	}{
 		{
-			name: "in preStop", spec: spec{command: looping, preStop: `{"exec":{"command":["sh","-c","echo asked-to-stop > /proc/1/fd/1; sleep 60"]}}`, grace: 60},
+			name: "in preStop",
+			spec: spec{command: looping,
+				preStop: `{"exec":{"command":["sh","-c","echo asked-to-stop > /proc/1/fd/1; sleep 60"]}}`, grace: 60},
 			restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, asked: true,
 		},
-		{name: "while stopping", spec: spec{command: stubborn, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, asked: true},
-		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(3)}, phase: opsv1.Phase_PHASE_STARTING},
+		{name: "while stopping", spec: spec{command: stubborn, grace: 60}, restart: &opsv1.ContainerRestart{},
+			phase: opsv1.Phase_PHASE_STOPPING, asked: true},
+		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(3)},
+			phase: opsv1.Phase_PHASE_STARTING},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := startNode(t)
@@ -89,7 +96,8 @@ func TestKubeletJoins(t *testing.T) {
 			uid := n.begin(t, p, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{tc.restart}})
 			n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == tc.phase })
 			if tc.asked {
-				eventually(t, "the incumbent has been asked to stop", func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
+				eventually(t, "the incumbent has been asked to stop",
+					func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
 			}
 			began := time.Now()
 			_, err := n.StopContainer(t.Context(), stopRequest(app, 2))
@@ -106,7 +114,8 @@ func TestKubeletJoins(t *testing.T) {
 			}
 			successor := p.create(t, tc.spec, 1)
 			op := n.wait(t, uid)
-			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetSuccessorId() != successor || len(c.GetWarnings()) == 0 {
+			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED ||
+				c.GetSuccessorId() != successor || len(c.GetWarnings()) == 0 {
 				t.Errorf("kubelet was given %s: %v", successor, op)
 			}
 			if running, all := p.running(t, n.direct, "app"); running != 1 || all != 2 {
@@ -146,7 +155,8 @@ func TestMasked(t *testing.T) {
 	successor := op.GetContainers()[0].GetSuccessorId()
 	word := n.direct.status(t, successor).GetMounts()[0].GetHostPath()
 
-	if got := n.status(t, app); got.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || got.GetFinishedAt() != 0 || got.GetExitCode() != 0 || got.GetReason() != "" {
+	if got := n.status(t, app); got.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING ||
+		got.GetFinishedAt() != 0 || got.GetExitCode() != 0 || got.GetReason() != "" {
 		t.Errorf("incumbent is shown as %v", got)
 	}
 	if got := n.direct.status(t, app).GetState(); got != runtimeapi.ContainerState_CONTAINER_EXITED {
@@ -154,22 +164,28 @@ func TestMasked(t *testing.T) {
 	}
 	ctx := t.Context()
 	for what, code := range map[string]codes.Code{
-		"status": status.Code(second(n.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: successor}))),
-		"stats":  status.Code(second(n.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: successor}))),
-		"exec":   status.Code(second(n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: successor, Cmd: []string{"true"}}))),
-		"start":  status.Code(second(n.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: successor}))),
+		"status": status.Code(
+			second(n.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: successor}))),
+		"stats": status.Code(second(n.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: successor}))),
+		"exec": status.Code(
+			second(n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: successor, Cmd: []string{"true"}}))),
+		"start": status.Code(second(n.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: successor}))),
 	} {
 		if code != codes.NotFound {
 			t.Errorf("%s of the hidden successor: %s", what, code)
 		}
 	}
-	if code := status.Code(second(n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: app, Cmd: []string{"true"}}))); code != codes.Unavailable {
+	if code := status.Code(
+		second(n.ExecSync(ctx,
+			&runtimeapi.ExecSyncRequest{ContainerId: app, Cmd: []string{"true"}}))); code != codes.Unavailable {
 		t.Errorf("exec probe of the masked incumbent: %s", code)
 	}
 	if _, err := n.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: app}); err != nil {
 		t.Errorf("log rotation of the masked incumbent: %v", err)
 	}
-	_, err := n.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: app, Linux: &runtimeapi.LinuxContainerResources{CpuShares: 333}})
+	_, err := n.UpdateContainerResources(ctx,
+		&runtimeapi.UpdateContainerResourcesRequest{ContainerId: app,
+			Linux: &runtimeapi.LinuxContainerResources{CpuShares: 333}})
 	must(t, err)
 	must(t, os.WriteFile(word, []byte("done\n"), 0o600)) // as it is there, its mode stays
 	if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
@@ -201,7 +217,8 @@ func TestHooks(t *testing.T) {
 	}))
 	defer server.Close()
 	host, port, _ := strings.Cut(strings.TrimPrefix(server.URL, "http://"), ":")
-	httpGet := `{"httpGet":{"path":"/hook","host":"` + host + `","port":"web","httpHeaders":[{"name":"X-Hook","value":"yes"}]}}`
+	httpGet := `{"httpGet":{"path":"/hook","host":"` + host +
+		`","port":"web","httpHeaders":[{"name":"X-Hook","value":"yes"}]}}`
 	ports := `[{"name":"web","containerPort":` + port + `}]`
 
 	for _, tc := range []struct {
@@ -211,7 +228,8 @@ func TestHooks(t *testing.T) {
 		check func(t *testing.T, op *opsv1.Operation, p *pod, took time.Duration)
 	}{
 		{
-			name: "preStop exec", spec: spec{preStop: `{"exec":{"command":["sh","-c","echo from-hook > /proc/1/fd/1"]}}`},
+			name: "preStop exec",
+			spec: spec{preStop: `{"exec":{"command":["sh","-c","echo from-hook > /proc/1/fd/1"]}}`},
 			check: func(t *testing.T, _ *opsv1.Operation, p *pod, _ time.Duration) {
 				p.logs(t, "app", 0, "from-hook") // it ran in the incumbent
 			},
@@ -243,7 +261,8 @@ func TestHooks(t *testing.T) {
 		{
 			name: "preStop fails", spec: spec{preStop: `{"exec":{"command":["sh","-c","echo why; exit 3"]}}`},
 			check: func(t *testing.T, op *opsv1.Operation, _ *pod, _ time.Duration) {
-				if w := op.GetContainers()[0].GetWarnings(); len(w) != 1 || !strings.Contains(w[0], "exited with 3: why") {
+				if w := op.GetContainers()[0].GetWarnings(); len(w) != 1 ||
+					!strings.Contains(w[0], "exited with 3: why") {
 					t.Errorf("warnings: %q", w)
 				}
 			},
@@ -259,7 +278,8 @@ func TestHooks(t *testing.T) {
 			p := n.runPod(t)
 			tc.spec.name, tc.spec.command = "app", looping
 			p.run(t, tc.spec)
-			op := n.restart(t, p, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", PostStart: tc.post}}})
+			op := n.restart(t, p,
+				&opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", PostStart: tc.post}}})
 			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
 				t.Fatalf("operation: %v", op)
 			}
@@ -269,7 +289,8 @@ func TestHooks(t *testing.T) {
 	t.Run("postStart fails", func(t *testing.T) {
 		p := n.runPod(t)
 		p.run(t, spec{name: "app", command: looping})
-		op := n.restart(t, p, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", PostStart: execHook("false")}}})
+		op := n.restart(t, p,
+			&opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", PostStart: execHook("false")}}})
 		if c := op.GetContainers()[0]; c.GetReason() != "PostStartHookFailed" {
 			t.Fatalf("operation: %v", op)
 		}
@@ -297,14 +318,20 @@ func TestRefusals(t *testing.T) {
 		code codes.Code
 		text string
 	}{
-		{"unknown pod", &opsv1.PodRef{Namespace: "default", Name: "nobody"}, &opsv1.ContainerRestart{Name: "app"}, codes.NotFound, "no pod default/nobody runs on this node"},
-		{"pod of another UID", &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: "other"}, &opsv1.ContainerRestart{Name: "app"}, codes.NotFound, "with UID other"},
-		{"unknown container", here, &opsv1.ContainerRestart{Name: "nope"}, codes.NotFound, `has no container "nope"; running are: app`},
-		{"exited container", here, &opsv1.ContainerRestart{Name: "done"}, codes.FailedPrecondition, "is not running (exited)"},
-		{"expected ID", here, &opsv1.ContainerRestart{Name: "app", ExpectedContainerId: "containerd://0123"}, codes.FailedPrecondition, "is " + app + " now, not 0123"},
+		{"unknown pod", &opsv1.PodRef{Namespace: "default", Name: "nobody"}, &opsv1.ContainerRestart{Name: "app"},
+			codes.NotFound, "no pod default/nobody runs on this node"},
+		{"pod of another UID", &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: "other"},
+			&opsv1.ContainerRestart{Name: "app"}, codes.NotFound, "with UID other"},
+		{"unknown container", here, &opsv1.ContainerRestart{Name: "nope"}, codes.NotFound,
+			`has no container "nope"; running are: app`},
+		{"exited container", here, &opsv1.ContainerRestart{Name: "done"}, codes.FailedPrecondition,
+			"is not running (exited)"},
+		{"expected ID", here, &opsv1.ContainerRestart{Name: "app", ExpectedContainerId: "containerd://0123"},
+			codes.FailedPrecondition, "is " + app + " now, not 0123"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := n.ops.Restart(t.Context(), &opsv1.RestartRequest{Uid: "refused", Pod: tc.pod, Containers: []*opsv1.ContainerRestart{tc.c}})
+			_, err := n.ops.Restart(t.Context(),
+				&opsv1.RestartRequest{Uid: "refused", Pod: tc.pod, Containers: []*opsv1.ContainerRestart{tc.c}})
 			if status.Code(err) != tc.code || !strings.Contains(err.Error(), tc.text) {
 				t.Errorf("error: %v", err)
 			}
@@ -336,7 +363,9 @@ func TestBusySlot(t *testing.T) {
 			t.Errorf("operation %d: %v", i, op)
 		}
 	}
-	if _, err := n.ops.Restart(t.Context(), &opsv1.RestartRequest{Uid: first, Pod: &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}, Containers: []*opsv1.ContainerRestart{{Name: "other"}}}); status.Code(err) != codes.AlreadyExists {
+	if _, err := n.ops.Restart(t.Context(),
+		&opsv1.RestartRequest{Uid: first, Pod: &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid},
+			Containers: []*opsv1.ContainerRestart{{Name: "other"}}}); status.Code(err) != codes.AlreadyExists {
 		t.Errorf("same UID, another request: %v", err)
 	}
 }
@@ -352,12 +381,13 @@ func TestOlderThanProxy(t *testing.T) {
 	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetContainers()[0].GetIncumbentId() != old {
 		t.Fatalf("operation: %v", op)
 	}
-	eventually(t, "the new process says what the old one said", func() bool { return started(p.log(t, "app", 1)) == "plain" })
+	eventually(t, "the new process says what the old one said",
+		func() bool { return started(p.log(t, "app", 1)) == "plain" })
 }
 
-// TestLateStop stops the incumbent after the reveal, as a kubelet does that decided so before. After a failed
-// liveness probe nothing more comes of it; when the pod goes away, what runs in its place is asked to
-// stop before the sandbox is.
+// TestLateStop stops the incumbent after the reveal, as a kubelet does that decided so before.
+// After a failed liveness probe nothing more comes of it; when the pod goes away, what runs in its
+// place is asked to stop before the sandbox is.
 func TestLateStop(t *testing.T) {
 	n := startNode(t)
 	p := n.runPod(t)
@@ -376,7 +406,8 @@ func TestLateStop(t *testing.T) {
 	}
 	_, err = n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
 	must(t, err)
-	if got := n.status(t, last); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
+	if got := n.status(t, last); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED ||
+		got.GetExitCode() != 7 {
 		t.Errorf("the container in its place was killed: %v", got)
 	}
 	if got := n.status(t, unasked); got.GetExitCode() == 7 {
@@ -391,7 +422,7 @@ func TestStrays(t *testing.T) {
 	p := direct.runPod(t)
 	app := p.run(t, spec{name: "app", command: looping})
 	stray := p.request(t, spec{name: "app", command: looping}, 1)
-	stray.Config.Annotations[interceptors.StagedAnnotation] = "unknown"
+	stray.Config.Annotations[view.StagedAnnotation] = "unknown"
 	_, err := direct.CreateContainer(t.Context(), stray)
 	must(t, err)
 	other := p.request(t, spec{name: "other", command: looping}, 0)

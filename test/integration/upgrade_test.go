@@ -20,15 +20,16 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// withSpec makes a request what kubelet makes of a pod spec: image by ID, and the hash of name and image
-// (pkg/kubelet/container/helpers.go HashContainer).
+// withSpec makes a request what kubelet makes of a pod spec: image by ID, and the hash of name and
+// image (pkg/kubelet/container/helpers.go HashContainer).
 func (p *pod) withSpec(t testing.TB, s spec, attempt int) *runtimeapi.CreateContainerRequest {
 	t.Helper()
 	if s.image == "" {
 		s.image = bed.busybox
 	}
 	req := p.request(t, s, attempt)
-	st, err := p.k.images.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
+	st, err := p.k.images.ImageStatus(t.Context(),
+		&runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
 	must(t, err)
 	req.Config.Image.Image = st.GetImage().GetId()
 	words := []string{}
@@ -53,7 +54,8 @@ func (p *pod) runSpec(t testing.TB, s spec) string {
 }
 
 // versioned says which image it is of when it starts and when it is asked to stop.
-var versioned = []string{"sh", "-c", `trap 'echo asked $VERSION; exit 7' TERM; echo started $VERSION $SETTING; while :; do sleep 0.05; done`}
+var versioned = []string{"sh", "-c",
+	`trap 'echo asked $VERSION; exit 7' TERM; echo started $VERSION $SETTING; while :; do sleep 0.05; done`}
 
 // toVersion2 prepares app for the second image, and waits.
 func (n *node) toVersion2(t testing.TB, p *pod, change func(*opsv1.ContainerUpgrade)) string {
@@ -78,7 +80,8 @@ func upgradeOf(p *pod, uid string, change func(*opsv1.ContainerUpgrade)) *opsv1.
 		change(c)
 	}
 	return &opsv1.PrepareUpgradeRequest{
-		Uid: uid, Pod: &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}, Containers: []*opsv1.ContainerUpgrade{c}, Requester: "test",
+		Uid: uid, Pod: &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid},
+		Containers: []*opsv1.ContainerUpgrade{c}, Requester: "test",
 	}
 }
 
@@ -89,16 +92,18 @@ func (n *node) arm(t testing.TB, uid string) {
 	n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
 }
 
-// replace is what kubelet does when the spec has changed. Like kubelet, it begins again after an error, from what it then finds.
+// replace is what kubelet does when the spec has changed. Like kubelet, it begins again after an
+// error, from what it then finds.
 func (p *pod) replace(t testing.TB, old string, s spec) string {
 	t.Helper()
 	ctx := t.Context()
 	created := ""
 	eventually(t, "kubelet has replaced the container", func() bool {
 		p.relisting.Lock()
-		list, err := p.k.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{
-			"io.kubernetes.pod.uid": p.uid, "io.kubernetes.container.name": s.name,
-		}}})
+		list, err := p.k.ListContainers(ctx,
+			&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{
+				"io.kubernetes.pod.uid": p.uid, "io.kubernetes.container.name": s.name,
+			}}})
 		p.relisting.Unlock()
 		if err != nil || len(list.GetContainers()) == 0 {
 			return false
@@ -151,7 +156,8 @@ func TestUpgrade(t *testing.T) {
 			before := n.status(t, side)
 			uid := n.toVersion2(t, p, change)
 			for _, k := range []*kubelet{n.kubelet, n.direct} {
-				if running, all := p.running(t, k, "app"); running != 1 || k == n.kubelet && all != 1 || k == n.direct && all != 2 {
+				if running, all := p.running(t, k, "app"); running != 1 || k == n.kubelet && all != 1 ||
+					k == n.direct && all != 2 {
 					t.Errorf("prepared: %d running of %d", running, all)
 				}
 			}
@@ -169,7 +175,8 @@ func TestUpgrade(t *testing.T) {
 			}
 			op := n.wait(t, uid)
 			c := op.GetContainers()[0]
-			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetKind() != "Upgrade" || c.GetSuccessorId() != created || len(c.GetWarnings()) > 0 {
+			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetKind() != "Upgrade" ||
+				c.GetSuccessorId() != created || len(c.GetWarnings()) > 0 {
 				t.Errorf("operation: %v; kubelet has %s", op, created)
 			}
 			if running, all := p.running(t, n.direct, "app"); running != 1 || all != 2 {
@@ -177,7 +184,8 @@ func TestUpgrade(t *testing.T) {
 			}
 			p.look(t, n.kubelet)
 			st := n.status(t, created)
-			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 || st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 ||
+				st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 				t.Errorf("new container: %v", st)
 			}
 			if old := n.status(t, app); old.GetExitCode() != 7 {
@@ -195,8 +203,8 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
-// TestUpgradeWithOtherSettings upgrades a pod of which something else has changed meanwhile, a ConfigMap for example: kubelet gets the
-// container that it asks for.
+// TestUpgradeWithOtherSettings upgrades a pod of which something else has changed meanwhile, a
+// ConfigMap for example: kubelet gets the container that it asks for.
 func TestUpgradeWithOtherSettings(t *testing.T) {
 	n := startNode(t)
 	p := n.runPod(t)
@@ -208,19 +216,22 @@ func TestUpgradeWithOtherSettings(t *testing.T) {
 	created := p.replace(t, app, s)
 	op := n.wait(t, uid)
 	c := op.GetContainers()[0]
-	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetMethod() != "kubelet" || !strings.Contains(strings.Join(c.GetWarnings(), " "), "envs.SETTING") {
+	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetMethod() != "kubelet" ||
+		!strings.Contains(strings.Join(c.GetWarnings(), " "), "envs.SETTING") {
 		t.Errorf("operation: %v", op)
 	}
 	if running, all := p.running(t, n.direct, "app"); running != 1 || all != 2 {
 		t.Errorf("%d running of %d", running, all)
 	}
-	eventually(t, "kubelet's own container has the new setting", func() bool { return started(p.log(t, "app", 1)) == "2.0 new" })
+	eventually(t, "kubelet's own container has the new setting",
+		func() bool { return started(p.log(t, "app", 1)) == "2.0 new" })
 	if st := n.status(t, created); st.GetMetadata().GetAttempt() != 1 {
 		t.Errorf("kubelet's container: %v", st)
 	}
 }
 
-// TestUpgradeTakenBack has kubelet stop the container for other reasons, or not at all, at each state of an upgrade.
+// TestUpgradeTakenBack has kubelet stop the container for other reasons, or not at all, at each
+// state of an upgrade.
 func TestUpgradeTakenBack(t *testing.T) {
 	n := startNode(t)
 	// start prepares an upgrade and arms it if asked to.
@@ -266,7 +277,8 @@ func TestUpgradeTakenBack(t *testing.T) {
 			must(t, err)
 			p.replace(t, app, spec{name: "app", command: versioned})
 			failed(t, p, uid, "TakenBackByKubelet", 2)
-			eventually(t, "the old version runs", func() bool { return strings.TrimSpace(started(p.log(t, "app", 1))) == "1.0" })
+			eventually(t, "the old version runs",
+				func() bool { return strings.TrimSpace(started(p.log(t, "app", 1))) == "1.0" })
 		})
 	}
 	t.Run("prepared, stopped", func(t *testing.T) {
@@ -280,7 +292,8 @@ func TestUpgradeTakenBack(t *testing.T) {
 		_, err := n.direct.StopContainer(t.Context(), stopRequest(app, 2))
 		must(t, err)
 		created := p.replace(t, app, version2())
-		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetContainers()[0].GetSuccessorId() != created {
+		if op := n.wait(t, uid); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED ||
+			op.GetContainers()[0].GetSuccessorId() != created {
 			t.Errorf("operation: %v, kubelet has %s", op, created)
 		}
 	})
@@ -288,7 +301,8 @@ func TestUpgradeTakenBack(t *testing.T) {
 		p, app, uid := start(t, true)
 		created := p.replace(t, app, spec{name: "app", command: versioned})
 		failed(t, p, uid, "TakenBackByKubelet", 2)
-		eventually(t, "the old version runs", func() bool { return strings.TrimSpace(started(p.log(t, "app", 1))) == "1.0" })
+		eventually(t, "the old version runs",
+			func() bool { return strings.TrimSpace(started(p.log(t, "app", 1))) == "1.0" })
 		if running, _ := p.running(t, n.direct, "app"); running != 1 {
 			t.Errorf("%d running", running)
 		}
@@ -316,11 +330,13 @@ func TestUpgradeTakenBack(t *testing.T) {
 		req.HoldTimeout = durationpb.New(2 * time.Second)
 		_, err := n.ops.PrepareUpgrade(t.Context(), req)
 		must(t, err)
-		n.waitFor(t, req.GetUid(), func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
+		n.waitFor(t, req.GetUid(),
+			func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
 		_, err = n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: req.GetUid()})
 		must(t, err)
 		failed(t, p, req.GetUid(), "HoldTimeout", 1)
-		if op := n.wait(t, req.GetUid()); !strings.Contains(op.GetContainers()[0].GetMessage(), "was the pod's spec patched") {
+		if op := n.wait(t, req.GetUid()); !strings.Contains(op.GetContainers()[0].GetMessage(),
+			"was the pod's spec patched") {
 			t.Errorf("it was not armed: %v", op)
 		}
 	})
@@ -336,25 +352,31 @@ func TestUpgradeRefused(t *testing.T) {
 		change             func(*opsv1.ContainerUpgrade)
 	}{
 		{"no such image", "PullFailed", "NotFound", func(c *opsv1.ContainerUpgrade) { c.Image = bed.missing }},
-		{"no reference", "PullFailed", "invalid reference", func(c *opsv1.ContainerUpgrade) { c.Image = "UPPER/case:" }},
-		{"the same image", "ImageUnchanged", "restart it instead", func(c *opsv1.ContainerUpgrade) { c.Image = bed.busybox }},
+		{"no reference", "PullFailed", "invalid reference",
+			func(c *opsv1.ContainerUpgrade) { c.Image = "UPPER/case:" }},
+		{"the same image", "ImageUnchanged", "restart it instead",
+			func(c *opsv1.ContainerUpgrade) { c.Image = bed.busybox }},
 		{"would run as root", "ImageUnfit", "root", func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }},
-		{"another container", "ExpectedIDDiffers", "", func(c *opsv1.ContainerUpgrade) { c.ExpectedContainerId = "containerd://other" }},
+		{"another container", "ExpectedIDDiffers", "",
+			func(c *opsv1.ContainerUpgrade) { c.ExpectedContainerId = "containerd://other" }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			req := upgradeOf(p, "refused-"+strings.ReplaceAll(tc.name, " ", "-"), tc.change)
 			op, err := n.ops.PrepareUpgrade(t.Context(), req)
 			if err != nil {
-				if code := status.Code(err); code != codes.FailedPrecondition && code != codes.InvalidArgument || !strings.Contains(err.Error(), tc.text) {
+				if code := status.Code(err); code != codes.FailedPrecondition && code != codes.InvalidArgument ||
+					!strings.Contains(err.Error(), tc.text) {
 					t.Errorf("refused with %v", err)
 				}
 				return
 			}
 			op = n.wait(t, op.GetUid())
-			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.GetReason() != tc.reason || !strings.Contains(c.GetMessage(), tc.text) {
+			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.GetReason() != tc.reason ||
+				!strings.Contains(c.GetMessage(), tc.text) {
 				t.Errorf("operation: %v", op)
 			}
-			if _, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: op.GetUid()}); status.Code(err) != codes.FailedPrecondition {
+			if _, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: op.GetUid()}); status.Code(
+				err) != codes.FailedPrecondition {
 				t.Errorf("commit: %v", err)
 			}
 			t.Log(op.GetMessage())
@@ -362,7 +384,8 @@ func TestUpgradeRefused(t *testing.T) {
 	}
 	t.Run("it cannot start", func(t *testing.T) { // /app is not in the new image
 		p := n.runPod(t)
-		created, err := n.CreateContainer(t.Context(), p.withSpec(t, spec{name: "app", image: bed.app, command: []string{"/app"}}, 0))
+		created, err := n.CreateContainer(t.Context(),
+			p.withSpec(t, spec{name: "app", image: bed.app, command: []string{"/app"}}, 0))
 		must(t, err)
 		app := created.GetContainerId()
 		_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: app})
@@ -370,7 +393,8 @@ func TestUpgradeRefused(t *testing.T) {
 		req := upgradeOf(p, "cannot-start", nil)
 		_, err = n.ops.PrepareUpgrade(t.Context(), req)
 		must(t, err)
-		n.waitFor(t, req.GetUid(), func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
+		n.waitFor(t, req.GetUid(),
+			func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
 		_, err = n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: req.GetUid()})
 		must(t, err)
 		op := n.wait(t, req.GetUid())
@@ -391,7 +415,8 @@ func TestUpgradeRefused(t *testing.T) {
 		_, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
 		must(t, err)
 		op := n.wait(t, uid)
-		if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetMethod() != "kubelet" || len(c.GetWarnings()) == 0 {
+		if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetMethod() != "kubelet" ||
+			len(c.GetWarnings()) == 0 {
 			t.Errorf("operation: %v", op)
 		}
 	})
@@ -403,10 +428,12 @@ func TestUpgradeRefused(t *testing.T) {
 	}
 }
 
-// TestUpgradeKillAtEachStep kills cri-proxy at every step of an upgrade, and has kubelet go on with the next process.
+// TestUpgradeKillAtEachStep kills cri-proxy at every step of an upgrade, and has kubelet go on with
+// the next process.
 func TestUpgradeKillAtEachStep(t *testing.T) {
 	early := []string{"stage", "created", "held", "arm", "gated", "armed"}
-	for _, point := range append(early, "stop", "stopped", "running", "started", "reveal", "revealed", "adopt", "done", "ask", "asking") {
+	for _, point := range append(early, "stop", "stopped", "running", "started", "reveal", "revealed", "adopt", "done",
+		"ask", "asking") {
 		t.Run(point, func(t *testing.T) {
 			n := startProcess(t, "upgrade."+point)
 			p := n.runPod(t)
@@ -438,7 +465,8 @@ func TestUpgradeKillAtEachStep(t *testing.T) {
 				if point == "ask" || point == "asking" { // nobody says what kubelet will ask for
 					_, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
 					must(t, err)
-					n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
+					n.waitFor(t, uid,
+						func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
 				} else {
 					n.arm(t, uid)
 				}
@@ -471,8 +499,10 @@ func TestUpgradeKillAtEachStep(t *testing.T) {
 			}
 			op, err := n.ops.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: uid})
 			must(t, err)
-			// Where kubelet has found the successor by itself, the operation waits for its call a little longer.
-			if ph := op.GetPhase(); ph != opsv1.Phase_PHASE_SUCCEEDED && ph != opsv1.Phase_PHASE_ADOPTING || op.GetContainers()[0].GetSuccessorId() != created {
+			// Where kubelet has found the successor by itself, the operation waits for its call a
+			// little longer.
+			if ph := op.GetPhase(); ph != opsv1.Phase_PHASE_SUCCEEDED && ph != opsv1.Phase_PHASE_ADOPTING ||
+				op.GetContainers()[0].GetSuccessorId() != created {
 				t.Errorf("operation: %v; kubelet has %s", op, created)
 			}
 		})

@@ -15,8 +15,8 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// Client is a client of one resource in one version and namespace, as generated clientsets have them: it sends and takes typed
-// objects over client-go's REST client.
+// Client is a client of one resource in one version and namespace, as generated clientsets have
+// them: it sends and takes typed objects over client-go's REST client.
 type Client struct {
 	rest                rest.Interface
 	parameters          runtime.ParameterCodec
@@ -33,25 +33,32 @@ func NewClient(config *rest.Config, version schema.GroupVersion, namespace, reso
 	if err != nil {
 		return nil, err
 	}
-	return &Client{rest: r, parameters: runtime.NewParameterCodec(scheme), namespace: namespace, resource: resource}, nil
+	return &Client{rest: r, parameters: runtime.NewParameterCodec(scheme), namespace: namespace, resource: resource},
+		nil
 }
 
 func (c *Client) request(r *rest.Request, options runtime.Object) *rest.Request {
 	return r.Namespace(c.namespace).Resource(c.resource).VersionedParams(options, c.parameters)
 }
 
-// Create sends an object. What is answered goes into another one, which is empty, as in all of these.
+// Create sends an object. What is answered goes into another one, which is empty, as in all of
+// these.
 func (c *Client) Create(ctx context.Context, o, answer runtime.Object, options metav1.CreateOptions) error {
 	return c.request(c.rest.Post(), &options).Body(o).Do(ctx).Into(answer)
 }
 
 // Update puts an object in the place of the one of that name.
-func (c *Client) Update(ctx context.Context, name string, o, answer runtime.Object, options metav1.UpdateOptions) error {
+func (c *Client) Update(
+	ctx context.Context, name string, o, answer runtime.Object, options metav1.UpdateOptions,
+) error {
 	return c.request(c.rest.Put().Name(name), &options).Body(o).Do(ctx).Into(answer)
 }
 
 // Patch changes an object.
-func (c *Client) Patch(ctx context.Context, name string, kind types.PatchType, data []byte, answer runtime.Object, options metav1.PatchOptions) error {
+func (c *Client) Patch(
+	ctx context.Context, name string, kind types.PatchType, data []byte, answer runtime.Object,
+	options metav1.PatchOptions,
+) error {
 	return c.request(c.rest.Patch(kind).Name(name), &options).Body(data).Do(ctx).Into(answer)
 }
 

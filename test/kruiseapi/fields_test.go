@@ -16,17 +16,20 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/crdtest"
 )
 
-// TestFields: the schemas have every field of OpenKruise's types, so that strict decoding takes what its clients send, and beyond that
-// only what Added says, so that its clients understand all that they are answered but this.
+// TestFields: the schemas have every field of OpenKruise's types, so that strict decoding takes
+// what its clients send, and beyond that only what Added says, so that its clients understand all
+// that they are answered but this.
 func TestFields(t *testing.T) {
 	for _, tt := range []struct{ file, version, kind string }{
-		{"containerrecreaterequests", "v1alpha1", "ContainerRecreateRequest"}, {"containerrecreaterequests", "v1beta1", "ContainerRecreateRequest"},
+		{"containerrecreaterequests", "v1alpha1", "ContainerRecreateRequest"},
+		{"containerrecreaterequests", "v1beta1", "ContainerRecreateRequest"},
 		{"imagepulljobs", "v1alpha1", "ImagePullJob"}, {"imagepulljobs", "v1beta1", "ImagePullJob"},
 		{"imagelistpulljobs", "v1alpha1", "ImageListPullJob"}, {"imagelistpulljobs", "v1beta1", "ImageListPullJob"},
 	} {
 		t.Run(tt.kind+" "+tt.version, func(t *testing.T) {
 			crd := crdtest.Read(t, "../../deploy/crds", "apps.kruise.io_"+tt.file+".yaml")
-			i := slices.IndexFunc(crd.Spec.Versions, func(v apiextensionsv1.CustomResourceDefinitionVersion) bool { return v.Name == tt.version })
+			i := slices.IndexFunc(crd.Spec.Versions,
+				func(v apiextensionsv1.CustomResourceDefinitionVersion) bool { return v.Name == tt.version })
 			if i < 0 {
 				t.Fatalf("%s is not served", tt.version)
 			}
@@ -51,7 +54,8 @@ func TestFields(t *testing.T) {
 
 var leaves = []reflect.Type{reflect.TypeFor[metav1.Time](), reflect.TypeFor[intstr.IntOrString]()}
 
-// compare reports fields of the type that the schema does not have, and returns those of the schema that the type does not have.
+// compare reports fields of the type that the schema does not have, and returns those of the schema
+// that the type does not have.
 func compare(t *testing.T, path string, kind reflect.Type, s *apiextensionsv1.JSONSchemaProps) (more []string) {
 	t.Helper()
 	for kind.Kind() == reflect.Pointer {

@@ -19,7 +19,8 @@ type V1alpha1 struct{}
 // V1beta1 tells the types of this version from those of V1alpha1.
 type V1beta1 struct{}
 
-// Object is an object of one version of a kind. As in OpenKruise's types status is always sent, as far as it has fields that are.
+// Object is an object of one version of a kind. As in OpenKruise's types status is always sent, as
+// far as it has fields that are.
 type Object[Spec, Status, Version any] struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
@@ -246,9 +247,11 @@ var (
 func NewScheme() *runtime.Scheme {
 	s := runtime.NewScheme()
 	for kind, objects := range map[string][4]runtime.Object{
-		"ContainerRecreateRequest": {&RequestV1alpha1{}, &RequestListV1alpha1{}, &RequestV1beta1{}, &RequestListV1beta1{}},
-		"ImagePullJob":             {&JobV1alpha1{}, &JobListV1alpha1{}, &JobV1beta1{}, &JobListV1beta1{}},
-		"ImageListPullJob":         {&ListJobV1alpha1{}, &ListJobListV1alpha1{}, &ListJobV1beta1{}, &ListJobListV1beta1{}},
+		"ContainerRecreateRequest": {&RequestV1alpha1{}, &RequestListV1alpha1{}, &RequestV1beta1{},
+			&RequestListV1beta1{}},
+		"ImagePullJob": {&JobV1alpha1{}, &JobListV1alpha1{}, &JobV1beta1{}, &JobListV1beta1{}},
+		"ImageListPullJob": {&ListJobV1alpha1{}, &ListJobListV1alpha1{}, &ListJobV1beta1{},
+			&ListJobListV1beta1{}},
 	} {
 		s.AddKnownTypeWithName(GroupV1alpha1.WithKind(kind), objects[0])
 		s.AddKnownTypeWithName(GroupV1alpha1.WithKind(kind+"List"), objects[1])

@@ -1,8 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package metricdoc reads docs/METRICS.md, the list of all metrics, and compares it with what a registry has. Dashboards and
-// alert rules are held to the same list.
+// Package metricdoc reads docs/METRICS.md, the list of all metrics, and compares it with what a
+// registry has. Dashboards and alert rules are held to the same list.
 package metricdoc
 
 import (
@@ -41,7 +41,8 @@ func Read(t *testing.T, file, heading string) []Row {
 		if len(cells) != 6 || !strings.HasPrefix(strings.TrimSpace(cells[1]), "`") {
 			continue
 		}
-		r := Row{Name: strings.Trim(cells[1], " `"), Type: strings.TrimSpace(cells[2]), Meaning: strings.TrimSpace(cells[4])}
+		r := Row{Name: strings.Trim(cells[1], " `"), Type: strings.TrimSpace(cells[2]),
+			Meaning: strings.TrimSpace(cells[4])}
 		for label := range strings.SplitSeq(cells[3], ",") {
 			if label = strings.Trim(label, " `"); label != "" {
 				r.Labels = append(r.Labels, label)
@@ -65,9 +66,11 @@ type Registry interface {
 	prometheus.Gatherer
 }
 
-var descText = regexp.MustCompile(`^Desc\{fqName: "([^"]*)", help: "(.*)", constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
+var descText = regexp.MustCompile(
+	`^Desc\{fqName: "([^"]*)", help: "(.*)", constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
 
-// Compare reports what is in the registries with one of the prefixes and not in rows, the other way round, and names that are not what Prometheus wants.
+// Compare reports what is in the registries with one of the prefixes and not in rows, the other way
+// round, and names that are not what Prometheus wants.
 func Compare(t *testing.T, rows []Row, prefix string, registries ...Registry) {
 	t.Helper()
 	have := map[string]Row{}
@@ -136,9 +139,11 @@ func Compare(t *testing.T, rows []Row, prefix string, registries ...Registry) {
 	}
 }
 
-// wellNamed holds a metric to https://prometheus.io/docs/practices/naming/, as far as a program can.
+// wellNamed holds a metric to https://prometheus.io/docs/practices/naming/, as far as a program
+// can.
 func wellNamed(r Row) error {
-	total, unit := strings.HasSuffix(r.Name, "_total"), regexp.MustCompile(`_(milli|micro|nano)?seconds|_m?s$|_minutes|_(kilo|mega|k|mi)bytes|_percent`)
+	total, unit := strings.HasSuffix(r.Name, "_total"),
+		regexp.MustCompile(`_(milli|micro|nano)?seconds|_m?s$|_minutes|_(kilo|mega|k|mi)bytes|_percent`)
 	if (r.Type == "counter") != total {
 		return fmt.Errorf("%s is a %s: counters, and they alone, end in _total", r.Name, r.Type)
 	}

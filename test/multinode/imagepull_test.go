@@ -41,7 +41,8 @@ func reason(job *v1beta1.ImagePullJob) string {
 	return ""
 }
 
-// pulledOnce checks that the first three nodes have the image, pinned, and pulled it once, one after the other.
+// pulledOnce checks that the first three nodes have the image, pinned, and pulled it once, one
+// after the other.
 func pulledOnce(t *testing.T, job *v1beta1.ImagePullJob, reference string) {
 	t.Helper()
 	var all []*opsv1.PullOperation
@@ -69,7 +70,8 @@ func pulledOnce(t *testing.T, job *v1beta1.ImagePullJob, reference string) {
 func TestImagePullJob(t *testing.T) {
 	t.Run("a node that joins later is served", func(t *testing.T) {
 		reference := create(t, "stays", "Never")
-		job := until(t, "through with two nodes", "stays", func(j *v1beta1.ImagePullJob) bool { return j.Status.Succeeded == 2 })
+		job := until(t, "through with two nodes", "stays",
+			func(j *v1beta1.ImagePullJob) bool { return j.Status.Succeeded == 2 })
 		if job.Status.Desired != 2 || job.Status.CompletionTime != nil {
 			t.Errorf("%+v", job.Status)
 		}
@@ -103,7 +105,8 @@ func TestImagePullJob(t *testing.T) {
 		}))
 		must(t, bed.StopController(t.Context(), syscall.SIGKILL))
 		must(t, bed.StartController(t.Context()))
-		job := until(t, "completed", "in-turn", watch(func(j *v1beta1.ImagePullJob) bool { return j.Status.CompletionTime != nil }))
+		job := until(t, "completed", "in-turn",
+			watch(func(j *v1beta1.ImagePullJob) bool { return j.Status.CompletionTime != nil }))
 		if s := job.Status; s.Desired != 3 || s.Succeeded != 3 || reason(job) != "Succeeded" || most != 1 {
 			t.Errorf("at most %d at once: %+v", most, s)
 		}

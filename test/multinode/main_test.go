@@ -25,7 +25,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// The cluster of this run: two nodes, a third that joins in the first test, and two that join for a DaemonSet.
+// The cluster of this run: two nodes, a third that joins in the first test, and two that join for a
+// DaemonSet.
 var (
 	bed *testbed.Bed
 	api client.Client
@@ -44,7 +45,8 @@ func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	failed := false
 	bed, err = testbed.Start(ctx, testbed.Options{
-		Mode: testbed.ModeCluster, Nodes: 5, Later: 3, Namespaces: true, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },
+		Mode: testbed.ModeCluster, Nodes: 5, Later: 3, Namespaces: true, Race: true, Log: os.Stderr,
+		KeepLogs: func() bool { return failed },
 	})
 	if err != nil {
 		return 0, err
@@ -55,7 +57,8 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), v1beta1.AddToScheme(scheme),
+		inplace.AddToScheme(scheme)); err != nil {
 		return 0, err
 	}
 	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
@@ -114,7 +117,8 @@ func image(t testing.TB, n *testbed.Node, name string) *runtimeapi.Image {
 	conn, err := n.DialRuntime()
 	must(t, err)
 	defer func() { _ = conn.Close() }()
-	resp, err := runtimeapi.NewImageServiceClient(conn).ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
+	resp, err := runtimeapi.NewImageServiceClient(conn).
+		ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 	must(t, err)
 	return resp.GetImage()
 }

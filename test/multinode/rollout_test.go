@@ -41,7 +41,8 @@ func agents(t *testing.T) []corev1.Pod {
 
 func poll(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(3 * time.Minute); !so(); time.Sleep(50 * time.Millisecond) { // polling another process
+	// polling another process
+	for deadline := time.Now().Add(3 * time.Minute); !so(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within 3 minutes: %s", what)
 		}
@@ -55,8 +56,8 @@ func rolloutStatus(t *testing.T, name string) inplace.InPlaceRolloutStatus {
 	return r.Status
 }
 
-// TestRolloutOfDaemonSet changes a DaemonSet over five nodes, with a partition and a pause, and back, when one node does not answer for a
-// while.
+// TestRolloutOfDaemonSet changes a DaemonSet over five nodes, with a partition and a pause, and
+// back, when one node does not answer for a while.
 func TestRolloutOfDaemonSet(t *testing.T) {
 	if bed.Pid("n2-kubelet") == 0 {
 		t.Fatal("the third node joins in TestImagePullJob")
@@ -100,12 +101,14 @@ spec:
 		})
 		poll(t, "the pods say so, for which kubelet takes a moment", func() bool {
 			return !slices.ContainsFunc(agents(t), func(p corev1.Pod) bool {
-				return p.Status.ContainerStatuses[0].Image != image || p.Status.ContainerStatuses[0].RestartCount < restarts
+				return p.Status.ContainerStatuses[0].Image != image ||
+					p.Status.ContainerStatuses[0].RestartCount < restarts
 			})
 		})
 		for i, p := range agents(t) {
 			c := p.Status.ContainerStatuses[0]
-			if p.UID != before[i].UID || p.Status.PodIP != before[i].Status.PodIP || c.Image != image || c.RestartCount != restarts {
+			if p.UID != before[i].UID || p.Status.PodIP != before[i].Status.PodIP || c.Image != image ||
+				c.RestartCount != restarts {
 				t.Errorf("pod %s on %s: %+v", p.Name, p.Spec.NodeName, c)
 			}
 		}
@@ -124,7 +127,8 @@ spec:
 	apply(fmt.Sprintf("  strategy: {maxUnavailable: 2}\n  containers: [{name: app, image: %q}]", two))
 	complete(two, 1)
 
-	// And back, while the commands of one node lead nowhere: it is skipped for now, and holds nobody up who can go on.
+	// And back, while the commands of one node lead nowhere: it is skipped for now, and holds
+	// nobody up who can go on.
 	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGSTOP))
 	apply(fmt.Sprintf("  containers: [{name: app, image: %q}]", one))
 	poll(t, "the other nodes are updated", func() bool {

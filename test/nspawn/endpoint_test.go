@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// Where kubelet is told what to dial. The node begins as kubeadm's, with the flag in a file of the unit's environment; the installs that
-// follow one of these steps find it elsewhere.
+// Where kubelet is told what to dial. The node begins as kubeadm's, with the flag in a file of the
+// unit's environment; the installs that follow one of these steps find it elsewhere.
 
 const (
 	kubeletUnitDir = "/etc/systemd/system/kubelet.service.d/"
@@ -24,14 +24,16 @@ const (
 
 // endpointInFile is a kubelet that has it in its --config.
 func endpointInFile(t *testing.T, n *node) {
-	config, line := filepath.Join(n.NodeDir, "etc", "kubelet.yaml"), "containerRuntimeEndpoint: unix://"+n.RuntimeSocket+"\n"
+	config, line := filepath.Join(n.NodeDir, "etc", "kubelet.yaml"),
+		"containerRuntimeEndpoint: unix://"+n.RuntimeSocket+"\n"
 	text := n.files(t)[config]
 	if !strings.Contains(text, line) {
 		t.Fatal(text)
 	}
 	n.kubeletWith(t, map[string]string{
 		kubeadmFlags: `KUBELET_KUBEADM_ARGS="--register-with-taints="` + "\n",
-		config:       strings.Replace(text, line, "# containerd\ncontainerRuntimeEndpoint: \"unix://"+n.RuntimeSocket+"\" # of ours\n", 1),
+		config: strings.Replace(text, line,
+			"# containerd\ncontainerRuntimeEndpoint: \"unix://"+n.RuntimeSocket+"\" # of ours\n", 1),
 	}, config)
 }
 
@@ -39,18 +41,23 @@ func endpointInFile(t *testing.T, n *node) {
 func endpointInDirectory(t *testing.T, n *node) {
 	n.kubeletWith(t, map[string]string{
 		kubeadmFlags: `KUBELET_KUBEADM_ARGS="--register-with-taints= --config-dir=` + kubeletConfDir + `"` + "\n",
-		kubeletConfDir + "10-site.conf": "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nmaxPods: 499\n" +
+		kubeletConfDir + "10-site.conf": "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: " +
+			"KubeletConfiguration\nmaxPods: 499\n" +
 			"containerRuntimeEndpoint: unix://" + n.RuntimeSocket + "\n",
 	}, kubeletConfDir+"99-cri-proxy.conf")
 }
 
-// endpointInUnit has flags in a drop-in of its unit: one in a variable, one on a command line of several lines.
+// endpointInUnit has flags in a drop-in of its unit: one in a variable, one on a command line of
+// several lines.
 func endpointInUnit(t *testing.T, n *node) {
 	start := strings.Fields(n.must(t, "sed", "-n", "s/^ExecStart=//p", "/etc/systemd/system/kubelet.service"))
 	n.kubeletWith(t, map[string]string{
 		kubeadmFlags: `KUBELET_KUBEADM_ARGS="--register-with-taints="` + "\n",
-		kubeletUnitDir + "10-kubeadm.conf": "[Service]\nEnvironment=\"KUBELET_RUNTIME_ARGS=--container-runtime-endpoint=unix://" + n.RuntimeSocket + "\"\n" +
-			"ExecStart=\nExecStart=" + start[0] + " --image-service-endpoint unix://" + n.RuntimeSocket + " \\\n  " + strings.Join(start[1:], " ") + " \\\n  $KUBELET_RUNTIME_ARGS\n",
+		kubeletUnitDir +
+			"10-kubeadm.conf": "[Service]\nEnvironment=\"KUBELET_RUNTIME_ARGS=--container-runtime-endpoint=unix://" +
+			n.RuntimeSocket + "\"\n" +
+			"ExecStart=\nExecStart=" + start[0] + " --image-service-endpoint unix://" + n.RuntimeSocket + " \\\n  " +
+			strings.Join(start[1:], " ") + " \\\n  $KUBELET_RUNTIME_ARGS\n",
 	}, kubeletUnitDir+"zz-cri-proxy.conf")
 }
 
@@ -76,7 +83,8 @@ func (n *node) kubeletWith(t *testing.T, files map[string]string, endpoint ...st
 	await(t, "kubelet", func() bool { return get(client, "http://"+n.KubeletHealthz()+"/healthz") == nil })
 }
 
-// pointed checks which of kubelet's files an install has changed, and that they name cri-proxy and the runtime no more.
+// pointed checks which of kubelet's files an install has changed, and that they name cri-proxy and
+// the runtime no more.
 func (n *node) pointed(t *testing.T, before map[string]string) {
 	t.Helper()
 	after := n.files(t)
@@ -84,7 +92,8 @@ func (n *node) pointed(t *testing.T, before map[string]string) {
 	maps.Copy(paths, after)
 	var changed []string
 	for path := range paths {
-		for _, dir := range []string{kubeletConfDir, kubeletUnitDir, filepath.Dir(kubeadmFlags), n.NodeDir, strings.TrimSuffix(kubeletUnitDir, ".d/")} {
+		for _, dir := range []string{kubeletConfDir, kubeletUnitDir, filepath.Dir(kubeadmFlags), n.NodeDir,
+			strings.TrimSuffix(kubeletUnitDir, ".d/")} {
 			if strings.HasPrefix(path, dir) && before[path] != after[path] {
 				changed = append(changed, path)
 				break
@@ -95,7 +104,8 @@ func (n *node) pointed(t *testing.T, before map[string]string) {
 		t.Fatalf("changed were %q, not %q", changed, n.endpoint)
 	}
 	for _, path := range changed {
-		if text := after[path]; !strings.Contains(text, "unix:///run/cri-proxy/kubelet.sock") || strings.Contains(text, n.RuntimeSocket) {
+		if text := after[path]; !strings.Contains(text, "unix:///run/cri-proxy/kubelet.sock") ||
+			strings.Contains(text, n.RuntimeSocket) {
 			t.Errorf("%s:\n%s", path, text)
 		}
 	}

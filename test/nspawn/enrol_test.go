@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// startController starts cri-controller outside of the machine, with the permissions that it has as a pod. It signs the nodes' certificates.
+// startController starts cri-controller outside of the machine, with the permissions that it has as
+// a pod. It signs the nodes' certificates.
 func startController(t *testing.T, n *node) {
 	ctx := t.Context()
 	if err := n.bed.InstallCRDs(ctx); err != nil {
@@ -18,17 +19,20 @@ func startController(t *testing.T, n *node) {
 	n.kubectl(t, "apply", "-f", "../../deploy/controller/namespace.yaml")
 	n.kubectl(t, "apply", "-f", "../../deploy/rbac")
 	var err error
-	n.bed.ControllerKubeconfig, err = n.bed.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
+	n.bed.ControllerKubeconfig, err = n.bed.NewKubeconfig("cri-controller",
+		"system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.bed.StartController(ctx, "--identity=csr", "--identity-namespace=cri-proxy-system", "--tls-cert-file=", "--tls-key-file=", "--tls-ca-file=",
+	if err := n.bed.StartController(ctx, "--identity=csr", "--identity-namespace=cri-proxy-system", "--tls-cert-file=",
+		"--tls-key-file=", "--tls-ca-file=",
 		"--node-port=10260"); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// commanded has the controller restart a container of the node, which has asked it for its certificate when it was installed.
+// commanded has the controller restart a container of the node, which has asked it for its
+// certificate when it was installed.
 func (n *node) commanded(t *testing.T) {
 	t.Helper()
 	err := n.bed.KubectlApply(t.Context(), `
@@ -45,8 +49,10 @@ spec: {podName: target, containers: [{name: app}]}
 			t.Log(n.must(t, "cri-proxy", "ctl", "status"))
 		}
 	}()
-	n.kubectl(t, "wait", "--for=jsonpath={.status.phase}=Completed", "containerrecreaterequest/enrolled", "--timeout=60s")
-	out := n.kubectl(t, "get", "containerrecreaterequest", "enrolled", "-o", "jsonpath={.status.containerRecreateStates[*].phase} {.status.message}")
+	n.kubectl(t, "wait", "--for=jsonpath={.status.phase}=Completed", "containerrecreaterequest/enrolled",
+		"--timeout=60s")
+	out := n.kubectl(t, "get", "containerrecreaterequest", "enrolled", "-o",
+		"jsonpath={.status.containerRecreateStates[*].phase} {.status.message}")
 	if !strings.HasPrefix(out, "Succeeded") {
 		t.Error(out)
 	}

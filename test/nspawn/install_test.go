@@ -27,7 +27,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// What runs on the node: a Deployment whose pods kubelet probes through the runtime, and a pod that is operated on.
+// What runs on the node: a Deployment whose pods kubelet probes through the runtime, and a pod that
+// is operated on.
 const workloads = `
 apiVersion: apps/v1
 kind: Deployment
@@ -68,7 +69,8 @@ spec:
   volumes: [{name: shared, hostPath: {path: /shared}}]
 `
 
-// TestNode installs cri-proxy on a running node with workloads, operates it, and takes it off. The steps share the node.
+// TestNode installs cri-proxy on a running node with workloads, operates it, and takes it off. The
+// steps share the node.
 func TestNode(t *testing.T) {
 	n := newNode(t)
 	if err := n.bed.KubectlApply(t.Context(), fmt.Sprintf(workloads, n.NodeName, n.bed.Image("app:1"))); err != nil {
@@ -81,7 +83,8 @@ func TestNode(t *testing.T) {
 		t.Fatalf("pods: %v", before)
 	}
 	notReady := n.watchReady(t)
-	traffic := n.traffic(t, strings.Fields(n.kubectl(t, "get", "pods", "-l", "app=web", "-o", "jsonpath={.items[*].status.podIP}"))...)
+	traffic := n.traffic(t,
+		strings.Fields(n.kubectl(t, "get", "pods", "-l", "app=web", "-o", "jsonpath={.items[*].status.podIP}"))...)
 
 	for _, c := range []struct {
 		name string
@@ -113,7 +116,10 @@ func TestNode(t *testing.T) {
 			t.Logf("took %s", time.Since(began).Round(time.Millisecond))
 		})
 		if !ok {
-			t.Fatalf("what follows would not tell anything\n%s", n.must(t, "sh", "-c", "journalctl --no-pager -n 25 -o short-precise -u 'cri-proxy*'; journalctl --no-pager -u kubelet.service -o cat | grep ^E | tail -n 5"))
+			t.Fatalf("what follows would not tell anything\n%s",
+				n.must(t, "sh", "-c",
+					"journalctl --no-pager -n 25 -o short-precise -u 'cri-proxy*'; journalctl --no-pager -u "+
+						"kubelet.service -o cat | grep ^E | tail -n 5"))
 		}
 	}
 
@@ -147,7 +153,9 @@ func installDryRun(t *testing.T, n *node) {
 	before := n.files(t)
 	pid := n.show(t, "kubelet.service", "MainPID")
 	out := n.does(t, "/shared/cri-proxy", "install", "--dry-run")
-	for _, want := range []string{"would write /etc/cri-proxy/config.yaml", "would systemctl enable --now cri-proxy.socket", "point kubelet at unix:///run/cri-proxy/kubelet.sock, in " + kubeadmFlags, "+KUBELET_KUBEADM_ARGS"} {
+	for _, want := range []string{"would write /etc/cri-proxy/config.yaml",
+		"would systemctl enable --now cri-proxy.socket", "point kubelet at unix:///run/cri-proxy/kubelet.sock, in " +
+			kubeadmFlags, "+KUBELET_KUBEADM_ARGS"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("not said: %s", want)
 		}
@@ -161,7 +169,8 @@ func installDryRun(t *testing.T, n *node) {
 	}
 }
 
-// installRollBack is one that must put everything back: because kubelet does not come up, and because the proxy does not reach the runtime.
+// installRollBack is one that must put everything back: because kubelet does not come up, and
+// because the proxy does not reach the runtime.
 func installRollBack(t *testing.T, n *node) {
 	before := n.files(t)
 	touch(t, n.machine, "break-kubelet")
@@ -205,7 +214,8 @@ func installOnNode(t *testing.T, n *node) {
 	n.installed(t)
 	n.pointed(t, before)
 	config, err := os.ReadFile(n.root + "/etc/cri-proxy/config.yaml")
-	if err != nil || !strings.Contains(string(config), "runtimeEndpoint: unix://"+n.RuntimeSocket) || !strings.Contains(string(config), "\nnodeName: \""+n.NodeName+"\"\n") {
+	if err != nil || !strings.Contains(string(config), "runtimeEndpoint: unix://"+n.RuntimeSocket) ||
+		!strings.Contains(string(config), "\nnodeName: \""+n.NodeName+"\"\n") {
 		t.Errorf("%v\n%s", err, config)
 	}
 	// Once more does nothing, with a flag just that.
@@ -222,13 +232,15 @@ func installOnNode(t *testing.T, n *node) {
 		t.Errorf("%q serves, before it was %q: the configuration was not taken up", now, i)
 	}
 	after := n.files(t)
-	if want := strings.Replace(before["/etc/cri-proxy/config.yaml"], "level: info", "level: debug", 1); after["/etc/cri-proxy/config.yaml"] != want {
+	if want := strings.Replace(before["/etc/cri-proxy/config.yaml"], "level: info", "level: debug",
+		1); after["/etc/cri-proxy/config.yaml"] != want {
 		t.Errorf("configuration:\n%s", after["/etc/cri-proxy/config.yaml"])
 	}
 	if n.show(t, "kubelet.service", "MainPID") != pid {
 		t.Error("kubelet was restarted")
 	}
-	await(t, "the end of the first process", func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
+	await(t, "the end of the first process",
+		func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
 }
 
 // operation is what cri-proxy ctl says of one.
@@ -238,7 +250,7 @@ type operation struct {
 	Containers []struct{ Method string }
 }
 
-// method is how the containers of the last operation of that kind were handed over.
+// method is how the containers of the last operation of that kind were switched over.
 func (n *node) method(t *testing.T, kind string) string {
 	t.Helper()
 	out := n.must(t, "cri-proxy", "ctl", "ops", "-o", "json")
@@ -255,11 +267,16 @@ func (n *node) method(t *testing.T, kind string) string {
 	return ""
 }
 
-// restartOnNode is the first restart under the unit's sandbox: everything that it needs must be let through.
+// restartOnNode is the first restart under the unit's sandbox: everything that it needs must be let
+// through.
 func restartOnNode(t *testing.T, n *node) {
 	was := n.containers(t)["target"]
 	n.does(t, "cri-proxy", "ctl", "restart", "default/target", "-c", "app", "--watch")
-	await(t, "the restart in the API", func() bool { is := n.containers(t)["target"]; return is.ID != was.ID && is.Restarts == 1 })
+	await(t, "the restart in the API", func() bool {
+		is := n.containers(t)["target"]
+		return is.ID != was.ID &&
+			is.Restarts == 1
+	})
 	if m := n.method(t, "Restart"); m != "gate" {
 		t.Errorf("the method was %s", m)
 	}
@@ -269,7 +286,11 @@ func imageUpgradeOnNode(t *testing.T, n *node) {
 	image := n.bed.Image("app:2")
 	n.does(t, "cri-proxy", "ctl", "set-image", "default/target", "-c", "app="+image)
 	n.kubectl(t, "set", "image", "pod/target", "app="+image)
-	await(t, "the new image in the API", func() bool { is := n.containers(t)["target"]; return is.Image == image && is.Restarts == 2 })
+	await(t, "the new image in the API", func() bool {
+		is := n.containers(t)["target"]
+		return is.Image == image &&
+			is.Restarts == 2
+	})
 	if m := n.method(t, "Upgrade"); m != "gate" {
 		t.Errorf("the method was %s", m)
 	}
@@ -282,7 +303,8 @@ func upgradeOnNode(t *testing.T, n *node) {
 		t.Errorf("%q serves", now)
 	}
 	n.installed(t)
-	await(t, "the end of the process before", func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
+	await(t, "the end of the process before",
+		func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
 }
 
 func bypassOnNode(t *testing.T, n *node) {
@@ -296,14 +318,16 @@ func bypassOnNode(t *testing.T, n *node) {
 	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
 	n.installed(t)
 
-	// Pointed at the CRI socket itself, kubelet is out of a bypass's reach, and install puts that right.
+	// Pointed at the CRI socket itself, kubelet is out of a bypass's reach, and install puts that
+	// right.
 	n.must(t, "sed", "-i", "s,/run/cri-proxy/kubelet.sock,/run/cri-proxy/cri.sock,", kubeadmFlags)
 	n.must(t, "systemctl", "restart", "kubelet.service")
 	n.installed(t)
 	if out := n.doesNot(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "where a bypass does not reach it") {
 		t.Error(out)
 	}
-	if out := n.does(t, "cri-proxy", "bypass", "status"); !strings.Contains(out, "where a bypass does not reach it") || !strings.Contains(out, "off") {
+	if out := n.does(t, "cri-proxy", "bypass", "status"); !strings.Contains(out, "where a bypass does not reach it") ||
+		!strings.Contains(out, "off") {
 		t.Error(out)
 	}
 	n.does(t, "cri-proxy", "install")
@@ -321,8 +345,10 @@ func uninstallOnNode(t *testing.T, n *node) {
 		t.Fatalf("pinned: %q", out)
 	}
 	out := n.does(t, "cri-proxy", "uninstall")
-	// The image upgrades before have pinned the image that came and the one that went, for the way back.
-	if want := fmt.Sprintf("taken off: pins of images: 3 (%s, %s, %s), leases of pulls: 1", n.bed.Image("app:1"), n.bed.Image("app:2"), image); !strings.Contains(out, want) {
+	// The image upgrades before have pinned the image that came and the one that went, for the way
+	// back.
+	if want := fmt.Sprintf("taken off: pins of images: 3 (%s, %s, %s), leases of pulls: 1", n.bed.Image("app:1"),
+		n.bed.Image("app:2"), image); !strings.Contains(out, want) {
 		t.Error(out)
 	}
 	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); out != "" {
@@ -350,7 +376,8 @@ func uninstallOnNode(t *testing.T, n *node) {
 		t.Errorf("%v: %s", err, flags)
 	}
 	for path := range n.files(t) {
-		if strings.Contains(path, "cri-proxy") && path != "/etc/cri-proxy/config.yaml" && !strings.HasPrefix(path, "/var/lib/cri-proxy/") && !strings.HasPrefix(path, n.NodeDir) {
+		if strings.Contains(path, "cri-proxy") && path != "/etc/cri-proxy/config.yaml" &&
+			!strings.HasPrefix(path, "/var/lib/cri-proxy/") && !strings.HasPrefix(path, n.NodeDir) {
 			t.Errorf("left: %s", path)
 		}
 	}
@@ -369,7 +396,8 @@ func (n *node) ctr(t *testing.T, args ...string) string {
 	return n.must(t, slices.Concat([]string{"sh", "-c", `exec "$@" 2>/dev/null`, "sh"}, ctr, args)...)
 }
 
-// killedInstall is one that is killed at one step or another: kubelet works, and uninstall or another install go on.
+// killedInstall is one that is killed at one step or another: kubelet works, and uninstall or
+// another install go on.
 func killedInstall(t *testing.T, n *node) {
 	before := n.files(t)
 	kill := func(t *testing.T, at string) {
@@ -389,10 +417,12 @@ while grep -qsx systemctl /proc/[0-9]*/comm; do sleep 0.01; done`, "sh", at)
 	n.does(t, "/shared/cri-proxy", "install")
 	n.installed(t)
 	n.pointed(t, before)
-	// A kubelet that is down and may have been told elsewhere is in the way of an uninstall; one whose files are known is not.
+	// A kubelet that is down and may have been told elsewhere is in the way of an uninstall; one
+	// whose files are known is not.
 	n.must(t, "systemctl", "stop", "kubelet.service")
 	n.must(t, "mv", n.endpoint[0], n.endpoint[0]+".moved")
-	if out := n.doesNot(t, "cri-proxy", "uninstall", "--purge"); !strings.Contains(out, n.endpoint[0]+", which told it what to dial, does so no more: start kubelet first") {
+	if out := n.doesNot(t, "cri-proxy", "uninstall", "--purge"); !strings.Contains(out,
+		n.endpoint[0]+", which told it what to dial, does so no more: start kubelet first") {
 		t.Error(out)
 	}
 	n.must(t, "mv", n.endpoint[0]+".moved", n.endpoint[0])
@@ -409,13 +439,14 @@ while grep -qsx systemctl /proc/[0-9]*/comm; do sleep 0.01; done`, "sh", at)
 	}
 }
 
-// packageOnNode is the way of the Debian package: it does not touch kubelet until it is asked to, takes over when it is upgraded, and is not
-// removed from under kubelet.
+// packageOnNode is the way of the Debian package: it does not touch kubelet until it is asked to,
+// takes over when it is upgraded, and is not removed from under kubelet.
 func packageOnNode(t *testing.T, n *node) {
 	before := n.files(t)
 	debs := map[string]string{}
 	for version, binary := range map[string]string{"1": "cri-proxy", "2": "cri-proxy-v2"} {
-		if err := command(t.Context(), "../../packaging/deb/build.sh", filepath.Join(n.shared, binary), runtime.GOARCH, version, n.shared); err != nil {
+		if err := command(t.Context(), "../../packaging/deb/build.sh", filepath.Join(n.shared, binary), runtime.GOARCH,
+			version, n.shared); err != nil {
 			t.Fatal(err)
 		}
 		debs[version] = "/shared/cri-proxy_" + version + "_" + runtime.GOARCH + ".deb"
@@ -443,7 +474,8 @@ func packageOnNode(t *testing.T, n *node) {
 	if _, now := n.serving(t); now == process || now == "" {
 		t.Errorf("process %q serves, before it was %q", now, process)
 	}
-	if out := n.must(t, "sh", "-c", "cmp /usr/bin/cri-proxy /usr/local/bin/cri-proxy && cmp /usr/bin/cri-proxy /shared/cri-proxy-v2"); out != "" {
+	if out := n.must(t, "sh", "-c",
+		"cmp /usr/bin/cri-proxy /usr/local/bin/cri-proxy && cmp /usr/bin/cri-proxy /shared/cri-proxy-v2"); out != "" {
 		t.Error(out)
 	}
 	n.installed(t)
@@ -453,7 +485,8 @@ func packageOnNode(t *testing.T, n *node) {
 
 	// As long as kubelet cannot be led elsewhere, the package stays.
 	n.must(t, "touch", "/shared/break-uninstall")
-	n.must(t, "sh", "-c", "mkdir -p /etc/systemd/system/kubelet.service.d; printf '[Service]\nExecStartPre=/bin/sh -c \"! test -e /shared/break-uninstall\"\n' >/etc/systemd/system/kubelet.service.d/test.conf")
+	n.must(t, "sh", "-c", "mkdir -p /etc/systemd/system/kubelet.service.d; printf '[Service]\nExecStartPre=/bin/sh "+
+		"-c \"! test -e /shared/break-uninstall\"\n' >/etc/systemd/system/kubelet.service.d/test.conf")
 	n.doesNot(t, "dpkg", "-r", "cri-proxy")
 	n.must(t, "rm", "/shared/break-uninstall", "/etc/systemd/system/kubelet.service.d/test.conf")
 	n.must(t, "systemctl", "daemon-reload")
@@ -473,8 +506,9 @@ func packageOnNode(t *testing.T, n *node) {
 	}
 }
 
-// beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does it, and where /usr is read-only. What
-// kubelet reads is somebody else's, and uninstall changes it back all the same.
+// beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does
+// it, and where /usr is read-only. What kubelet reads is somebody else's, and uninstall changes it
+// back all the same.
 func beforeKubelet(t *testing.T, n *node) {
 	before := n.files(t)
 	n.must(t, "systemctl", "stop", "kubelet.service")
@@ -485,10 +519,12 @@ func beforeKubelet(t *testing.T, n *node) {
 	n.must(t, "mount", "-o", "remount,bind,ro", "/usr/local")
 	defer n.must(t, "umount", "/usr/local")
 	noKubelet := []string{"/shared/cri-proxy", "install", "--no-kubelet", "--runtime-endpoint", n.RuntimeSocket}
-	if out := n.doesNot(t, noKubelet...); !strings.Contains(out, "read-only: give another place with --prefix, such as /opt") {
+	if out := n.doesNot(t, noKubelet...); !strings.Contains(out,
+		"read-only: give another place with --prefix, such as /opt") {
 		t.Error(out)
 	}
-	if out := n.does(t, append(noKubelet, "--prefix", "/opt")...); !strings.Contains(out, "must be unix:///run/cri-proxy/kubelet.sock") {
+	if out := n.does(t, append(noKubelet, "--prefix", "/opt")...); !strings.Contains(out,
+		"must be unix:///run/cri-proxy/kubelet.sock") {
 		t.Error(out)
 	}
 	n.must(t, "sed", "-i", "s,unix://"+n.RuntimeSocket+",unix:///run/cri-proxy/kubelet.sock,", n.endpoint[0])
@@ -503,28 +539,33 @@ func beforeKubelet(t *testing.T, n *node) {
 	if now, _ := n.serving(t); now == i || now == "" {
 		t.Errorf("%q serves, before it was %q", now, i)
 	}
-	if out := n.doesNot(t, "/shared/cri-proxy", "install", "--no-kubelet", "--prefix", "/srv"); !strings.Contains(out, "is installed below /opt") {
+	if out := n.doesNot(t, "/shared/cri-proxy", "install", "--no-kubelet", "--prefix", "/srv"); !strings.Contains(out,
+		"is installed below /opt") {
 		t.Error(out)
 	}
 	n.does(t, "/opt/bin/cri-proxy", "uninstall", "--purge")
 	same(t, before, n.files(t))
 }
 
-// daemonSetOnNode installs by a DaemonSet: it says what it would do, does it, and takes it off again.
+// daemonSetOnNode installs by a DaemonSet: it says what it would do, does it, and takes it off
+// again.
 func daemonSetOnNode(t *testing.T, n *node) {
 	before := n.files(t)
 	ctx := t.Context()
 	// The image as make image makes it: the binary and nothing else.
 	layer := filepath.Join(n.dir, "image")
-	if err := command(ctx, "install", "-D", filepath.Join(n.shared, "cri-proxy"), filepath.Join(layer, "ko-app", "cri-proxy")); err != nil {
+	if err := command(ctx, "install", "-D", filepath.Join(n.shared, "cri-proxy"),
+		filepath.Join(layer, "ko-app", "cri-proxy")); err != nil {
 		t.Fatal(err)
 	}
 	crane := filepath.Join(n.bed.Bin, "crane")
 	image := n.bed.Image("cri-proxy:test")
 	for _, c := range [][]string{
 		{"tar", "-C", layer, "-cf", layer + ".tar", "ko-app"},
-		{crane, "append", "--insecure", "--platform", "linux/" + runtime.GOARCH, "--oci-empty-base", "-f", layer + ".tar", "-t", image},
-		{crane, "mutate", "--insecure", "--set-platform", "linux/" + runtime.GOARCH, "--entrypoint", "/ko-app/cri-proxy", "--user", "65532:65532", "-t", image, image},
+		{crane, "append", "--insecure", "--platform", "linux/" + runtime.GOARCH, "--oci-empty-base", "-f",
+			layer + ".tar", "-t", image},
+		{crane, "mutate", "--insecure", "--set-platform", "linux/" + runtime.GOARCH, "--entrypoint",
+			"/ko-app/cri-proxy", "--user", "65532:65532", "-t", image, image},
 	} {
 		if err := command(ctx, c[0], c[1:]...); err != nil {
 			t.Fatal(err)
@@ -548,7 +589,8 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	text := strings.NewReplacer(
 		"image: cri-proxy\n", "image: "+image+"\n",
 		"{kubernetes.io/os: linux}", "{kubernetes.io/hostname: "+n.NodeName+"}",
-		"        env:\n", "        env:\n        - {name: KUBERNETES_SERVICE_HOST, value: "+api.Hostname()+"}\n        - {name: KUBERNETES_SERVICE_PORT, value: \""+api.Port()+"\"}\n",
+		"        env:\n", "        env:\n        - {name: KUBERNETES_SERVICE_HOST, value: "+api.Hostname()+"}\n      "+
+			"  - {name: KUBERNETES_SERVICE_PORT, value: \""+api.Port()+"\"}\n",
 		"minReadySeconds: 10", "minReadySeconds: 3", "periodSeconds: 5", "periodSeconds: 1",
 	).Replace(string(daemonSet))
 	if err := n.bed.KubectlApply(ctx, text); err != nil {
@@ -556,7 +598,8 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	}
 	rolled := func(want string) {
 		t.Helper()
-		out, err := n.bed.Kubectl(ctx, "-n", "cri-proxy-installer", "rollout", "status", "daemonset/cri-proxy-installer", "--timeout=150s")
+		out, err := n.bed.Kubectl(ctx, "-n", "cri-proxy-installer", "rollout", "status",
+			"daemonset/cri-proxy-installer", "--timeout=150s")
 		log := n.kubectl(t, "-n", "cri-proxy-installer", "logs", "daemonset/cri-proxy-installer", "--tail=100")
 		if err != nil || !strings.Contains(log, want) {
 			t.Fatalf("%v: %s\n%s\n%s", err, out, log, n.kubectl(t, "-n", "cri-proxy-installer", "describe", "pods"))
@@ -567,14 +610,16 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	}
 	rolled("would point kubelet at unix:///run/cri-proxy/kubelet.sock")
 	same(t, before, n.files(t), "/usr/local/lib/cri-proxy-installer/")
-	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=install", "ARGS=--log-level=debug --metrics-address=127.0.0.1:9464")
+	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=install",
+		"ARGS=--log-level=debug --metrics-address=127.0.0.1:9464")
 	rolled("install is done")
 	n.installed(t)
 	n.pointed(t, before)
 	if label() != "true" {
 		t.Error("the node has no label")
 	}
-	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=uninstall", "ARGS=--purge")
+	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer",
+		"ACTION=uninstall", "ARGS=--purge")
 	rolled("uninstall is done")
 	if label() != "" {
 		t.Error("the node still has its label")
@@ -591,9 +636,10 @@ func (n *node) made(t *testing.T, pod string) (count int) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		LabelSelector: map[string]string{"io.kubernetes.pod.name": pod},
-	}})
+	list, err := runtimeapi.NewRuntimeServiceClient(conn).
+		ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			LabelSelector: map[string]string{"io.kubernetes.pod.name": pod},
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -605,16 +651,19 @@ func (n *node) made(t *testing.T, pod string) (count int) {
 	return count
 }
 
-// bypassWithOperations: what is under way is waited for, named, or cancelled; what has been prepared never comes to kubelet's eyes.
+// bypassWithOperations: what is under way is waited for, named, or cancelled; what has been
+// prepared never comes to kubelet's eyes.
 func bypassWithOperations(t *testing.T, n *node) {
 	n.must(t, "cri-proxy", "ctl", "restart", "default/slow", "-c", "app")
-	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out, "operations are under way: Restart ") || !strings.Contains(out, "default/slow") {
+	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out,
+		"operations are under way: Restart ") || !strings.Contains(out, "default/slow") {
 		t.Error(out)
 	}
 	if out := n.must(t, "cri-proxy", "bypass", "status"); out != "off\n" {
 		t.Error(out)
 	}
-	// The restart, whose preStop hook waits, comes to its end when the command has said that it waits.
+	// The restart, whose preStop hook waits, comes to its end when the command has said that it
+	// waits.
 	if out := n.does(t, "sh", "-c", `cri-proxy bypass on >/shared/bypass.out 2>&1 & p=$!
 until grep -q "waiting for Restart " /shared/bypass.out || ! kill -0 $p 2>/dev/null; do sleep 0.02; done
 touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings.Contains(out, "waiting for Restart ") {
@@ -627,7 +676,8 @@ touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings
 
 	image := "app=" + n.bed.Image("app:2")
 	n.must(t, "cri-proxy", "ctl", "set-image", "default/slow", "-c", image)
-	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out, "operations are under way: Upgrade ") {
+	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out,
+		"operations are under way: Upgrade ") {
 		t.Error(out)
 	}
 	if got := n.made(t, "slow"); got != 2 {
@@ -657,10 +707,12 @@ touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings
 	})
 }
 
-// opsSocketOnNode: systemd holds the socket for the controller, so that no connection is refused while one process follows another.
+// opsSocketOnNode: systemd holds the socket for the controller, so that no connection is refused
+// while one process follows another.
 func opsSocketOnNode(t *testing.T, n *node) {
 	address := net.JoinHostPort(n.BridgeIP, "10260")
-	n.does(t, "cri-proxy", "install", "--ops-address", address, "--ops-cert-file", n.OpsCert.Cert, "--ops-key-file", n.OpsCert.Key,
+	n.does(t, "cri-proxy", "install", "--ops-address", address, "--ops-cert-file", n.OpsCert.Cert,
+		"--ops-key-file", n.OpsCert.Key,
 		"--ops-client-ca-file", n.bed.PKI.OpsCA.Cert, "--ops-allowed-clients", "cri-controller")
 	cert, err := tls.LoadX509KeyPair(n.bed.PKI.Controller.Cert, n.bed.PKI.Controller.Key)
 	if err != nil {

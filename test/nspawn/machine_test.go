@@ -27,8 +27,8 @@ import (
 const (
 	suite    = "bookworm"
 	packages = "systemd-sysv,dbus"
-	// buildPatience is for debootstrap over a slow line, and the Go compiler.
-	buildPatience = 15 * time.Minute
+	// buildTimeout is for debootstrap over a slow line, and the Go compiler.
+	buildTimeout = 15 * time.Minute
 	// soon bounds what takes seconds at the most, on a machine with nothing else to do.
 	soon = time.Minute
 )
@@ -54,7 +54,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "these tests need root")
 		return 1
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), buildPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), buildTimeout)
 	defer cancel()
 	var err error
 	if base, err = makeRoot(ctx); err != nil {
@@ -67,7 +67,7 @@ func testMain(m *testing.M) int {
 // newMachine starts a machine for the test.
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), buildTimeout)
 	defer cancel()
 	m, err := makeMachine(ctx)
 	if err == nil {
@@ -186,14 +186,17 @@ func makeMachine(ctx context.Context) (m *machine, err error) {
 			return m, err
 		}
 	}
-	if err := unix.Mount("overlay", m.root, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, upper, work)); err != nil {
+	if err := unix.Mount("overlay", m.root, "overlay", 0,
+		fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, upper, work)); err != nil {
 		return m, fmt.Errorf("overlay of the root: %w", err)
 	}
 	return m, m.build(ctx)
 }
 
 // masked are units that a machine for a test does not need.
-var masked = []string{"systemd-networkd.service", "systemd-resolved.service", "systemd-timesyncd.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer", "systemd-logind.service", "getty.target", "console-getty.service"}
+var masked = []string{"systemd-networkd.service", "systemd-resolved.service", "systemd-timesyncd.service",
+	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer",
+	"systemd-logind.service", "getty.target", "console-getty.service"}
 
 // build makes the programs, and versions of them.
 func (m *machine) build(ctx context.Context) error {
@@ -210,7 +213,8 @@ func (m *machine) build(ctx context.Context) error {
 	}
 	return errors.Join(
 		os.WriteFile(m.shared+"/cri-proxy-v2", append(slices.Clip(first), "second"...), 0o755),
-		os.WriteFile(m.shared+"/cri-proxy-bad", []byte("#!/bin/sh\n[ \"$1\" = serve ] && exit 1\nexec /shared/cri-proxy \"$@\"\n"), 0o755),
+		os.WriteFile(m.shared+"/cri-proxy-bad",
+			[]byte("#!/bin/sh\n[ \"$1\" = serve ] && exit 1\nexec /shared/cri-proxy \"$@\"\n"), 0o755),
 		command(ctx, "systemctl", append([]string{"--quiet", "--root=" + m.root, "mask"}, masked...)...))
 }
 
@@ -221,7 +225,8 @@ func (m *machine) installStandins(ctx context.Context) error {
 		return err
 	}
 	files := map[string][]byte{
-		m.root + "/etc/cri-proxy/config.yaml":                         bytes.Replace(config, []byte("\ndrainTimeout: 20s"), []byte("\ndrainTimeout: 1s"), 1),
+		m.root + "/etc/cri-proxy/config.yaml": bytes.Replace(config,
+			[]byte("\ndrainTimeout: 20s"), []byte("\ndrainTimeout: 1s"), 1),
 		m.root + "/etc/systemd/system/containerd.service":             []byte(containerdUnit),
 		m.root + "/etc/systemd/system/kubelet.service":                []byte(kubeletUnit),
 		m.root + "/etc/systemd/system/cri-proxy@.service.d/test.conf": []byte(quick),
@@ -253,7 +258,8 @@ func (m *machine) installStandins(ctx context.Context) error {
 		{"mkdir", "-p", m.root + "/usr/local/lib/cri-proxy/versions/first"},
 		{"cp", m.shared + "/cri-proxy", m.root + "/usr/local/lib/cri-proxy/versions/first/cri-proxy"},
 		{"ln", "-s", "versions/first", m.root + "/usr/local/lib/cri-proxy/a"},
-		{"systemctl", "--root=" + m.root, "enable", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@a.service", "containerd.service", "kubelet.service"},
+		{"systemctl", "--root=" + m.root, "enable", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@a.service",
+			"containerd.service", "kubelet.service"},
 	} {
 		if err := command(ctx, c[0], c[1:]...); err != nil {
 			return err
@@ -262,7 +268,8 @@ func (m *machine) installStandins(ctx context.Context) error {
 	return nil
 }
 
-// atCgroupRoot leaves, with cgroup v1, the cgroups of whoever runs the test: what a machine sees as the root is then this machine's.
+// atCgroupRoot leaves, with cgroup v1, the cgroups of whoever runs the test: what a machine sees as
+// the root is then this machine's.
 const atCgroupRoot = `if [ "$(stat -f -c %T /sys/fs/cgroup)" != cgroup2fs ]; then for f in /sys/fs/cgroup/*/cgroup.procs; do echo $$ >"$f" || :; done; fi; `
 
 // boot starts the machine and waits until it is up.
@@ -272,7 +279,8 @@ func (m *machine) boot(ctx context.Context) error {
 	if m.args == nil {
 		args = append(args, "--private-network")
 	}
-	m.nspawn = exec.Command("sh", append([]string{"-c", atCgroupRoot + `exec "$@"`, "sh"}, append(args, m.args...)...)...)
+	m.nspawn = exec.Command("sh",
+		append([]string{"-c", atCgroupRoot + `exec "$@"`, "sh"}, append(args, m.args...)...)...)
 	m.nspawn.Stdout, m.nspawn.Stderr = m.log, m.log
 	m.nspawn.WaitDelay = time.Second
 	if err := m.nspawn.Start(); err != nil {
@@ -344,7 +352,8 @@ func (m *machine) leader() int {
 		return 0
 	}
 	for _, f := range strings.Fields(string(b)) {
-		if comm, err := os.ReadFile("/proc/" + f + "/comm"); err == nil && strings.TrimSpace(string(comm)) == "systemd" {
+		if comm, err := os.ReadFile("/proc/" + f + "/comm"); err == nil &&
+			strings.TrimSpace(string(comm)) == "systemd" {
 			pid, _ := strconv.Atoi(f)
 			return pid
 		}
@@ -358,7 +367,9 @@ func (m *machine) run(ctx context.Context, args ...string) (string, error) {
 	if leader == 0 {
 		return "", errors.New("the machine is not there")
 	}
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd", "--"}, args...)...)
+	cmd := exec.CommandContext(ctx, "nsenter",
+		append([]string{"--target", strconv.Itoa(leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--root",
+			"--wd", "--"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/bin", "HOME=/root"}
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()
@@ -373,7 +384,8 @@ func (m *machine) stop() {
 	if m.nspawn != nil && m.nspawn.Process != nil {
 		if leader := m.leader(); leader != 0 {
 			_ = unix.Kill(leader, unix.SIGKILL) // and with it all that is in its namespace
-			// nspawn waits for that: until then there are those who write into what is removed below.
+			// nspawn waits for that: until then there are those who write into what is removed
+			// below.
 			select {
 			case <-m.ended:
 			case <-time.After(soon):
@@ -482,7 +494,8 @@ func (m *machine) moreCalls(t *testing.T) {
 	await(t, "kubelet's calls", func() bool { return answered() > before+40 })
 }
 
-// beginPull has kubelet pull an image until the file release is there, and waits until the runtime is at it.
+// beginPull has kubelet pull an image until the file release is there, and waits until the runtime
+// is at it.
 func (m *machine) beginPull(t *testing.T) {
 	t.Helper()
 	pulling := filepath.Join(m.shared, "pulling")
@@ -501,7 +514,8 @@ func (m *machine) noFailures(t *testing.T, since time.Time) report {
 	r := m.kubelet(t)
 	for _, f := range r.Failures {
 		if f.Began.After(since) {
-			t.Errorf("failed: %s, begun %s, took %s: %s", f.What, f.Began.Format(time.StampMilli), f.Ended.Sub(f.Began), f.Error)
+			t.Errorf("failed: %s, begun %s, took %s: %s", f.What, f.Began.Format(time.StampMilli), f.Ended.Sub(f.Began),
+				f.Error)
 		}
 	}
 	return r
@@ -511,7 +525,8 @@ func (m *machine) noFailures(t *testing.T, since time.Time) report {
 func (m *machine) serving(t *testing.T) (instance string, pid string) {
 	t.Helper()
 	for _, i := range []string{"a", "b"} {
-		if m.show(t, "cri-proxy@"+i, "ActiveState") == "active" && !strings.HasPrefix(m.show(t, "cri-proxy@"+i, "StatusText"), "Handed over") {
+		if m.show(t, "cri-proxy@"+i, "ActiveState") == "active" &&
+			!strings.HasPrefix(m.show(t, "cri-proxy@"+i, "StatusText"), "Handed over") {
 			return i, m.show(t, "cri-proxy@"+i, "MainPID")
 		}
 	}

@@ -28,7 +28,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// node is a machine with a real containerd and a real kubelet as units, a node of a real cluster whose control plane runs outside.
+// node is a machine with a real containerd and a real kubelet as units, a node of a real cluster
+// whose control plane runs outside.
 type node struct {
 	*machine
 	*testbed.Node
@@ -37,8 +38,8 @@ type node struct {
 	endpoint []string
 }
 
-// patience bounds what takes a restart of kubelet or two.
-const patience = 3 * time.Minute
+// timeout bounds what takes a restart of kubelet or two.
+const timeout = 3 * time.Minute
 
 const (
 	realContainerdUnit = `[Unit]
@@ -54,7 +55,8 @@ OOMScoreAdjust=0
 [Install]
 WantedBy=multi-user.target
 `
-	// As kubeadm's, with its file of flags. With the file break-kubelet in /shared it does not come up behind cri-proxy.
+	// As kubeadm's, with its file of flags. With the file break-kubelet in /shared it does not come
+	// up behind cri-proxy.
 	realKubeletUnit = `[Unit]
 Description=kubelet
 StartLimitIntervalSec=0
@@ -76,7 +78,7 @@ WantedBy=multi-user.target
 // newNode brings the cluster and the machine up. Kubelet dials containerd.
 func newNode(t *testing.T) *node {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), buildTimeout)
 	defer cancel()
 	bed, err := testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, Race: true, KeepLogs: t.Failed,
@@ -122,7 +124,8 @@ func (n *node) setUp() error {
 		return err
 	}
 	n.args = []string{
-		"--network-namespace-path=" + n.Netns(), "--bind=" + n.bed.Dir, "--bind=" + n.RunDir, "--bind-ro=" + filepath.Join(cache, "components"),
+		"--network-namespace-path=" + n.Netns(), "--bind=" + n.bed.Dir, "--bind=" + n.RunDir,
+		"--bind-ro=" + filepath.Join(cache, "components"),
 		"--bind=/dev/kmsg", "--capability=all", "--system-call-filter=@known",
 	}
 	kubelet, err := n.KubeletCommand()
@@ -130,11 +133,14 @@ func (n *node) setUp() error {
 		return err
 	}
 	for path, content := range map[string]string{
-		"/etc/systemd/system/containerd.service": fmt.Sprintf(realContainerdUnit, n.bed.Bin, strings.Join(n.ContainerdCommand(), " ")),
-		"/etc/systemd/system/kubelet.service":    fmt.Sprintf(realKubeletUnit, n.bed.Bin, strings.Join(kubelet, " ")),
-		kubeadmFlags:                             fmt.Sprintf("KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=unix://%s --register-with-taints=\"\n", n.RuntimeSocket),
-		"/etc/hosts":                             "127.0.0.1 localhost\n",
-		"/etc/resolv.conf":                       "",
+		"/etc/systemd/system/containerd.service": fmt.Sprintf(realContainerdUnit, n.bed.Bin,
+			strings.Join(n.ContainerdCommand(), " ")),
+		"/etc/systemd/system/kubelet.service": fmt.Sprintf(realKubeletUnit, n.bed.Bin, strings.Join(kubelet, " ")),
+		kubeadmFlags: fmt.Sprintf(
+			"KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=unix://%s --register-with-taints=\"\n",
+			n.RuntimeSocket),
+		"/etc/hosts":       "127.0.0.1 localhost\n",
+		"/etc/resolv.conf": "",
 	} {
 		path = n.root + path
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -148,7 +154,8 @@ func (n *node) setUp() error {
 	return nil
 }
 
-// loosen lets kubelet and containerd have the cgroups and sysctls of the machine, which nspawn gives read-only.
+// loosen lets kubelet and containerd have the cgroups and sysctls of the machine, which nspawn
+// gives read-only.
 func (n *node) loosen(ctx context.Context) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs("/sys/fs/cgroup", &st); err != nil {
@@ -156,7 +163,8 @@ func (n *node) loosen(ctx context.Context) error {
 	}
 	script := "mount -o remount,bind,rw /proc/sys\n"
 	if st.Type != unix.CGROUP2_SUPER_MAGIC {
-		script += "for d in /sys/fs/cgroup/*/; do d=${d%/}; mount -o remount,bind,rw $d 2>/dev/null; mkdir -p $d" + n.CgroupParent + "; done\n"
+		script += "for d in /sys/fs/cgroup/*/; do d=${d%/}; mount -o remount,bind,rw $d 2>/dev/null; mkdir -p $d" +
+			n.CgroupParent + "; done\n"
 	} else {
 		script += "mkdir -p /sys/fs/cgroup" + n.CgroupParent + "\n"
 	}
@@ -171,7 +179,7 @@ func (n *node) loosen(ctx context.Context) error {
 // does runs a command in the machine that may take as long as kubelet's restarts.
 func (n *node) does(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	began := time.Now()
 	out, err := n.run(ctx, args...)
@@ -185,7 +193,7 @@ func (n *node) does(t *testing.T, args ...string) string {
 // doesNot runs a command that must fail.
 func (n *node) doesNot(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	began := time.Now()
 	out, err := n.run(ctx, args...)
@@ -198,7 +206,7 @@ func (n *node) doesNot(t *testing.T, args ...string) string {
 
 func (n *node) kubectl(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	out, err := n.bed.Kubectl(ctx, args...)
 	if err != nil {
@@ -211,7 +219,8 @@ func (n *node) kubectl(t *testing.T, args ...string) string {
 func (n *node) files(t *testing.T) map[string]string {
 	t.Helper()
 	out := map[string]string{}
-	for _, dir := range []string{"/etc", filepath.Dir(kubeadmFlags), "/var/lib/cri-proxy", "/usr/local", "/opt", filepath.Join(n.NodeDir, "etc")} {
+	for _, dir := range []string{"/etc", filepath.Dir(kubeadmFlags), "/var/lib/cri-proxy", "/usr/local", "/opt",
+		filepath.Join(n.NodeDir, "etc")} {
 		at := n.root + dir
 		if strings.HasPrefix(dir, n.NodeDir) {
 			at = dir
@@ -293,16 +302,20 @@ func (n *node) containers(t *testing.T) map[string]container {
 	return out
 }
 
-// starting is what a kubelet that has just started may say of itself, with or without a proxy, until its first Status call and its first
-// relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go).
-var starting = regexp.MustCompile(`^False KubeletNotReady \[?(container runtime status check may not have completed yet|PLEG is not healthy: pleg has yet to be successful|, )+\]?$`)
+// starting is what a kubelet that has just started may say of itself, with or without a proxy,
+// until its first Status call and its first relist have come back (pkg/kubelet/runtime.go,
+// pkg/kubelet/pleg/generic.go).
+var starting = regexp.MustCompile(
+	`^False KubeletNotReady \[?(container runtime status check may not have completed yet|PLEG is not healthy: pleg has yet to be successful|, )+\]?$`)
 
-// watchReady notes whenever the node is said not to be ready, until the function that it returns is called.
+// watchReady notes whenever the node is said not to be ready, until the function that it returns is
+// called.
 func (n *node) watchReady(t *testing.T) (end func() []string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(n.bed.Bin, "kubectl"), "--kubeconfig", n.bed.Kubeconfig, "get", "node", n.NodeName, "-w",
+	cmd := exec.CommandContext(ctx, filepath.Join(n.bed.Bin, "kubectl"), "--kubeconfig", n.bed.Kubeconfig, "get",
+		"node", n.NodeName, "-w",
 		"-o", `jsonpath={range .status.conditions[?(@.type=="Ready")]}{.status} {.reason} {.message}{"\n"}{end}`)
 	cmd.Stdout = &out
 	if err := cmd.Start(); err != nil {

@@ -47,7 +47,9 @@ func (s span) String() string {
 func key(trace, id []byte) string { return hex.EncodeToString(trace) + "/" + hex.EncodeToString(id) }
 
 // Export implements [collectorpb.TraceServiceServer].
-func (c *collector) Export(ctx context.Context, req *collectorpb.ExportTraceServiceRequest) (*collectorpb.ExportTraceServiceResponse, error) {
+func (c *collector) Export(
+	ctx context.Context, req *collectorpb.ExportTraceServiceRequest,
+) (*collectorpb.ExportTraceServiceResponse, error) {
 	if c.hangs {
 		<-ctx.Done()
 		return nil, ctx.Err()
@@ -90,7 +92,8 @@ func collect(t *testing.T, address string, hangs bool) (c *collector, at string,
 	return c, l.Addr().String(), stop
 }
 
-// path is who stands above containerd's span of a call, with the kinds of their spans, up to the trace's first.
+// path is who stands above containerd's span of a call, with the kinds of their spans, up to the
+// trace's first.
 func (c *collector) path(of span) (names []string, whole bool) {
 	for s, ok := of, true; ; s, ok = c.spans[key(s.GetTraceId(), s.GetParentSpanId())] {
 		if !ok {
@@ -107,11 +110,13 @@ func (c *collector) path(of span) (names []string, whole bool) {
 
 // traced are the calls that are looked for: all that a new pod costs.
 var traced = []string{
-	"runtime.v1.RuntimeService/RunPodSandbox", "runtime.v1.ImageService/PullImage", "runtime.v1.RuntimeService/CreateContainer",
+	"runtime.v1.RuntimeService/RunPodSandbox", "runtime.v1.ImageService/PullImage",
+	"runtime.v1.RuntimeService/CreateContainer",
 	"runtime.v1.RuntimeService/StartContainer",
 }
 
-// chained reports whether containerd has said of each of these calls that it came by way, from the first span of a trace on.
+// chained reports whether containerd has said of each of these calls that it came by way, from the
+// first span of a trace on.
 func (c *collector) chained(since time.Time, way ...string) (seen string, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -119,7 +124,8 @@ func (c *collector) chained(since time.Time, way ...string) (seen string, ok boo
 	for _, method := range traced {
 		n := 0
 		for _, s := range c.spans {
-			if s.service != "containerd" || s.GetName() != method || s.GetStartTimeUnixNano() < uint64(since.UnixNano()) { //nolint:gosec // of this moment
+			if s.service != "containerd" || s.GetName() != method ||
+				s.GetStartTimeUnixNano() < uint64(since.UnixNano()) { //nolint:gosec // of this moment
 				continue
 			}
 			n++
@@ -146,7 +152,8 @@ func (c *collector) from(service string) (n int) {
 	return n
 }
 
-// documented are the lines of docs/OPERATIONS.md by which kubelet and containerd send traces, with another collector.
+// documented are the lines of docs/OPERATIONS.md by which kubelet and containerd send traces, with
+// another collector.
 func documented(t *testing.T, address string) (kubelet, containerd string) {
 	t.Helper()
 	b, err := os.ReadFile("../../docs/OPERATIONS.md")
@@ -188,7 +195,8 @@ spec:
 	n.kubectl(t, "delete", "pod", name, "--wait=false")
 }
 
-// tracesOnNode has kubelet, cri-proxy and containerd send what they do to a collector, as docs/OPERATIONS.md says.
+// tracesOnNode has kubelet, cri-proxy and containerd send what they do to a collector, as
+// docs/OPERATIONS.md says.
 func tracesOnNode(t *testing.T, n *node) {
 	before := n.files(t)
 	c, address, stop := collect(t, net.JoinHostPort(n.bed.BridgeIP, "0"), false)
@@ -219,7 +227,7 @@ func tracesOnNode(t *testing.T, n *node) {
 		since := time.Now()
 		n.newPod(t, pod)
 		var seen string
-		end := time.Now().Add(patience)
+		end := time.Now().Add(timeout)
 		for ok := false; !ok; {
 			if seen, ok = c.chained(since, way...); !ok && time.Now().After(end) {
 				t.Fatalf("wanted %q, have\n%s", way, seen)
@@ -263,11 +271,13 @@ func tracesOnNode(t *testing.T, n *node) {
 	same(t, before, n.files(t), "/etc/cri-proxy/", "/var/lib/cri-proxy/", "/usr/local/lib/cri-proxy/")
 }
 
-// tracedCalls makes calls as a kubelet does that keeps all traces, more than spans can wait, and none may fail.
+// tracedCalls makes calls as a kubelet does that keeps all traces, more than spans can wait, and
+// none may fail.
 func (n *node) tracedCalls(t *testing.T, when string) {
 	t.Helper()
-	const callers, each, patience = 8, 250, 5 * time.Second
-	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/%d/root/run/cri-proxy/cri.sock", n.leader()), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	const callers, each, timeout = 8, 250, 5 * time.Second
+	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/%d/root/run/cri-proxy/cri.sock", n.leader()),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,8 +288,9 @@ func (n *node) tracedCalls(t *testing.T, when string) {
 	for i := range callers {
 		owned.Go(func() {
 			for j := range each {
-				ctx, cancel := context.WithTimeout(t.Context(), patience)
-				ctx = metadata.AppendToOutgoingContext(ctx, "traceparent", fmt.Sprintf("00-%032x-%016x-01", i*each+j+1, i+1))
+				ctx, cancel := context.WithTimeout(t.Context(), timeout)
+				ctx = metadata.AppendToOutgoingContext(ctx, "traceparent",
+					fmt.Sprintf("00-%032x-%016x-01", i*each+j+1, i+1))
 				_, err := client.Version(ctx, &runtimeapi.VersionRequest{})
 				cancel()
 				if err != nil {

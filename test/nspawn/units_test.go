@@ -12,7 +12,8 @@ import (
 	"time"
 )
 
-// The steps share one machine, and each leaves it with one instance that serves, and kubelet behind it.
+// The steps share one machine, and each leaves it with one instance that serves, and kubelet behind
+// it.
 func TestUnits(t *testing.T) {
 	m := newMachine(t)
 	for _, c := range []struct {
@@ -37,7 +38,8 @@ func TestUnits(t *testing.T) {
 			t.Logf("took %s", time.Since(began).Round(time.Millisecond))
 		})
 		if !ok {
-			t.Fatalf("what follows would not tell anything\n%s", m.must(t, "journalctl", "--no-pager", "-n", "60", "-o", "short-precise"))
+			t.Fatalf("what follows would not tell anything\n%s",
+				m.must(t, "journalctl", "--no-pager", "-n", "60", "-o", "short-precise"))
 		}
 	}
 }
@@ -59,7 +61,8 @@ func bootOrder(t *testing.T, m *machine) {
 	if socket >= proxy || proxy >= kubelet {
 		t.Errorf("the socket came at %d µs, the proxy at %d, kubelet at %d", socket, proxy, kubelet)
 	}
-	if got := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); got != "/run/cri-proxy/cri.sock" {
+	if got := strings.TrimSpace(m.must(t, "readlink",
+		"/run/cri-proxy/kubelet.sock")); got != "/run/cri-proxy/cri.sock" {
 		t.Errorf("kubelet.sock leads to %s", got)
 	}
 	m.moreCalls(t)
@@ -84,9 +87,11 @@ func sandbox(t *testing.T, m *machine) {
 	if figure, err := strconv.ParseFloat(fields[0], 64); err != nil || figure > 4.5 {
 		t.Errorf("exposure %v, %v\n%s", figure, err, out)
 	}
-	// What the machine may write of cgroups, the service may: limits of pods are raised for a while.
+	// What the machine may write of cgroups, the service may: limits of pods are raised for a
+	// while.
 	groups := func(pid string) string {
-		return m.must(t, "sh", "-c", `awk '$5 ~ "^/sys/fs/cgroup(/|$)" && $6 ~ "^rw" { print $5 }' /proc/`+pid+`/mountinfo | sort -u`)
+		return m.must(t, "sh", "-c",
+			`awk '$5 ~ "^/sys/fs/cgroup(/|$)" && $6 ~ "^rw" { print $5 }' /proc/`+pid+`/mountinfo | sort -u`)
 	}
 	if got, want := groups(m.show(t, "cri-proxy@a.service", "MainPID")), groups("1"); got != want || want == "" {
 		t.Errorf("the service may write to the cgroups at %q, want %q", got, want)
@@ -117,7 +122,8 @@ func upgrade(t *testing.T, m *machine) {
 	if r.PullsDone != 0 || m.show(t, "cri-proxy@a", "MainPID") != old {
 		t.Fatalf("the old process has not waited for the pull: %+v", r)
 	}
-	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy"); !strings.Contains(out, "still runs (Handed over to process") {
+	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy"); !strings.Contains(out,
+		"still runs (Handed over to process") {
 		t.Errorf("a third version while the first one drains: %s", out)
 	}
 	touch(t, m, "release")
@@ -126,14 +132,16 @@ func upgrade(t *testing.T, m *machine) {
 	if got := m.show(t, "cri-proxy@a", "Result") + m.show(t, "cri-proxy@a", "NRestarts"); got != "success0" {
 		t.Errorf("the old instance: %s", got)
 	}
-	if got := m.show(t, "cri-proxy@a", "UnitFileState") + m.show(t, "cri-proxy@b", "UnitFileState"); got != "disabledenabled" {
+	if got := m.show(t, "cri-proxy@a", "UnitFileState") +
+		m.show(t, "cri-proxy@b", "UnitFileState"); got != "disabledenabled" {
 		t.Errorf("what starts with the machine: %s", got)
 	}
 	t.Log(m.must(t, "cri-proxy", "self-update", "--back"))
 	if i, _ := m.serving(t); i != "a" {
 		t.Fatalf("%q serves", i)
 	}
-	await(t, "the end of the second instance", func() bool { return m.show(t, "cri-proxy@b", "ActiveState") == "inactive" })
+	await(t, "the end of the second instance",
+		func() bool { return m.show(t, "cri-proxy@b", "ActiveState") == "inactive" })
 	m.moreCalls(t)
 	await(t, "the third event stream", func() bool { return m.kubelet(t).Streams >= 3 })
 	r = m.noFailures(t, time.Time{})
@@ -155,7 +163,8 @@ func upgradeThatFails(t *testing.T, m *machine) {
 	m.freshKubelet(t)
 	before, pid := m.serving(t)
 	t.Log(m.fails(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy-bad"))
-	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/bin/true"); !strings.Contains(out, "no cri-proxy that runs here") {
+	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/bin/true"); !strings.Contains(out,
+		"no cri-proxy that runs here") {
 		t.Error(out)
 	}
 	if after, now := m.serving(t); after != before || now != pid {
@@ -192,7 +201,8 @@ func drain(t *testing.T, m *machine) {
 		m.must(t, "cri-proxy", "self-update", "--reload")
 		began := time.Now()
 		c.end(old)
-		await(t, "the end of the process with the pull", func() bool { return m.show(t, "cri-proxy@"+old, "MainPID") != pid })
+		await(t, "the end of the process with the pull",
+			func() bool { return m.show(t, "cri-proxy@"+old, "MainPID") != pid })
 		await(t, "the end of the pull", func() bool { return m.kubelet(t).PullsDone == 1 })
 		m.moreCalls(t)
 		// It is the pull that was cut, and no other call.
@@ -219,21 +229,25 @@ func (m *machine) oneRuns(t *testing.T) func() bool {
 	}
 }
 
-// guardAlone: with a binary that does not even start, the guard itself leads kubelet past the proxy.
+// guardAlone: with a binary that does not even start, the guard itself leads kubelet past the
+// proxy.
 func guardAlone(t *testing.T, m *machine) {
 	m.freshKubelet(t)
 	i, _ := m.serving(t)
 	target := strings.TrimSpace(m.must(t, "readlink", "/usr/local/bin/cri-proxy"))
 	m.must(t, "ln", "-sfn", "/bin/false", "/usr/local/bin/cri-proxy")
-	out := m.must(t, "env", "SERVICE_RESULT=exit-code", "EXIT_CODE=exited", "EXIT_STATUS=1", "CRI_PROXY_CRASHES=1", "/usr/local/lib/cri-proxy/crash-guard", i)
+	out := m.must(t, "env", "SERVICE_RESULT=exit-code", "EXIT_CODE=exited", "EXIT_STATUS=1", "CRI_PROXY_CRASHES=1",
+		"/usr/local/lib/cri-proxy/crash-guard", i)
 	m.must(t, "ln", "-sfn", target, "/usr/local/bin/cri-proxy")
 	if !strings.Contains(out, "leading kubelet past cri-proxy") {
 		t.Error(out)
 	}
-	if to := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); to != "/run/containerd/containerd.sock" {
+	if to := strings.TrimSpace(m.must(t, "readlink",
+		"/run/cri-proxy/kubelet.sock")); to != "/run/containerd/containerd.sock" {
 		t.Errorf("kubelet.sock leads to %s", to)
 	}
-	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.HasPrefix(out, "on, since ") || !strings.Contains(out, "it has ended") {
+	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.HasPrefix(out, "on, since ") ||
+		!strings.Contains(out, "it has ended") {
 		t.Error(out)
 	}
 	m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
@@ -252,7 +266,8 @@ func kill(t *testing.T, m *machine) {
 	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
 	m.moreCalls(t)
 	r := m.noFailures(t, since)
-	t.Logf("%d of %d calls in flight were lost, slowest %s", len(r.Failures), r.Calls, r.Slowest.Round(time.Millisecond))
+	t.Logf("%d of %d calls in flight were lost, slowest %s", len(r.Failures), r.Calls,
+		r.Slowest.Round(time.Millisecond))
 }
 
 // watchdog replaces a process that is frozen.
@@ -283,7 +298,8 @@ func bypass(t *testing.T, m *machine) {
 	if after, _ := m.counted(t); after != before {
 		t.Errorf("%d calls have come through the proxy", after-before)
 	}
-	if out := m.fails(t, "cri-proxy", "ctl", "restart", "default/pod", "-c", "app"); !strings.Contains(out, "cri-proxy is bypassed on this node since ") {
+	if out := m.fails(t, "cri-proxy", "ctl", "restart", "default/pod", "-c", "app"); !strings.Contains(out,
+		"cri-proxy is bypassed on this node since ") {
 		t.Error(out)
 	}
 	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.HasPrefix(out, "on, since ") {
@@ -314,14 +330,16 @@ func crashLoop(t *testing.T, m *machine) {
 	m.signal(t, "KILL")
 	began := time.Now()
 	await(t, "the bypass", func() bool {
-		return strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")) == "/run/containerd/containerd.sock"
+		return strings.TrimSpace(m.must(t, "readlink",
+			"/run/cri-proxy/kubelet.sock")) == "/run/containerd/containerd.sock"
 	})
 	led := time.Since(began)
 	m.moreCalls(t)
 	answered := time.Now()
 	m.moreCalls(t)
 	r := m.noFailures(t, answered)
-	t.Logf("kubelet was led past after %s; %d calls failed until it was there, %s after the kill", led.Round(time.Millisecond), len(r.Failures), answered.Sub(began).Round(time.Millisecond))
+	t.Logf("kubelet was led past after %s; %d calls failed until it was there, %s after the kill",
+		led.Round(time.Millisecond), len(r.Failures), answered.Sub(began).Round(time.Millisecond))
 	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.Contains(out, "it has ended 5 times within 600 s") {
 		t.Error(out)
 	}
@@ -355,7 +373,8 @@ func reboot(t *testing.T, m *machine) {
 	if i, _ := m.serving(t); i != "b" {
 		t.Errorf("%q serves", i)
 	}
-	if got := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); got != "/run/containerd/containerd.sock" {
+	if got := strings.TrimSpace(m.must(t, "readlink",
+		"/run/cri-proxy/kubelet.sock")); got != "/run/containerd/containerd.sock" {
 		t.Errorf("kubelet.sock leads to %s", got)
 	}
 	m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet")

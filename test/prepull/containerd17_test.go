@@ -17,8 +17,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// TestContainerd17 pulls on a node with the older containerd: what is asked of it beyond CRI (leases, the content store, labels of
-// images) has been in both. Its configuration has version 2.
+// TestContainerd17 pulls on a node with the older containerd: what is asked of it beyond CRI
+// (leases, the content store, labels of images) has been in both. Its configuration has version 2.
 func TestContainerd17(t *testing.T) {
 	otherBed(t, testbed.Options{Containerd17: true})
 	conn, err := bed.DialCRI()
@@ -36,12 +36,14 @@ func TestContainerd17(t *testing.T) {
 				p := push(t, fmt.Sprintf("progress17-%d:1", limit), 4, 4)
 				f.throttle(wire / 4)
 				steps := map[int64]bool{}
-				uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name), BytesPerSecond: limit, Owner: "a", PinFor: durationpb.New(time.Hour)})
+				uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name), BytesPerSecond: limit, Owner: "a",
+					PinFor: durationpb.New(time.Hour)})
 				op := follow(t, uid, func(op *opsv1.PullOperation) bool {
 					steps[op.GetBytesDone()] = true
 					return finished(op)
 				})
-				if op.GetReason() != "Pulled" || op.GetBytesDone() != p.size || op.GetBytesTotal() != p.size || len(op.GetLayers()) != 4 || len(steps) < 3 {
+				if op.GetReason() != "Pulled" || op.GetBytesDone() != p.size || op.GetBytesTotal() != p.size ||
+					len(op.GetLayers()) != 4 || len(steps) < 3 {
 					t.Errorf("%v after %d steps", op, len(steps))
 				}
 				fetchedOnce(t, f, p)

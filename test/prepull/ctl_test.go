@@ -22,7 +22,8 @@ import (
 
 func ctl(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"), append([]string{"ctl", "--admin-socket", bed.AdminSocket}, args...)...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"),
+		append([]string{"ctl", "--admin-socket", bed.AdminSocket}, args...)...)
 	cmd.Env = append(os.Environ(), "SUDO_USER=alice")
 	return cmd
 }
@@ -45,10 +46,13 @@ func TestCommands(t *testing.T) {
 	f.throttle(wire / 4)
 	f.hold(p, 6)
 	t.Cleanup(func() {
-		_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(image)})
+		_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+			&runtimeapi.RemoveImageRequest{Image: spec(image)})
 	})
 	auth := filepath.Join(t.TempDir(), "config.json")
-	must(t, os.WriteFile(auth, fmt.Appendf(nil, `{"auths":{"ctl.test":{"auth":%q}}}`, base64.StdEncoding.EncodeToString([]byte("robot:"+password))), 0o600))
+	must(t, os.WriteFile(auth,
+		fmt.Appendf(nil, `{"auths":{"ctl.test":{"auth":%q}}}`,
+			base64.StdEncoding.EncodeToString([]byte("robot:"+password))), 0o600))
 
 	cut := ctl(t, "pull", image, "--auth-file", auth, "--uid", "by-hand")
 	var out bytes.Buffer
@@ -60,7 +64,8 @@ func TestCommands(t *testing.T) {
 	})
 	follow(t, "by-hand", upTo(p, 6))
 	must(t, cut.Process.Signal(unix.SIGINT))
-	if err := cut.Wait(); cut.ProcessState.ExitCode() != 1 || !strings.Contains(out.String(), "the pull of "+image+" was cancelled: cancelled by ctl/alice") {
+	if err := cut.Wait(); cut.ProcessState.ExitCode() != 1 ||
+		!strings.Contains(out.String(), "the pull of "+image+" was cancelled: cancelled by ctl/alice") {
 		t.Errorf("%v\n%s", err, &out)
 	}
 	f.goOn()
@@ -68,12 +73,14 @@ func TestCommands(t *testing.T) {
 		t.Error("nothing was cancelled")
 	}
 
-	if out := output(t, "pull", image, "--auth-file", auth, "--limit", "40MiB/s", "--pin", "24h"); !strings.Contains(out, image+" Fetching ") || !strings.HasSuffix(out, "Succeeded (Pulled)\n") {
+	if out := output(t, "pull", image, "--auth-file", auth, "--limit", "40MiB/s", "--pin",
+		"24h"); !strings.Contains(out, image+" Fetching ") || !strings.HasSuffix(out, "Succeeded (Pulled)\n") {
 		t.Error(out)
 	}
 	fetchedOnce(t, f, p)
 	pinned(t, image, true)
-	if out := output(t, "images"); !strings.Contains(out, image) || !strings.Contains(out, "23h") || !strings.Contains(out, "ctl/alice") {
+	if out := output(t, "images"); !strings.Contains(out, image) || !strings.Contains(out, "23h") ||
+		!strings.Contains(out, "ctl/alice") {
 		t.Error(out)
 	}
 	if out := output(t, "pulls"); !strings.Contains(out, "by-hand") || !strings.Contains(out, "Cancelled") {

@@ -21,7 +21,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// front stands before the bed's registry under a host name of its own, counts what goes through, and does what a test says.
+// front stands before the bed's registry under a host name of its own, counts what goes through,
+// and does what a test says.
 type front struct {
 	host string // for image names
 	addr string
@@ -59,7 +60,10 @@ func newFront(t testing.TB, host string) *front {
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	must(t, err)
 	f.addr = l.Addr().String()
-	server := &http.Server{Handler: f.handler(proxy), ConnContext: func(ctx context.Context, c net.Conn) context.Context { //nolint:gosec // clients are our own
+	//nolint:gosec // clients are our own
+	server := &http.Server{Handler: f.handler(proxy), ConnContext: func(
+		ctx context.Context, c net.Conn,
+	) context.Context {
 		_ = c.(*net.TCPConn).SetWriteBuffer(64 << 10) // what waits here is counted and not fetched
 		return ctx
 	}}
@@ -117,8 +121,9 @@ func (f *front) release() {
 	}
 }
 
-// hold sends no more than a share of the image, the first that this front sends, until goOn; 6 is six tenths. What a test does to a pull
-// that is half done then finds it under way, however late it comes.
+// hold sends no more than a share of the image, the first that this front sends, until goOn; 6 is
+// six tenths. What a test does to a pull that is half done then finds it under way, however late it
+// comes.
 func (f *front) hold(p pushed, tenths int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -25,25 +25,29 @@ type pushed struct {
 	size   int64 // of the layers
 }
 
-// push makes an image of so many layers of random bytes and pushes it to the bed's registry. The layers are not
-// compressed, so it takes a fraction of what [testbed.Bed.PushLargeImage] does.
+// push makes an image of so many layers of random bytes and pushes it to the bed's registry. The
+// layers are not compressed, so it takes a fraction of what [testbed.Bed.PushLargeImage] does.
 func push(t testing.TB, name string, layers, mib int) pushed {
 	t.Helper()
 	repository, tag, _ := bytes.Cut([]byte(name), []byte(":"))
 	p := pushed{name: name}
-	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers"}}
-	manifest := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
+	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+		RootFS: ocispec.RootFS{Type: "layers"}}
+	manifest := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageManifest}
 	for i := range layers {
 		data := make([]byte, mib<<20)
 		_, _ = rand.Read(data) // never fails
 		var b bytes.Buffer
 		b.Grow(len(data) + 4<<10)
 		w := tar.NewWriter(&b)
-		must(t, w.WriteHeader(&tar.Header{Name: fmt.Sprintf("filler-%d", i), Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
+		must(t, w.WriteHeader(&tar.Header{Name: fmt.Sprintf("filler-%d", i), Mode: 0o644, Size: int64(len(data)),
+			Typeflag: tar.TypeReg}))
 		_, err := w.Write(data)
 		must(t, err)
 		must(t, w.Close())
-		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(b.Bytes()), Size: int64(b.Len())}
+		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(b.Bytes()),
+			Size: int64(b.Len())}
 		putBlob(t, string(repository), d.Digest, b.Bytes())
 		manifest.Layers = append(manifest.Layers, d)
 		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, d.Digest)
@@ -51,12 +55,14 @@ func push(t testing.TB, name string, layers, mib int) pushed {
 	}
 	raw, err := json.Marshal(config)
 	must(t, err)
-	manifest.Config = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	manifest.Config = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(raw),
+		Size: int64(len(raw))}
 	putBlob(t, string(repository), manifest.Config.Digest, raw)
 	raw, err = json.Marshal(manifest)
 	must(t, err)
 	p.digest = digest.FromBytes(raw)
-	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), manifest.MediaType, raw)
+	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag),
+		manifest.MediaType, raw)
 	return p
 }
 

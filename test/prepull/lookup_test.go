@@ -32,13 +32,15 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// TestRequestsAtTheRegistry counts what a registry is asked for an image: registries count, too, and end what is beyond.
+// TestRequestsAtTheRegistry counts what a registry is asked for an image: registries count, too,
+// and end what is beyond.
 func TestRequestsAtTheRegistry(t *testing.T) { requestsAtTheRegistry(t) }
 
 func requestsAtTheRegistry(t *testing.T) {
 	const limit = 100 * mib
 	f := newFront(t, "counts.test")
-	// pull has the runtime pull alone, or the proxy with and without a limit; each an image of its own.
+	// pull has the runtime pull alone, or the proxy with and without a limit; each an image of its
+	// own.
 	pull := map[string]func(t *testing.T, image string, policy opsv1.PullPolicy){
 		"the runtime": func(t *testing.T, image string, _ opsv1.PullPolicy) {
 			_, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(image)})
@@ -69,7 +71,8 @@ func requestsAtTheRegistry(t *testing.T) {
 		for _, seen := range []map[string]map[string]int{counts, again} {
 			want := seen["the runtime"]
 			if !maps.Equal(seen["without limit"], want) {
-				t.Errorf("index %v: the registry is asked %v, by the runtime alone %v", index, seen["without limit"], want)
+				t.Errorf("index %v: the registry is asked %v, by the runtime alone %v", index, seen["without limit"],
+					want)
 			}
 			want = maps.Clone(want)
 			want["HEAD manifests"]++
@@ -80,8 +83,9 @@ func requestsAtTheRegistry(t *testing.T) {
 	}
 }
 
-// TestUnpackedLayersAreThere has a runtime that throws layers away once it has unpacked them, as on managed nodes. A new version of an
-// image that is there brings its new layer, and nothing else is fetched or counted.
+// TestUnpackedLayersAreThere has a runtime that throws layers away once it has unpacked them, as on
+// managed nodes. A new version of an image that is there brings its new layer, and nothing else is
+// fetched or counted.
 func TestUnpackedLayersAreThere(t *testing.T) {
 	discardUnpacked(t)
 	unpackedLayersAreThere(t)
@@ -93,7 +97,8 @@ func discardUnpacked(t *testing.T) {
 	before, err := os.ReadFile(bed.ContainerdConfigFile())
 	must(t, err)
 	config := string(before)
-	const v3, v2, setting = "[plugins.\"io.containerd.cri.v1.images\"]\n", "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n", "  discard_unpacked_layers = true\n"
+	const v3, v2, setting = "[plugins.\"io.containerd.cri.v1.images\"]\n",
+		"[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n", "  discard_unpacked_layers = true\n"
 	if strings.Contains(config, v3) {
 		config = strings.Replace(config, v3, v3+setting, 1)
 	} else {
@@ -120,7 +125,8 @@ func unpackedLayersAreThere(t *testing.T) {
 			before := f.bytes.Load()
 			op := succeeds(t, begin(t, &opsv1.PullRequest{Image: f.image(next.name), BytesPerSecond: limit}))
 			fetched := f.bytes.Load() - before
-			t.Logf("version 2 of %d MiB took %.2f MiB; the operation says %d", next.size/mib, float64(fetched)/mib, op.GetBytesFetched())
+			t.Logf("version 2 of %d MiB took %.2f MiB; the operation says %d", next.size/mib, float64(fetched)/mib,
+				op.GetBytesFetched())
 			if fetched < small || fetched > 2*small {
 				t.Errorf("the registry sent %d bytes for a layer of %d", fetched, small)
 			}
@@ -169,7 +175,8 @@ func TestOnlyTheRuntimeReachesIt(t *testing.T) {
 	f.mu.Unlock()
 	for i, q := range []pushed{push(t, "elsewhere:1", 2, 1), push(t, "elsewhere:2", 2, 1)} {
 		began := time.Now()
-		uid := begin(t, &opsv1.PullRequest{Image: f.image(q.name), BytesPerSecond: 100 * mib, MaxAttempts: 1, AttemptTimeout: durationpb.New(30 * time.Second)})
+		uid := begin(t, &opsv1.PullRequest{Image: f.image(q.name), BytesPerSecond: 100 * mib, MaxAttempts: 1,
+			AttemptTimeout: durationpb.New(30 * time.Second)})
 		op := succeeds(t, uid)
 		f.mu.Lock()
 		n := asked
@@ -178,7 +185,8 @@ func TestOnlyTheRuntimeReachesIt(t *testing.T) {
 		if n != 1 {
 			t.Errorf("it was asked %d times", n)
 		}
-		if !strings.HasPrefix(op.GetMessage(), "pulled without the speed limit of 100.0 MiB/s: registry elsewhere.test has not told") {
+		if !strings.HasPrefix(op.GetMessage(),
+			"pulled without the speed limit of 100.0 MiB/s: registry elsewhere.test has not told") {
 			t.Errorf("%v", op)
 		}
 		if op.GetBytesTotal() != q.size || op.GetBytesFetched() != q.size {
@@ -187,16 +195,20 @@ func TestOnlyTheRuntimeReachesIt(t *testing.T) {
 	}
 }
 
-// TestTooLargeForTheDisk has an image whose manifest says that it is larger than the disk. The runtime has begun to fetch it by then: it
-// is stopped, and nothing of it stays.
+// TestTooLargeForTheDisk has an image whose manifest says that it is larger than the disk. The
+// runtime has begun to fetch it by then: it is stopped, and nothing of it stays.
 func TestTooLargeForTheDisk(t *testing.T) {
 	guardDisk(t, "99.9")
-	layer := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString(rand.Text()), Size: 1 << 45}
-	config, err := json.Marshal(ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.Digest}}})
+	layer := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString(rand.Text()),
+		Size: 1 << 45}
+	config, err := json.Marshal(ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+		RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.Digest}}})
 	must(t, err)
 	manifest, err := json.Marshal(ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Layers: []ocispec.Descriptor{layer},
-		Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(config), Size: int64(len(config))},
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
+		Layers: []ocispec.Descriptor{layer},
+		Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(config),
+			Size: int64(len(config))},
 	})
 	must(t, err)
 	var sent atomic.Int64
@@ -234,7 +246,8 @@ func TestTooLargeForTheDisk(t *testing.T) {
 	}
 	eventually(t, func() error { // the runtime lets go of what it was writing
 		collect(t)
-		left, err := filepath.Glob(filepath.Join(bed.NodeDir, "containerd", "io.containerd.content.v1.content", "ingest", "*"))
+		left, err := filepath.Glob(filepath.Join(bed.NodeDir, "containerd", "io.containerd.content.v1.content",
+			"ingest", "*"))
 		if err == nil && len(left) > 0 {
 			err = fmt.Errorf("left: %v", left)
 		}
@@ -247,12 +260,15 @@ func putIndex(t testing.TB, p pushed) {
 	t.Helper()
 	repository, tag, _ := strings.Cut(p.name, ":")
 	raw := get(t, repository, "manifests/"+p.digest.String(), nil)
-	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
-		{MediaType: ocispec.MediaTypeImageManifest, Digest: p.digest, Size: int64(len(raw)), Platform: &ocispec.Platform{OS: "linux", Architecture: "amd64"}},
-	}}
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{
+			{MediaType: ocispec.MediaTypeImageManifest, Digest: p.digest, Size: int64(len(raw)),
+				Platform: &ocispec.Platform{OS: "linux", Architecture: "amd64"}},
+		}}
 	raw, err := json.Marshal(index)
 	must(t, err)
-	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), index.MediaType, raw)
+	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag),
+		index.MediaType, raw)
 }
 
 // pushOnTop pushes the image with one more layer, of a MiB.
@@ -270,18 +286,21 @@ func pushOnTop(t testing.TB, p pushed, tag string) pushed {
 	config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, upper.RootFS.DiffIDs...)
 	raw, err := json.Marshal(config)
 	must(t, err)
-	below.Config = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	below.Config = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(raw),
+		Size: int64(len(raw))}
 	putBlob(t, repository, below.Config.Digest, raw)
 	raw, err = json.Marshal(below)
 	must(t, err)
-	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), below.MediaType, raw)
+	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag),
+		below.MediaType, raw)
 	return pushed{name: repository + ":" + tag, digest: digest.FromBytes(raw), size: p.size + top.size}
 }
 
 // get reads a manifest or a config from the bed's registry, into into if that is not nil.
 func get(t testing.TB, repository, path string, into any) []byte {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, fmt.Sprintf("http://%s/v2/%s/%s", bed.Registry, repository, path), nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+		fmt.Sprintf("http://%s/v2/%s/%s", bed.Registry, repository, path), nil)
 	must(t, err)
 	req.Header.Set("Accept", ocispec.MediaTypeImageManifest)
 	resp, err := http.DefaultClient.Do(req)
@@ -316,7 +335,8 @@ func gone(t testing.TB, p pushed) {
 // remove takes an image from the node, and what only it has.
 func remove(t testing.TB, image string) {
 	t.Helper()
-	_, err := bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(image)})
+	_, err := bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+		&runtimeapi.RemoveImageRequest{Image: spec(image)})
 	must(t, err)
 }
 
@@ -340,7 +360,8 @@ func holds(pid int, addr string) bool {
 	}
 	sockets := map[string]bool{}
 	for line := range strings.Lines(string(table)) {
-		// sl, local address, remote address, st, queues, timer, retransmissions, uid, timeout, inode
+		// sl, local address, remote address, st, queues, timer, retransmissions, uid, timeout,
+		// inode
 		if fields := strings.Fields(line); len(fields) > 9 && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) {
 			sockets["socket:["+fields[9]+"]"] = true
 		}

@@ -55,8 +55,10 @@ func TestMain(m *testing.M) {
 func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	failed := false
-	// What is measured at full size is what users run: the race detector makes it several times slower.
-	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Race: !full(), Log: os.Stderr, KeepLogs: func() bool { return failed }})
+	// What is measured at full size is what users run: the race detector makes it several times
+	// slower.
+	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Race: !full(), Log: os.Stderr,
+		KeepLogs: func() bool { return failed }})
 	if err != nil {
 		return 0, err
 	}
@@ -91,7 +93,8 @@ func use(b *testbed.Bed) (disconnect func(), err error) {
 			bed.direct, bed.leases = runtimeapi.NewImageServiceClient(c), leasesapi.NewLeasesClient(c)
 		},
 	} {
-		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 		if err != nil {
 			disconnect()
 			return nil, err
@@ -102,7 +105,8 @@ func use(b *testbed.Bed) (disconnect func(), err error) {
 	return disconnect, nil
 }
 
-// otherBed starts a bed of other options, which all functions of this package work on until t ends. It takes about two seconds.
+// otherBed starts a bed of other options, which all functions of this package work on until t ends.
+// It takes about two seconds.
 func otherBed(t *testing.T, o testbed.Options) {
 	t.Helper()
 	o.Mode, o.Race, o.Log, o.KeepLogs = testbed.ModeNode, true, os.Stderr, t.Failed
@@ -138,7 +142,8 @@ func secretsLeft() error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
-			if err == nil && (bytes.Contains(b, []byte(password)) || bytes.Contains(b, []byte(testbed.RegistryPassword))) {
+			if err == nil && (bytes.Contains(b, []byte(password)) ||
+				bytes.Contains(b, []byte(testbed.RegistryPassword))) {
 				err = fmt.Errorf("%s has a password in it", path)
 			}
 			return err

@@ -24,7 +24,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// signature is in the addresses that a crooked registry redirects to: whoever reads it may read the blob.
+// signature is in the addresses that a crooked registry redirects to: whoever reads it may read the
+// blob.
 const signature = "hush-9XkQ2f"
 
 // crooked is a registry that misbehaves. It counts what it is asked, by kind.
@@ -42,13 +43,17 @@ type crooked struct {
 	times  int            // that rule has had its way
 }
 
-// newCrooked starts a registry, and its storage on another address, and makes it known to the node. more are lines of its hosts.toml.
-func newCrooked(t *testing.T, host string, rule func(*crooked, http.ResponseWriter, *http.Request, string) bool, more ...string) *crooked {
+// newCrooked starts a registry, and its storage on another address, and makes it known to the node.
+// more are lines of its hosts.toml.
+func newCrooked(
+	t *testing.T, host string, rule func(*crooked, http.ResponseWriter, *http.Request, string) bool, more ...string,
+) *crooked {
 	t.Helper()
-	c := &crooked{host: host, rule: rule, ended: make(chan struct{}), asked: map[string]int{}, backend: &httputil.ReverseProxy{
-		Rewrite:      func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: bed.Registry}) },
-		ErrorHandler: func(http.ResponseWriter, *http.Request, error) {}, // clients that go away
-	}}
+	c := &crooked{host: host, rule: rule, ended: make(chan struct{}), asked: map[string]int{},
+		backend: &httputil.ReverseProxy{
+			Rewrite:      func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: bed.Registry}) },
+			ErrorHandler: func(http.ResponseWriter, *http.Request, error) {}, // clients that go away
+		}}
 	var served sync.WaitGroup
 	serve := func(ip string, h http.HandlerFunc) (addr string) {
 		l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(ip, "0"))
@@ -121,11 +126,13 @@ func (w *refusal) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// store has the blobs, for those who come with a signature and no credentials, as the storage of clouds has them.
+// store has the blobs, for those who come with a signature and no credentials, as the storage of
+// clouds has them.
 func (c *crooked) store(w http.ResponseWriter, r *http.Request) {
 	c.count("storage")
 	c.mu.Lock()
-	c.passed = fmt.Sprintf("X-Team %q, Authorization %v", r.Header.Values("X-Team"), r.Header.Get("Authorization") != "")
+	c.passed = fmt.Sprintf("X-Team %q, Authorization %v", r.Header.Values("X-Team"),
+		r.Header.Get("Authorization") != "")
 	c.mu.Unlock()
 	switch {
 	case r.Header.Get("Authorization") != "":
@@ -263,8 +270,9 @@ func (w *undigested) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// TestMatrix has registries with every trouble, and pulls with and without limit beside the runtime's own pull around the proxy, which
-// says what is right: what succeeds, and how often a registry that counts is asked.
+// TestMatrix has registries with every trouble, and pulls with and without limit beside the
+// runtime's own pull around the proxy, which says what is right: what succeeds, and how often a
+// registry that counts is asked.
 func TestMatrix(t *testing.T) {
 	const team = `header = {"X-Team" = ["a"]}`
 	for _, tt := range []struct {
@@ -295,7 +303,8 @@ func TestMatrix(t *testing.T) {
 		{name: "password", rule: protected(answers(0, "nothing")), secret: true, reason: "Pulled", attempts: 1},
 		{name: "token", rule: token, reason: "Pulled", attempts: 1},
 		{name: "layers elsewhere", rule: redirects(signature), reason: "Pulled", attempts: 1},
-		{name: "layers elsewhere, password", rule: protected(redirects(signature)), secret: true, reason: "Pulled", attempts: 1},
+		{name: "layers elsewhere, password", rule: protected(redirects(signature)), secret: true, reason: "Pulled",
+			attempts: 1},
 		{name: "layers elsewhere, headers", rule: redirects(signature), hosts: team, reason: "Pulled", attempts: 1},
 		{name: "layers elsewhere, expired", rule: redirects(signature + "-old"), reason: "Unauthorized", attempts: 2},
 	} {
@@ -323,7 +332,8 @@ func TestMatrix(t *testing.T) {
 					req.Auth = &runtimeapi.AuthConfig{Username: "robot", Password: password}
 				}
 				t.Cleanup(func() {
-					_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: req.GetImage()})
+					_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+						&runtimeapi.RemoveImageRequest{Image: req.GetImage()})
 				})
 				_, err := bed.direct.PullImage(ctx, req)
 				t.Logf("containerd: %v", err)
@@ -338,13 +348,16 @@ func TestMatrix(t *testing.T) {
 			}
 			for name, limit := range map[string]int64{"free": 0, "limited": 30 * mib} {
 				c, p, _ := pull(name, func(_ context.Context, c *crooked, p pushed) bool {
-					req := &opsv1.PullRequest{Image: c.host + "/" + p.name, BytesPerSecond: limit, MaxAttempts: 2, AttemptTimeout: durationpb.New(timeout)}
+					req := &opsv1.PullRequest{Image: c.host + "/" + p.name, BytesPerSecond: limit, MaxAttempts: 2,
+						AttemptTimeout: durationpb.New(timeout)}
 					if tt.secret {
-						req.Credentials = []*opsv1.RegistryCredential{{Match: c.host, Username: "robot", Password: password}}
+						req.Credentials = []*opsv1.RegistryCredential{
+							{Match: c.host, Username: "robot", Password: password}}
 					}
 					op := follow(t, begin(t, req), finished)
 					if op.GetReason() != tt.reason || tt.attempts != 0 && op.GetAttempt() != tt.attempts {
-						t.Errorf("%s: %s after %d attempts, want %s after %d: %v", name, op.GetReason(), op.GetAttempt(), tt.reason, tt.attempts, op)
+						t.Errorf("%s: %s after %d attempts, want %s after %d: %v", name, op.GetReason(),
+							op.GetAttempt(), tt.reason, tt.attempts, op)
 					}
 					if tt.again {
 						again := clone(req)
@@ -365,15 +378,17 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// compare checks that this registry was asked no more often, in so many attempts, than the runtime alone asks in as many. With a limit we
-// look the tag up before the runtime does, and leave to it what does not come here.
+// compare checks that this registry was asked no more often, in so many attempts, than the runtime
+// alone asks in as many. With a limit we look the tag up before the runtime does, and leave to it
+// what does not come here.
 func (c *crooked) compare(t *testing.T, name string, judge *crooked, attempts int, limited bool) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	judge.mu.Lock()
 	defer judge.mu.Unlock()
-	t.Logf("%s: %v in %d attempts, containerd: %v; %d and %d bytes", name, c.asked, attempts, judge.asked, c.bytes, judge.bytes)
+	t.Logf("%s: %v in %d attempts, containerd: %v; %d and %d bytes", name, c.asked, attempts, judge.asked,
+		c.bytes, judge.bytes)
 	for kind, asked := range c.asked {
 		once := judge.asked[kind]
 		switch {
@@ -383,14 +398,16 @@ func (c *crooked) compare(t *testing.T, name string, judge *crooked, attempts in
 			once = 6 // all three at once, and the first that fails ends the others: each is asked for twice at most
 		}
 		most := once * attempts
-		if limited && (judge.bytes == 0 || strings.HasSuffix(kind, " tag") || kind == "401" || kind == "GET other") { // the last are for tokens
+		// the last are for tokens
+		if limited && (judge.bytes == 0 || strings.HasSuffix(kind, " tag") || kind == "401" || kind == "GET other") {
 			most *= 2
 		}
 		if once > 0 && (kind == "401" || kind == "GET other") {
 			most += 3 * attempts // each of the three blobs, when all are asked for before the first answer
 		}
 		if asked > most {
-			t.Errorf("%s: asked %d times for %s in %d attempts, containerd alone %d times in one", name, asked, kind, attempts, once)
+			t.Errorf("%s: asked %d times for %s in %d attempts, containerd alone %d times in one", name, asked, kind,
+				attempts, once)
 		}
 	}
 	if c.passed != judge.passed {

@@ -19,7 +19,8 @@ import (
 
 var number atomic.Int64
 
-// begin asks for a pull; a UID is filled in, and the pull is cancelled and its image removed when the test ends.
+// begin asks for a pull; a UID is filled in, and the pull is cancelled and its image removed when
+// the test ends.
 func begin(t testing.TB, req *opsv1.PullRequest) string {
 	t.Helper()
 	if req.GetUid() == "" {
@@ -30,12 +31,14 @@ func begin(t testing.TB, req *opsv1.PullRequest) string {
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
 		_, _ = bed.pulls.CancelPull(ctx, &opsv1.CancelPullRequest{Uid: op.GetUid()})
-		_, _ = bed.direct.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: op.GetResolved()}})
+		_, _ = bed.direct.RemoveImage(ctx,
+			&runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: op.GetResolved()}})
 	})
 	return op.GetUid()
 }
 
-// follow watches a pull until cond holds, over restarts of the proxy, and returns it as it is then. One that ends before fails the test.
+// follow watches a pull until cond holds, over restarts of the proxy, and returns it as it is then.
+// One that ends before fails the test.
 func follow(t testing.TB, uid string, cond func(*opsv1.PullOperation) bool) *opsv1.PullOperation {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), waitFor)
@@ -56,7 +59,9 @@ func follow(t testing.TB, uid string, cond func(*opsv1.PullOperation) bool) *ops
 	}
 }
 
-func followOnce(ctx context.Context, uid string, cond func(*opsv1.PullOperation) bool, last **opsv1.PullOperation) (*opsv1.PullOperation, error) {
+func followOnce(
+	ctx context.Context, uid string, cond func(*opsv1.PullOperation) bool, last **opsv1.PullOperation,
+) (*opsv1.PullOperation, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := bed.pulls.WatchPull(ctx, &opsv1.WatchPullRequest{Uid: uid})
@@ -81,9 +86,9 @@ func half(op *opsv1.PullOperation) bool {
 	return op.GetBytesTotal() > 0 && op.GetBytesDone() >= op.GetBytesTotal()/2
 }
 
-// upTo holds when all has come that [front.hold] lets through, so that nothing is under way in the connections: what is there is lost
-// when they are cut. containerd fetches three layers at a time and writes a MiB at a time (core/content/helpers.go copyWithBuffer); the
-// front keeps some KiB.
+// upTo holds when all has come that [front.hold] lets through, so that nothing is under way in the
+// connections: what is there is lost when they are cut. containerd fetches three layers at a time
+// and writes a MiB at a time (core/content/helpers.go copyWithBuffer); the front keeps some KiB.
 func upTo(p pushed, tenths int64) func(*opsv1.PullOperation) bool {
 	const fetchers, kept = 3, 64 << 10
 	return func(op *opsv1.PullOperation) bool { return op.GetBytesDone() >= p.size*tenths/10-fetchers*mib-kept }
@@ -124,9 +129,11 @@ func present(t testing.TB, image string) *runtimeapi.Image {
 func fetchedOnce(t testing.TB, f *front, p pushed) {
 	t.Helper()
 	times := float64(f.bytes.Load()) / float64(p.size)
-	t.Logf("fetched %.3f times the image of %d MiB, in %d requests for blobs, %d of them for a part", times, p.size>>20, f.blobs.Load(), f.ranges.Load())
-	// What was under way in the connections when they were cut is lost, and does not grow with the image: for 1 GiB a twentieth is the
-	// bound, for a small one 5 MiB, or a tenth, which is less than a layer.
+	t.Logf("fetched %.3f times the image of %d MiB, in %d requests for blobs, %d of them for a part", times, p.size>>20,
+		f.blobs.Load(), f.ranges.Load())
+	// What was under way in the connections when they were cut is lost, and does not grow with the
+	// image: for 1 GiB a twentieth is the bound, for a small one 5 MiB, or a tenth, which is less
+	// than a layer.
 	if most := p.size + min(max(p.size/20, 5*mib), p.size/10); f.bytes.Load() < p.size || f.bytes.Load() > most {
 		t.Errorf("the registry sent %.3f times the image", times)
 	}

@@ -56,8 +56,10 @@ func TestPins(t *testing.T) {
 		pull("b", 2*time.Hour)
 		list, err := bed.pulls.ListPins(t.Context(), &opsv1.ListPinsRequest{})
 		must(t, err)
-		if pins := list.GetPins(); len(pins) != 2 || pins[0].GetOwner() != "a" || pins[1].GetOwner() != "b" || pins[0].GetImageId() != id ||
-			pins[0].GetImage() != image || pins[0].GetSizeBytes() < p.size || time.Until(pins[1].GetExpireTime().AsTime()) < 119*time.Minute {
+		if pins := list.GetPins(); len(pins) != 2 || pins[0].GetOwner() != "a" || pins[1].GetOwner() != "b" ||
+			pins[0].GetImageId() != id ||
+			pins[0].GetImage() != image || pins[0].GetSizeBytes() < p.size ||
+			time.Until(pins[1].GetExpireTime().AsTime()) < 119*time.Minute {
 			t.Errorf("%v", list)
 		}
 		if n := release(t, "a", ""); n != 1 {
@@ -110,7 +112,8 @@ func TestPins(t *testing.T) {
 	})
 }
 
-// TestSandboxImage pins and releases the image that pods' sandboxes are made of, which containerd itself keeps pinned.
+// TestSandboxImage pins and releases the image that pods' sandboxes are made of, which containerd
+// itself keeps pinned.
 func TestSandboxImage(t *testing.T) {
 	image := bed.Image("pause:3.10")
 	for name, first := range map[string]func() error{
@@ -130,7 +133,9 @@ func TestSandboxImage(t *testing.T) {
 			t.Logf("%v", op.GetMessage())
 			release(t, "a", "")
 			pinned(t, image, true)
-			again := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Owner: "a", PinFor: durationpb.New(time.Hour), Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}))
+			again := succeeds(t,
+				begin(t, &opsv1.PullRequest{Image: image, Owner: "a", PinFor: durationpb.New(time.Hour),
+					Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}))
 			release(t, "a", "")
 			pinned(t, image, true)
 			if op.GetImageId() != again.GetImageId() {

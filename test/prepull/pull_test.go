@@ -47,7 +47,8 @@ func TestProgress(t *testing.T) {
 		return finished(op)
 	})
 	took := time.Since(began)
-	if op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED || op.GetReason() != "Pulled" || op.GetBytesDone() != p.size || len(op.GetLayers()) != 8 {
+	if op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED || op.GetReason() != "Pulled" || op.GetBytesDone() != p.size ||
+		len(op.GetLayers()) != 8 {
 		t.Errorf("%v", op)
 	}
 	largest := int64(0)
@@ -57,7 +58,8 @@ func TestProgress(t *testing.T) {
 		}
 		largest = max(largest, seen[i]-seen[i-1])
 	}
-	t.Logf("%d MiB in %s: %d steps, the largest %.1f %%, rate at most %d MiB/s", p.size/mib, took.Round(time.Millisecond), len(seen), 100*float64(largest)/float64(p.size), fastest/mib)
+	t.Logf("%d MiB in %s: %d steps, the largest %.1f %%, rate at most %d MiB/s", p.size/mib,
+		took.Round(time.Millisecond), len(seen), 100*float64(largest)/float64(p.size), fastest/mib)
 	if least := int(took / (600 * time.Millisecond)); len(seen) < max(4, least) || largest > p.size*2/5 {
 		t.Errorf("progress is not smooth: %v", seen)
 	}
@@ -126,7 +128,8 @@ func TestGoesOn(t *testing.T) {
 				if op.GetBytesTotal() != p.size || op.GetBytesDone() != p.size {
 					t.Errorf("progress is not known: %v", op)
 				}
-				if rate := float64(f.bytes.Load()-cut) / time.Since(again).Seconds(); limited && rate > float64(req.GetBytesPerSecond())*1.3 {
+				if rate := float64(f.bytes.Load()-cut) / time.Since(again).Seconds(); limited &&
+					rate > float64(req.GetBytesPerSecond())*1.3 {
 					t.Errorf("the limit is forgotten: %.1f MiB/s", rate/mib)
 				}
 				if name == "containerd killed" && f.bytes.Load() > p.size*21/20 {
@@ -146,8 +149,8 @@ func TestGoesOn(t *testing.T) {
 	}
 }
 
-// The rate stays within a tenth of the limit. It is never above; a machine that has other things to do may be late once or
-// twice, a limit that is too low always is.
+// The rate stays within a tenth of the limit. It is never above; a machine that has other things to
+// do may be late once or twice, a limit that is too low always is.
 func TestSpeedLimit(t *testing.T) {
 	const limit = 20 * mib
 	var rates []float64
@@ -205,7 +208,8 @@ func TestKubeletWantsTheSame(t *testing.T) {
 	_, err := bed.kubelet.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(image)})
 	must(t, err)
 	took := time.Since(began)
-	t.Logf("kubelet's pull took %s; at the limit it would have been %s more", took.Round(time.Millisecond), left.Round(time.Millisecond))
+	t.Logf("kubelet's pull took %s; at the limit it would have been %s more", took.Round(time.Millisecond),
+		left.Round(time.Millisecond))
 	if took > left/2 {
 		t.Errorf("kubelet's pull took %s, nearly as long as ours would have", took)
 	}

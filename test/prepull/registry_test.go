@@ -42,7 +42,8 @@ func TestReferences(t *testing.T) {
 		t.Run(image, func(t *testing.T) {
 			before := f.bytes.Load()
 			op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image}))
-			if op.GetReason() != "Pulled" || op.GetImage() != image || op.GetImageId() == "" || op.GetBytesTotal() == 0 || op.GetBytesDone() != op.GetBytesTotal() {
+			if op.GetReason() != "Pulled" || op.GetImage() != image || op.GetImageId() == "" ||
+				op.GetBytesTotal() == 0 || op.GetBytesDone() != op.GetBytesTotal() {
 				t.Errorf("%v", op)
 			}
 			if img := present(t, image); img.GetId() != op.GetImageId() {
@@ -53,7 +54,8 @@ func TestReferences(t *testing.T) {
 			}
 			// Once more there is nothing to do, and with Always the registry is asked.
 			requests := f.requests.Load()
-			if op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image})); op.GetReason() != "Present" || f.requests.Load() != requests {
+			if op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image})); op.GetReason() != "Present" ||
+				f.requests.Load() != requests {
 				t.Errorf("%v", op)
 			}
 			succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}))
@@ -63,7 +65,8 @@ func TestReferences(t *testing.T) {
 		})
 	}
 	t.Run("refused", func(t *testing.T) {
-		for _, image := range []string{"", "UPPER", "a b", "x@sha256:12", "http://host/x", "host/x:", strings.Repeat("a", 5000), strings.Repeat("0", 64)} {
+		for _, image := range []string{"", "UPPER", "a b", "x@sha256:12", "http://host/x", "host/x:",
+			strings.Repeat("a", 5000), strings.Repeat("0", 64)} {
 			_, err := bed.pulls.Pull(t.Context(), &opsv1.PullRequest{Uid: "refused", Image: image})
 			if status.Code(err) != codes.InvalidArgument {
 				t.Errorf("%.50q: %v", image, err)
@@ -77,11 +80,13 @@ func TestReferences(t *testing.T) {
 		}
 	})
 	t.Run("missing digest", func(t *testing.T) {
-		fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app@sha256:" + strings.Repeat("0", 64)), MaxAttempts: 1}), "NotFound")
+		fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app@sha256:" + strings.Repeat("0", 64)),
+			MaxAttempts: 1}), "NotFound")
 	})
 	t.Run("no such host", func(t *testing.T) {
 		l := newFront(t, "gone.test")
-		must(t, os.WriteFile(filepath.Join(bed.RegistryHostsDir(), l.host, "hosts.toml"), []byte("server = \"http://127.0.0.1:1\"\n"), 0o644))
+		must(t, os.WriteFile(filepath.Join(bed.RegistryHostsDir(), l.host, "hosts.toml"),
+			[]byte("server = \"http://127.0.0.1:1\"\n"), 0o644))
 		fails(t, begin(t, &opsv1.PullRequest{Image: l.image("x:1"), MaxAttempts: 1}), "RegistryUnavailable")
 	})
 }
@@ -123,7 +128,8 @@ func TestRegistryInTrouble(t *testing.T) {
 		f.hold(p, 6)
 		req.Deadline = durationpb.New(1500 * time.Millisecond)
 		op := fails(t, begin(t, req), "DeadlineExceeded")
-		if took := op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()); took < time.Second || took > 6*time.Second {
+		if took := op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()); took < time.Second ||
+			took > 6*time.Second {
 			t.Errorf("took %s", took)
 		}
 		if !strings.Contains(op.GetMessage(), "MiB are on the node") {
@@ -144,7 +150,8 @@ func TestRegistryInTrouble(t *testing.T) {
 		f.answer(http.StatusInternalServerError, -1)
 		uid := begin(t, request(f))
 		op := follow(t, uid, func(op *opsv1.PullOperation) bool { return op.GetReason() == "BackOff" })
-		if op.GetPhase() != opsv1.PullPhase_PULL_WAITING || !strings.Contains(op.GetMessage(), "attempt 2 of 4 in 1s: ") {
+		if op.GetPhase() != opsv1.PullPhase_PULL_WAITING ||
+			!strings.Contains(op.GetMessage(), "attempt 2 of 4 in 1s: ") {
 			t.Errorf("%v", op)
 		}
 		f.answer(0, 0)
@@ -155,7 +162,8 @@ func TestRegistryInTrouble(t *testing.T) {
 			t.Errorf("%v, when the registry was up again %v", op, now)
 		}
 	})
-	for code, reason := range map[int]string{http.StatusInternalServerError: "RegistryUnavailable", http.StatusTooManyRequests: "TooManyRequests", http.StatusForbidden: "Unauthorized"} {
+	for code, reason := range map[int]string{http.StatusInternalServerError: "RegistryUnavailable",
+		http.StatusTooManyRequests: "TooManyRequests", http.StatusForbidden: "Unauthorized"} {
 		t.Run(http.StatusText(code), func(t *testing.T) {
 			f := newFront(t, "broken.test")
 			f.answer(code, -1)
@@ -165,10 +173,12 @@ func TestRegistryInTrouble(t *testing.T) {
 			if op.GetAttempt() != 2 {
 				t.Errorf("%d attempts", op.GetAttempt())
 			}
-			// The runtime asks six times in a row (core/remotes/docker, retryRequest): nothing is added to that.
+			// The runtime asks six times in a row (core/remotes/docker, retryRequest): nothing is
+			// added to that.
 			n := f.requests.Load()
 			own := f.requestsOf(func() {
-				if _, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(req.GetImage())}); err == nil {
+				if _, err := bed.direct.PullImage(t.Context(),
+					&runtimeapi.PullImageRequest{Image: spec(req.GetImage())}); err == nil {
 					t.Error("the runtime has pulled it")
 				}
 			})
@@ -207,14 +217,16 @@ func TestPrivateRegistry(t *testing.T) {
 		credentials []*opsv1.RegistryCredential
 		reason      string
 	}{
-		"right":                 {[]*opsv1.RegistryCredential{good}, ""},
-		"wrong":                 {[]*opsv1.RegistryCredential{bad}, "Unauthorized"},
-		"none":                  {nil, "Unauthorized"},
-		"another registry's":    {[]*opsv1.RegistryCredential{foreign}, "Unauthorized"},
-		"first wrong":           {[]*opsv1.RegistryCredential{good, bad, foreign}, ""},
-		"right, with a limit":   {[]*opsv1.RegistryCredential{good}, ""},
-		"wildcard":              {[]*opsv1.RegistryCredential{{Match: "https://*.test/v1/", Username: "robot", Password: password}}, ""},
-		"right user, no secret": {[]*opsv1.RegistryCredential{{Match: "private.test", Username: "robot"}}, "Unauthorized"},
+		"right":               {[]*opsv1.RegistryCredential{good}, ""},
+		"wrong":               {[]*opsv1.RegistryCredential{bad}, "Unauthorized"},
+		"none":                {nil, "Unauthorized"},
+		"another registry's":  {[]*opsv1.RegistryCredential{foreign}, "Unauthorized"},
+		"first wrong":         {[]*opsv1.RegistryCredential{good, bad, foreign}, ""},
+		"right, with a limit": {[]*opsv1.RegistryCredential{good}, ""},
+		"wildcard": {
+			[]*opsv1.RegistryCredential{{Match: "https://*.test/v1/", Username: "robot", Password: password}}, ""},
+		"right user, no secret": {[]*opsv1.RegistryCredential{{Match: "private.test", Username: "robot"}},
+			"Unauthorized"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			req := &opsv1.PullRequest{Image: f.image(p.name), Credentials: tt.credentials, MaxAttempts: 1}
@@ -236,20 +248,24 @@ func TestPrivateRegistry(t *testing.T) {
 			}
 		})
 	}
-	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"), "ctl", "--admin-socket", bed.AdminSocket, "pulls", "-o", "json").CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("private.test/private/app:1")) || bytes.Contains(out, []byte(password)) {
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-proxy"), "ctl", "--admin-socket",
+		bed.AdminSocket, "pulls", "-o", "json").CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("private.test/private/app:1")) ||
+		bytes.Contains(out, []byte(password)) {
 		t.Errorf("%v: %s", err, out)
 	}
 	must(t, secretsLeft())
 }
 
-// TestCredentialsAreForgotten restarts the proxy in the middle of a pull that came with credentials.
+// TestCredentialsAreForgotten restarts the proxy in the middle of a pull that came with
+// credentials.
 func TestCredentialsAreForgotten(t *testing.T) {
 	f := newFront(t, "forgotten.test")
 	p := push(t, "forgotten/app:1", 4, 8)
 	f.protect("robot", password)
 	f.hold(p, 6)
-	req := &opsv1.PullRequest{Image: f.image(p.name), Credentials: []*opsv1.RegistryCredential{{Match: "forgotten.test", Username: "robot", Password: password}}}
+	req := &opsv1.PullRequest{Image: f.image(p.name),
+		Credentials: []*opsv1.RegistryCredential{{Match: "forgotten.test", Username: "robot", Password: password}}}
 	uid := begin(t, req)
 	follow(t, uid, upTo(p, 6))
 	must(t, bed.RestartProxy(t.Context(), syscall.SIGKILL))
@@ -311,7 +327,10 @@ func TestParallel(t *testing.T) {
 	for _, p := range all {
 		uids = append(uids, begin(t, &opsv1.PullRequest{Image: f.image(p.name)}))
 	}
-	op := follow(t, uids[2], func(op *opsv1.PullOperation) bool { return op.GetReason() == "InQueue" && op.GetMessage() != "" })
+	op := follow(t, uids[2], func(op *opsv1.PullOperation) bool {
+		return op.GetReason() == "InQueue" &&
+			op.GetMessage() != ""
+	})
 	if !strings.Contains(op.GetMessage(), "1 of 1") {
 		t.Errorf("%v", op)
 	}
@@ -342,14 +361,20 @@ func TestCredentialProviderPlugin(t *testing.T) {
 	must(t, os.MkdirAll(dir, 0o700))
 	const version = "credentialprovider.kubelet.k8s.io/v1"
 	// The script must not hold the password: it is looked for on the whole node.
-	script := fmt.Sprintf("#!/bin/sh\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\",\"auth\":{\"*.cloud.test\":{\"username\":\"robot\",\"password\":\"%%s-%%s\"}}}' \"$1\" \"$2\"\n", version)
+	script := fmt.Sprintf(
+		"#!/bin/sh\nprintf "+
+			"'{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\","+
+			"\"auth\":{\"*.cloud.test\":{\"username\":\"robot\",\"password\":\"%%s-%%s\"}}}' \"$1\" \"$2\"\n", version)
 	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
 	user, rest, _ := strings.Cut(password, "-")
-	config := fmt.Sprintf("apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- {name: cloud, matchImages: ['*.cloud.test'], defaultCacheDuration: 1m, apiVersion: %s, args: [%s, %s]}\n", version, user, rest)
+	config := fmt.Sprintf("apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- "+
+		"{name: cloud, matchImages: ['*.cloud.test'], defaultCacheDuration: 1m, apiVersion: %s, args: [%s, %s]}\n",
+		version, user, rest)
 	path := filepath.Join(dir, "config.yaml")
 	must(t, os.WriteFile(path, []byte(config), 0o600))
 	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", path, "--image-credential-provider-bin-dir", dir))
+	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", path,
+		"--image-credential-provider-bin-dir", dir))
 	defer func() {
 		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
 		must(t, bed.StartProxy(t.Context()))

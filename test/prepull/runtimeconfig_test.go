@@ -29,8 +29,8 @@ type httpProxy struct {
 	addr  string
 	to    atomic.Pointer[front]
 	asked atomic.Int64
-	// strangers counts requests without the password.
-	strangers atomic.Int64
+	// unauthenticated counts requests without the password.
+	unauthenticated atomic.Int64
 }
 
 func newHTTPProxy(t *testing.T) *httpProxy {
@@ -43,11 +43,12 @@ func newHTTPProxy(t *testing.T) *httpProxy {
 		Rewrite:      func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: p.to.Load().addr}) },
 		ErrorHandler: func(http.ResponseWriter, *http.Request, error) {},
 	}
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { //nolint:gosec // clients are our own
+	//nolint:gosec // clients are our own
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.asked.Add(1)
 		login := &http.Request{Header: http.Header{"Authorization": r.Header["Proxy-Authorization"]}}
 		if _, secret, _ := login.BasicAuth(); secret != password {
-			p.strangers.Add(1)
+			p.unauthenticated.Add(1)
 			http.Error(w, "who are you?", http.StatusProxyAuthRequired)
 			return
 		}
@@ -76,7 +77,8 @@ func reconfigure(t *testing.T, edit func(string) string) {
 	must(t, bed.WaitProxyReady(t.Context()))
 }
 
-// limitedPull pushes an image and pulls it with a speed limit, which must be kept, through the front.
+// limitedPull pushes an image and pulls it with a speed limit, which must be kept, through the
+// front.
 func limitedPull(t *testing.T, image string, f *front) {
 	t.Helper()
 	const limit = 6 * mib
@@ -91,15 +93,17 @@ func limitedPull(t *testing.T, image string, f *front) {
 	}
 }
 
-// mirrorsAlone is a configuration of version 2 without config_path, which mirrors can be appended to.
+// mirrorsAlone is a configuration of version 2 without config_path, which mirrors can be appended
+// to.
 func mirrorsAlone(p testbed.ContainerdPaths) string {
 	p.RegistryConfig = ""
 	return testbed.ContainerdV2(p)
 }
 
-// TestRuntimesOwnSettings pulls with a speed limit, for which the image is looked up and fetched here, on a node whose registries only
-// containerd's own settings lead to: mirrors in a file of version 2, several directories, and a proxy that its environment alone has.
-// Were they not known, the runtime would pull without a limit.
+// TestRuntimesOwnSettings pulls with a speed limit, for which the image is looked up and fetched
+// here, on a node whose registries only containerd's own settings lead to: mirrors in a file of
+// version 2, several directories, and a proxy that its environment alone has. Were they not known,
+// the runtime would pull without a limit.
 func TestRuntimesOwnSettings(t *testing.T) {
 	proxy := newHTTPProxy(t)
 	otherBed(t, testbed.Options{
@@ -110,8 +114,11 @@ func TestRuntimesOwnSettings(t *testing.T) {
 	proxy.to.Store(newFront(t, "unused-behind.test"))
 
 	reconfigure(t, func(config string) string {
-		return config + fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"mirrored.test\"]\n  endpoint = [\"http://%s\"]\n"+
-			"[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"proxied.test\"]\n  endpoint = [\"http://behind-the-proxy.test:5000\"]\n", first.addr)
+		return config +
+			fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"mirrored.test\"]\n  endpoint = "+
+				"[\"http://%s\"]\n"+
+				"[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"proxied.test\"]\n  endpoint = "+
+				"[\"http://behind-the-proxy.test:5000\"]\n", first.addr)
 	})
 	t.Run("mirrors in version 2", func(t *testing.T) {
 		limitedPull(t, "mirrored.test/own/mirrors:1", first)
@@ -121,12 +128,15 @@ func TestRuntimesOwnSettings(t *testing.T) {
 	})
 	t.Run("proxy in containerd's environment", func(t *testing.T) {
 		limitedPull(t, "proxied.test/own/proxy:1", proxy.to.Load())
-		if proxy.asked.Load() == 0 || proxy.strangers.Load() != 0 {
-			t.Errorf("the proxy was asked %d times, %d of them without its password", proxy.asked.Load(), proxy.strangers.Load())
+		if proxy.asked.Load() == 0 || proxy.unauthenticated.Load() != 0 {
+			t.Errorf("the proxy was asked %d times, %d of them without its password", proxy.asked.Load(),
+				proxy.unauthenticated.Load())
 		}
-		// The doctor says so, without the password. What else it finds on a node without kubelet does not matter here.
+		// The doctor says so, without the password. What else it finds on a node without kubelet
+		// does not matter here.
 		out, _ := ctl(t, "doctor", "--config", bed.ProxyConfig()).CombinedOutput()
-		if want := "has mirrors for mirrored.test, proxied.test in that file; http through http://" + proxy.addr + ", but for 198.18.0.0/15"; !strings.Contains(string(out), want) || strings.Contains(string(out), password) {
+		if want := "has mirrors for mirrored.test, proxied.test in that file; http through http://" + proxy.addr +
+			", but for 198.18.0.0/15"; !strings.Contains(string(out), want) || strings.Contains(string(out), password) {
 			t.Errorf("want %q in\n%s", want, out)
 		}
 	})
@@ -136,13 +146,17 @@ func TestRuntimesOwnSettings(t *testing.T) {
 		for i, f := range []*front{first, second} {
 			dir := filepath.Join(dirs[i], fmt.Sprintf("directory-%d.test", i))
 			must(t, os.MkdirAll(dir, 0o755))
-			must(t, os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = \"http://%s\"\n", f.addr), 0o644))
+			must(t, os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = \"http://%s\"\n", f.addr),
+				0o644))
 		}
 		reconfigure(t, func(config string) string {
 			config, _, _ = strings.Cut(config, "[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors")
-			// containerd's transfer service takes several directories for one (containerd issue 12808).
-			return strings.Replace(config, "[plugins.\"io.containerd.grpc.v1.cri\".registry]\n", "[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \""+
-				strings.Join(dirs, ":")+"\"\n", 1) + "[plugins.\"io.containerd.cri.v1.images\"]\n  use_local_image_pull = true\n"
+			// containerd's transfer service takes several directories for one (containerd issue
+			// 12808).
+			return strings.Replace(config, "[plugins.\"io.containerd.grpc.v1.cri\".registry]\n",
+				"[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \""+
+					strings.Join(dirs, ":")+"\"\n", 1) +
+				"[plugins.\"io.containerd.cri.v1.images\"]\n  use_local_image_pull = true\n"
 		})
 		for i, f := range []*front{first, second} {
 			f.bytes.Store(0)
@@ -153,19 +167,25 @@ func TestRuntimesOwnSettings(t *testing.T) {
 
 // TestOwnSettingsOfContainerd17: its file has TLS for a mirror, too.
 func TestOwnSettingsOfContainerd17(t *testing.T) {
-	otherBed(t, testbed.Options{Containerd17: true, ContainerdConfig: mirrorsAlone, ProxyExtra: "images: {maxDiskPercent: 0}\n"})
+	otherBed(t, testbed.Options{Containerd17: true, ContainerdConfig: mirrorsAlone,
+		ProxyExtra: "images: {maxDiskPercent: 0}\n"})
 	f := newFront(t, "unused17.test")
 	secure := httptest.NewTLSServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: f.addr}))
 	defer secure.Close()
 	addr := secure.Listener.Addr().String()
 	reconfigure(t, func(config string) string {
-		return config + fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"secure.test\"]\n  endpoint = [\"https://%[1]s\"]\n"+
-			"[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.\"%[1]s\".tls]\n  insecure_skip_verify = true\n", addr)
+		return config +
+			fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"secure.test\"]\n  endpoint = "+
+				"[\"https://%[1]s\"]\n"+
+				"[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.\"%[1]s\".tls]\n"+
+				"  insecure_skip_verify = true\n",
+				addr)
 	})
 	limitedPull(t, "secure.test/own/tls:1", f)
 }
 
-// asKubelet, set to a socket, has this binary be a kubelet as far as it is looked at: it has dialled, and has arguments and an environment.
+// asKubelet, set to a socket, has this binary be a kubelet as far as it is looked at: it has
+// dialled, and has arguments and an environment.
 const asKubelet = "PREPULL_AS_KUBELET"
 
 func beKubelet(socket string) int {
@@ -204,24 +224,34 @@ func startKubelet(t *testing.T, args []string, environ ...string) {
 	}
 }
 
-// TestLikeKubelet: credential provider plugins have kubelet's environment, and images are pulled up to kubelet's own threshold.
+// TestLikeKubelet: credential provider plugins have kubelet's environment, and images are pulled up
+// to kubelet's own threshold.
 func TestLikeKubelet(t *testing.T) {
 	dir := t.TempDir()
 	const version = "credentialprovider.kubelet.k8s.io/v1"
-	script := fmt.Sprintf("#!/bin/sh\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\",\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n", version)
+	script := fmt.Sprintf(
+		"#!/bin/sh\nprintf "+
+			"'{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\","+
+			"\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n",
+		version)
 	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
 	providers, config := filepath.Join(dir, "providers.yaml"), filepath.Join(dir, "kubelet.yaml")
-	must(t, os.WriteFile(providers, fmt.Appendf(nil, "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n"+
-		"- {name: cloud, matchImages: ['*.like-kubelet.test'], defaultCacheDuration: 0s, apiVersion: %s}\n", version), 0o600))
+	must(t, os.WriteFile(providers,
+		fmt.Appendf(nil, "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n"+
+			"- {name: cloud, matchImages: ['*.like-kubelet.test'], defaultCacheDuration: 0s, "+
+			"apiVersion: %s}\n", version),
+		0o600))
 	threshold := func(percent int) {
 		t.Helper()
-		must(t, os.WriteFile(config, fmt.Appendf(nil, "kind: KubeletConfiguration\nimageGCHighThresholdPercent: %d\n", percent), 0o600))
+		must(t, os.WriteFile(config, fmt.Appendf(nil, "kind: KubeletConfiguration\nimageGCHighThresholdPercent: %d\n",
+			percent), 0o600))
 	}
 	threshold(100)
 	restart := func(maxDiskPercent string) {
 		t.Helper()
 		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-		must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers, "--image-credential-provider-bin-dir", dir, "--images-max-disk-percent", maxDiskPercent))
+		must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers,
+			"--image-credential-provider-bin-dir", dir, "--images-max-disk-percent", maxDiskPercent))
 	}
 	restart("0") // without a kubelet its default counts, and this machine's disk may be as full as that
 	defer func() {
@@ -237,7 +267,8 @@ func TestLikeKubelet(t *testing.T) {
 	restart("kubelet")
 	startKubelet(t, []string{"--config=" + config}, "CLOUD_PASSWORD="+password)
 	threshold(1)
-	if op := fails(t, begin(t, request()), "DiskPressure"); !strings.Contains(op.GetMessage(), "kubelet removes images from 1 % on") {
+	if op := fails(t, begin(t, request()), "DiskPressure"); !strings.Contains(op.GetMessage(),
+		"kubelet removes images from 1 % on") {
 		t.Errorf("%v", op)
 	}
 	threshold(100)

@@ -47,7 +47,8 @@ func TestTLS(t *testing.T) {
 	cert, err := bed.ServingCert("registry-tls")
 	must(t, err)
 	addr := registry(t, "tls.test", testbed.RegistryOptions{TLS: cert}, fmt.Sprintf("ca = %q", bed.PKI.ClusterCA.Cert))
-	for host, line := range map[string]string{"verifies-not.test": "skip_verify = true", "trusts-not.test": "", "trusts-another.test": fmt.Sprintf("ca = %q", bed.PKI.OtherCA.Cert)} {
+	for host, line := range map[string]string{"verifies-not.test": "skip_verify = true", "trusts-not.test": "",
+		"trusts-another.test": fmt.Sprintf("ca = %q", bed.PKI.OtherCA.Cert)} {
 		must(t, bed.MapRegistry(host, "https://"+addr, line))
 		t.Cleanup(func() { _ = os.RemoveAll(filepath.Join(bed.RegistryHostsDir(), host)) })
 	}
@@ -59,11 +60,12 @@ func TestTLS(t *testing.T) {
 		reason string
 		says   string
 	}{
-		"known CA":             {host: "tls.test"},
-		"known CA, limited":    {host: "tls.test", limit: 100 * mib},
-		"not verified":         {host: "verifies-not.test"},
-		"unknown CA":           {host: "trusts-not.test", reason: "RegistryUnavailable", says: "does not trust"},
-		"unknown CA, limited":  {host: "trusts-not.test", limit: 100 * mib, reason: "RegistryUnavailable", says: "does not trust"},
+		"known CA":          {host: "tls.test"},
+		"known CA, limited": {host: "tls.test", limit: 100 * mib},
+		"not verified":      {host: "verifies-not.test"},
+		"unknown CA":        {host: "trusts-not.test", reason: "RegistryUnavailable", says: "does not trust"},
+		"unknown CA, limited": {host: "trusts-not.test", limit: 100 * mib, reason: "RegistryUnavailable",
+			says: "does not trust"},
 		"another CA":           {host: "trusts-another.test", reason: "RegistryUnavailable", says: "ca in hosts.toml"},
 		"plain HTTP for HTTPS": {host: "speaks-tls.test", reason: "RegistryUnavailable", says: "https://"},
 		"HTTPS for plain HTTP": {host: "speaks-none.test", reason: "RegistryUnavailable", says: "plain HTTP"},
@@ -83,7 +85,8 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// tokens is a token server as registries in clouds have one (distribution, docs/spec/auth/token.md).
+// tokens is a token server as registries in clouds have one (distribution,
+// docs/spec/auth/token.md).
 type tokens struct {
 	*httptest.Server
 	signer tls.Certificate
@@ -148,13 +151,15 @@ func (s *tokens) sign(claims map[string]any) string {
 		b, _ := json.Marshal(v) // plain data
 		return base64.RawURLEncoding.EncodeToString(b)
 	}
-	text := part(map[string]any{"typ": "JWT", "alg": "ES256", "x5c": []string{base64.StdEncoding.EncodeToString(s.signer.Certificate[0])}}) + "." + part(claims)
+	text := part(map[string]any{"typ": "JWT", "alg": "ES256",
+		"x5c": []string{base64.StdEncoding.EncodeToString(s.signer.Certificate[0])}}) + "." + part(claims)
 	sum := sha256.Sum256([]byte(text))
 	x, y, err := ecdsa.Sign(rand.Reader, s.signer.PrivateKey.(*ecdsa.PrivateKey), sum[:])
 	if err != nil {
 		return "unsigned"
 	}
-	return text + "." + base64.RawURLEncoding.EncodeToString(append(x.FillBytes(make([]byte, 32)), y.FillBytes(make([]byte, 32))...))
+	return text + "." +
+		base64.RawURLEncoding.EncodeToString(append(x.FillBytes(make([]byte, 32)), y.FillBytes(make([]byte, 32))...))
 }
 
 // TestTokens has a registry that sends its clients to a token server.
@@ -164,9 +169,11 @@ func TestTokens(t *testing.T) {
 	cert, err := bed.ServingCert("registry-tokens")
 	must(t, err)
 	registry(t, "tokens.test", testbed.RegistryOptions{TLS: cert, Auth: map[string]any{"token": map[string]any{
-		"realm": server.URL + "/token", "service": "registry", "issuer": "bed", "rootcertbundle": bed.PKI.ClusterCA.Cert,
+		"realm": server.URL + "/token", "service": "registry", "issuer": "bed",
+		"rootcertbundle": bed.PKI.ClusterCA.Cert,
 	}}}, fmt.Sprintf("ca = %q", bed.PKI.ClusterCA.Cert))
-	good := &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser, Password: testbed.RegistryPassword}
+	good := &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser,
+		Password: testbed.RegistryPassword}
 	for name, tt := range map[string]struct {
 		image      string
 		credential *opsv1.RegistryCredential
@@ -174,13 +181,21 @@ func TestTokens(t *testing.T) {
 		limit      int64
 		reason     string
 	}{
-		"right":                  {image: private.name, credential: good},
-		"right, limited":         {image: private.name, credential: good, limit: 100 * mib},
-		"right, OAuth 2":         {image: private.name, credential: good, post: true},
-		"identity token":         {image: private.name, credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: "<token>", IdentityToken: refresh}, post: true},
-		"identity, limited":      {image: private.name, credential: &opsv1.RegistryCredential{Match: "tokens.test", IdentityToken: refresh}, post: true, limit: 100 * mib},
-		"wrong":                  {image: private.name, credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser, Password: "x"}, reason: "Unauthorized"},
-		"wrong, OAuth 2":         {image: private.name, credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser, Password: "x"}, post: true, reason: "Unauthorized"},
+		"right":          {image: private.name, credential: good},
+		"right, limited": {image: private.name, credential: good, limit: 100 * mib},
+		"right, OAuth 2": {image: private.name, credential: good, post: true},
+		"identity token": {image: private.name,
+			credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: "<token>", IdentityToken: refresh},
+			post:       true},
+		"identity, limited": {image: private.name,
+			credential: &opsv1.RegistryCredential{Match: "tokens.test", IdentityToken: refresh}, post: true,
+			limit: 100 * mib},
+		"wrong": {image: private.name,
+			credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser, Password: "x"},
+			reason:     "Unauthorized"},
+		"wrong, OAuth 2": {image: private.name,
+			credential: &opsv1.RegistryCredential{Match: "tokens.test", Username: testbed.RegistryUser, Password: "x"},
+			post:       true, reason: "Unauthorized"},
 		"none":                   {image: private.name, reason: "Unauthorized"},
 		"none, for a public one": {image: public.name},
 	} {
@@ -205,7 +220,9 @@ func TestTokens(t *testing.T) {
 	}
 	t.Run("token server away", func(t *testing.T) {
 		server.Close()
-		fails(t, begin(t, &opsv1.PullRequest{Image: "tokens.test/" + private.name, Credentials: []*opsv1.RegistryCredential{good}, MaxAttempts: 1}), "RegistryUnavailable")
+		fails(t, begin(t,
+			&opsv1.PullRequest{Image: "tokens.test/" + private.name, Credentials: []*opsv1.RegistryCredential{good},
+				MaxAttempts: 1}), "RegistryUnavailable")
 	})
 	must(t, secretsLeft())
 }

@@ -20,7 +20,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// terminal is what a person looks at, with as much of a terminal's control sequences as the command uses.
+// terminal is what a person looks at, with as much of a terminal's control sequences as the command
+// uses.
 type terminal struct {
 	t      *testing.T
 	person *os.File
@@ -182,7 +183,8 @@ func TestOnTerminal(t *testing.T) {
 		out := output(t, "pull", f.image(q.name))
 		begin(t, &opsv1.PullRequest{Image: f.image(q.name)}) // as above
 		for line := range strings.Lines(out) {
-			if !regexp.MustCompile(`^\d\d:\d\d:\d\d\.\d{3} ` + regexp.QuoteMeta(f.image(q.name)) + ` \w.*\n$`).MatchString(line) {
+			if !regexp.MustCompile(`^\d\d:\d\d:\d\d\.\d{3} ` + regexp.QuoteMeta(f.image(q.name)) + ` \w.*\n$`).
+				MatchString(line) {
 				t.Errorf("a line is %q", line)
 			}
 		}

@@ -17,7 +17,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// TestPinOfAnImageThatIsGone: the list says so, and when kubelet has pulled the image again the pin holds.
+// TestPinOfAnImageThatIsGone: the list says so, and when kubelet has pulled the image again the pin
+// holds.
 func TestPinOfAnImageThatIsGone(t *testing.T) {
 	f := newFront(t, "gone-pin.test")
 	image := f.image(push(t, "gone-pin:1", 1, 1).name)
@@ -64,7 +65,8 @@ func TestOtherCredentials(t *testing.T) {
 	req := &opsv1.PullRequest{Image: f.image(p.name), MaxAttempts: 20}
 	uid := begin(t, req)
 	follow(t, uid, func(op *opsv1.PullOperation) bool {
-		return op.GetReason() == "BackOff" && strings.Contains(op.GetMessage(), ": Unauthorized: registry later.test refuses access")
+		return op.GetReason() == "BackOff" &&
+			strings.Contains(op.GetMessage(), ": Unauthorized: registry later.test refuses access")
 	})
 	req.Credentials = []*opsv1.RegistryCredential{{Match: "later.test", Username: "robot", Password: password}}
 	began := time.Now()

@@ -49,16 +49,16 @@ func yields(t testing.TB) int {
 	return 0
 }
 
-// keepPulling has kubelet pull the images again and again, until the test or what is returned ends it. One that takes longer than
-// patience is given up.
-func keepPulling(t testing.TB, patience, pause time.Duration, images ...string) (stop func()) {
+// keepPulling has kubelet pull the images again and again, until the test or what is returned ends
+// it. One that takes longer than timeout is given up.
+func keepPulling(t testing.TB, timeout, pause time.Duration, images ...string) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var all sync.WaitGroup
 	for _, image := range images {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				one, end := context.WithTimeout(ctx, patience)
+				one, end := context.WithTimeout(ctx, timeout)
 				_, _ = bed.kubelet.PullImage(one, &runtimeapi.PullImageRequest{Image: spec(image)})
 				end()
 				select {
@@ -96,7 +96,8 @@ func late(t testing.TB, f *front, host string, by time.Duration) {
 // broken begins twelve pulls of kubelet's, each for a reason of its own, and goes on with them.
 func broken(t testing.TB) (stop func()) {
 	t.Helper()
-	hangs, gone, stuck, slow := newFront(t, "hangs.test"), newFront(t, "gone.test"), newFront(t, "stuck.test"), newFront(t, "trickles.test")
+	hangs, gone, stuck, slow := newFront(t, "hangs.test"), newFront(t, "gone.test"), newFront(t, "stuck.test"),
+		newFront(t, "trickles.test")
 	hangs.freeze()
 	gone.answer(http.StatusNotFound, -1)
 	late(t, gone, "late.test", 400*time.Millisecond)
@@ -106,12 +107,14 @@ func broken(t testing.TB) (stop func()) {
 		p := push(t, fmt.Sprintf("stuck:%d", i), 1, 4)
 		stuck.hold(p, 5)
 		q := push(t, fmt.Sprintf("trickles:%d", i), 1, 8)
-		images = append(images, hangs.image(fmt.Sprintf("hangs:%d", i)), fmt.Sprintf("late.test/late:%d", i), stuck.image(p.name), slow.image(q.name))
+		images = append(images, hangs.image(fmt.Sprintf("hangs:%d", i)), fmt.Sprintf("late.test/late:%d", i),
+			stuck.image(p.name), slow.image(q.name))
 	}
 	stop = keepPulling(t, 10*time.Minute, 500*time.Millisecond, images...)
 	eventually(t, func() error {
 		// containerd has three download slots for all.
-		if n := stuck.sending.Load() + slow.sending.Load(); hangs.requests.Load() == 0 || gone.requests.Load() < 3 || n < 3 {
+		if n := stuck.sending.Load() + slow.sending.Load(); hangs.requests.Load() == 0 || gone.requests.Load() < 3 ||
+			n < 3 {
 			return fmt.Errorf("not all begun: %d layers", n)
 		}
 		return nil
@@ -126,7 +129,8 @@ func timed(t testing.TB, image string) time.Duration {
 	return op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime())
 }
 
-// noSlower holds a ratio to its bound where images have their full size: small ones are done before they can be measured.
+// noSlower holds a ratio to its bound where images have their full size: small ones are done before
+// they can be measured.
 func noSlower(t testing.TB, what string, took, alone time.Duration, most float64) {
 	t.Helper()
 	ratio := took.Seconds() / alone.Seconds()
@@ -145,13 +149,15 @@ func TestBrokenPulls(t *testing.T) {
 	alone := timed(t, f.image(idle.name))
 	_, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(upgradeOf)})
 	must(t, err)
-	upgraded(t, "alone", f.image(push(t, "upgrade:0", 4, 4).name)) // which brings the sandbox image too: it would wait for a slot
+	// which brings the sandbox image too: it would wait for a slot
+	upgraded(t, "alone", f.image(push(t, "upgrade:0", 4, 4).name))
 	stop := broken(t)
 	before := yields(t)
 	took := timed(t, f.image(beside.name))
 	n := yields(t) - before
 	t.Logf("%d yields", n)
-	if full() && n > 1+int(took/(20*time.Second)) { // one to find out, every 20 s; on a busy machine ours may get no more than a trickle
+	// one to find out, every 20 s; on a busy machine ours may get no more than a trickle
+	if full() && n > 1+int(took/(20*time.Second)) {
 		t.Errorf("cut off %d times for nothing", n)
 	}
 	noSlower(t, "a job beside broken pulls", took, alone, 1.5)
@@ -164,7 +170,8 @@ func TestBrokenPulls(t *testing.T) {
 	p, q := push(t, "kubelets-too:1", 2, 64), push(t, "job:1", 4, 8)
 	kubelets.throttle(16 * mib)
 	job.throttle(16 * mib)
-	// The job finds kubelet's under way and does not end before it has seen bytes of it; that does not end before the upgrade.
+	// The job finds kubelet's under way and does not end before it has seen bytes of it; that does
+	// not end before the upgrade.
 	kubelets.hold(p, 0)
 	job.hold(q, 5)
 	pulling := keepPulling(t, 10*time.Minute, time.Minute, kubelets.image(p.name))
@@ -190,7 +197,8 @@ func TestBrokenPulls(t *testing.T) {
 // upgradeOf is what runs before.
 const upgradeOf = "nginx:latest"
 
-// upgraded prepares an upgrade of a container of a pod to the image, which must be pulled without giving way to anybody.
+// upgraded prepares an upgrade of a container of a pod to the image, which must be pulled without
+// giving way to anybody.
 func upgraded(t testing.TB, uid, image string) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+bed.ProxySocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -201,10 +209,12 @@ func upgraded(t testing.TB, uid, image string) {
 	defer admin.Close()
 	rt, ops := runtimeapi.NewRuntimeServiceClient(conn), opsv1.NewOpsClient(admin)
 	old := present(t, upgradeOf)
-	labels := map[string]string{"io.kubernetes.pod.name": uid, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": uid, "io.kubernetes.container.name": "app"}
+	labels := map[string]string{"io.kubernetes.pod.name": uid, "io.kubernetes.pod.namespace": "default",
+		"io.kubernetes.pod.uid": uid, "io.kubernetes.container.name": "app"}
 	sandbox := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: uid, Uid: uid, Namespace: "default"},
-		LogDirectory: filepath.Join(bed.PodLogs, uid), Labels: labels, Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: bed.CgroupParent},
+		LogDirectory: filepath.Join(bed.PodLogs, uid), Labels: labels,
+		Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: bed.CgroupParent},
 	}
 	pod, err := rt.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: sandbox})
 	must(t, err)
@@ -214,10 +224,13 @@ func upgraded(t testing.TB, uid, image string) {
 		_, _ = rt.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: pod.GetPodSandboxId()})
 		_, _ = bed.direct.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: spec(image)})
 	}()
-	made, err := rt.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod.GetPodSandboxId(), SandboxConfig: sandbox, Config: &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: spec(old.GetId()), LogPath: "app.log", Labels: labels,
-		Annotations: map[string]string{"io.kubernetes.container.hash": "1", "io.kubernetes.container.restartCount": "0"},
-	}})
+	made, err := rt.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod.GetPodSandboxId(),
+		SandboxConfig: sandbox, Config: &runtimeapi.ContainerConfig{
+			Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: spec(old.GetId()), LogPath: "app.log",
+			Labels: labels,
+			Annotations: map[string]string{"io.kubernetes.container.hash": "1",
+				"io.kubernetes.container.restartCount": "0"},
+		}})
 	must(t, err)
 	_, err = rt.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
 	must(t, err)
@@ -247,7 +260,8 @@ func upgraded(t testing.TB, uid, image string) {
 // TestKubeletIsNotSlower has kubelet pull over the same line as ours.
 func TestKubeletIsNotSlower(t *testing.T) {
 	f, g, first := newFront(t, "line-ours.test"), newFront(t, "line-kubelets.test"), newFront(t, "line-alone.test")
-	alone, beside, ours := push(t, "line:1", 8, layerMiB(8)), push(t, "line:2", 8, layerMiB(8)), push(t, "line:3", 8, layerMiB(16))
+	alone, beside, ours := push(t, "line:1", 8, layerMiB(8)), push(t, "line:2", 8, layerMiB(8)),
+		push(t, "line:3", 8, layerMiB(16))
 	f.throttle(wire)
 	g.limit.Store(f.limit.Load()) // one line
 	first.limit.Store(f.limit.Load())
@@ -258,7 +272,8 @@ func TestKubeletIsNotSlower(t *testing.T) {
 	}
 	for _, image := range []string{first.image(alone.name), g.image(beside.name)} {
 		t.Cleanup(func() {
-			_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(image)})
+			_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+				&runtimeapi.RemoveImageRequest{Image: spec(image)})
 		})
 	}
 	took, err := pull(first.image(alone.name))
@@ -302,7 +317,8 @@ func TestShortPulls(t *testing.T) {
 		_, err := bed.kubelet.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(images[i])})
 		must(t, err)
 		t.Cleanup(func() {
-			_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(images[i])})
+			_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+				&runtimeapi.RemoveImageRequest{Image: spec(images[i])})
 		})
 	}
 	f.throttle(wire)
@@ -333,16 +349,20 @@ func TestKubeletWantsALayer(t *testing.T) {
 		pulled <- err
 	}()
 	op := follow(t, uid, func(op *opsv1.PullOperation) bool { return op.GetReason() == "YieldsToKubelet" })
-	if !strings.Contains(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || !strings.HasSuffix(op.GetMessage(), "in any case") {
+	if !strings.Contains(op.GetMessage(),
+		"yields to kubelet's pull of another image, which wants the same layers, since ") ||
+		!strings.HasSuffix(op.GetMessage(), "in any case") {
 		t.Errorf("%v", op)
 	}
 	f.goOn()
 	must(t, <-pulled)
 	t.Cleanup(func() {
-		_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(f.image(other.name))})
+		_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()),
+			&runtimeapi.RemoveImageRequest{Image: spec(f.image(other.name))})
 	})
 	took, atLimit := time.Since(began), time.Duration(float64(other.size)/limit*float64(time.Second))
-	t.Logf("kubelet's pull took %s; at the limit it would have been %s", took.Round(time.Millisecond), atLimit.Round(time.Millisecond))
+	t.Logf("kubelet's pull took %s; at the limit it would have been %s", took.Round(time.Millisecond),
+		atLimit.Round(time.Millisecond))
 	if took > atLimit/2 {
 		t.Errorf("kubelet's pull took %s, nearly as long as at our limit", took)
 	}
@@ -356,7 +376,8 @@ func pushPart(t testing.TB, of pushed, name string) pushed {
 	repository, tag, _ := strings.Cut(of.name, ":")
 	get := func(path string, into any) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, fmt.Sprintf("http://%s/v2/%s/%s", bed.Registry, repository, path), nil)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet,
+			fmt.Sprintf("http://%s/v2/%s/%s", bed.Registry, repository, path), nil)
 		must(t, err)
 		req.Header.Set("Accept", ocispec.MediaTypeImageManifest)
 		resp, err := http.DefaultClient.Do(req)
@@ -376,7 +397,8 @@ func pushPart(t testing.TB, of pushed, name string) pushed {
 	raw, err = json.Marshal(m)
 	must(t, err)
 	_, tag, _ = strings.Cut(name, ":")
-	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag), m.MediaType, raw)
+	send(t, http.MethodPut, fmt.Sprintf("http://%s/v2/%s/manifests/%s", bed.Registry, repository, tag),
+		m.MediaType, raw)
 	return pushed{name: name, digest: descriptor("", raw).Digest, size: m.Layers[0].Size}
 }
 

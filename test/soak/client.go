@@ -13,15 +13,16 @@ import (
 )
 
 const (
-	// calmInterval and busyInterval are between two requests to a container, outside of its restarts and during them.
+	// calmInterval and busyInterval are between two requests to a container, outside of its
+	// restarts and during them.
 	calmInterval = 250 * time.Millisecond
 	busyInterval = 10 * time.Millisecond
 	// requestTimeout is above what a loaded machine of two CPUs needs.
 	requestTimeout = 3 * time.Second
 )
 
-// client asks one container's server over and over, each time on a new connection, and follows which process answers.
-// Processes tell when they began, on the clock of this machine.
+// client asks one container's server over and over, each time on a new connection, and follows
+// which process answers. Processes tell when they began, on the clock of this machine.
 type client struct {
 	url  string
 	http *http.Client
@@ -41,7 +42,8 @@ type client struct {
 // traffic counts requests.
 type traffic struct {
 	Answered int `json:"answered"`
-	// Unanswered is by what went on in the container: nothing, a restart StopFirst, a restart StartFirst.
+	// Unanswered is by what went on in the container: nothing, a restart StopFirst, a restart
+	// StartFirst.
 	UnansweredCalm       int `json:"unansweredCalm"`
 	UnansweredStopFirst  int `json:"unansweredStopFirst"`
 	UnansweredStartFirst int `json:"unansweredStartFirst"`
@@ -123,7 +125,8 @@ func (c *client) ask(ctx context.Context) (time.Time, error) {
 	return id.StartTime, nil
 }
 
-// note takes one request's outcome: before is the window when it was sent. It returns whether a restart goes on.
+// note takes one request's outcome: before is the window when it was sent. It returns whether a
+// restart goes on.
 func (c *client) note(before *window, sent, received, began time.Time, err error) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -136,7 +139,8 @@ func (c *client) note(before *window, sent, received, began time.Time, err error
 		case overlap:
 			c.traffic.UnansweredStartFirst++
 			if len(c.overlapped) < 3 {
-				c.overlapped = append(c.overlapped, fmt.Sprintf("%s is not answered during StartFirst: %v", sent.Format(clock), err))
+				c.overlapped = append(c.overlapped,
+					fmt.Sprintf("%s is not answered during StartFirst: %v", sent.Format(clock), err))
 			}
 		default:
 			c.traffic.UnansweredStopFirst++
@@ -163,7 +167,8 @@ func (c *client) note(before *window, sent, received, began time.Time, err error
 		c.changed = make(chan struct{})
 	case began.Before(c.newest) && sent.After(c.newest) && !overlap:
 		// Not an answer that was under way: both processes lived when it was asked for.
-		c.violateLocked("at %s the process of %s answers, though that of %s had begun", sent.Format(clock), began.Format(clock), c.newest.Format(clock))
+		c.violateLocked("at %s the process of %s answers, though that of %s had begun", sent.Format(clock),
+			began.Format(clock), c.newest.Format(clock))
 	}
 	return c.window != nil
 }

@@ -29,7 +29,8 @@ type life struct {
 	deleted int
 }
 
-// ledger keeps the lives of all containers of the node, from containerd's own event stream, around the proxy.
+// ledger keeps the lives of all containers of the node, from containerd's own event stream, around
+// the proxy.
 type ledger struct {
 	mu    sync.Mutex // guards all following fields
 	lives map[string]*life
@@ -59,12 +60,14 @@ func (l *ledger) note(e *runtimeapi.ContainerEventResponse) {
 	defer l.mu.Unlock()
 	c := l.lives[e.GetContainerId()]
 	if c == nil {
-		i := slices.IndexFunc(e.GetContainersStatuses(), func(s *runtimeapi.ContainerStatus) bool { return s.GetId() == e.GetContainerId() })
+		i := slices.IndexFunc(e.GetContainersStatuses(),
+			func(s *runtimeapi.ContainerStatus) bool { return s.GetId() == e.GetContainerId() })
 		if i < 0 {
 			return // a sandbox
 		}
 		s := e.GetContainersStatuses()[i]
-		c = &life{id: s.GetId(), slot: s.GetLabels()[labelPodUID] + "/" + s.GetLabels()[labelContainer], attempt: s.GetMetadata().GetAttempt()}
+		c = &life{id: s.GetId(), slot: s.GetLabels()[labelPodUID] + "/" + s.GetLabels()[labelContainer],
+			attempt: s.GetMetadata().GetAttempt()}
 		l.lives[c.id] = c
 	}
 	switch e.GetContainerEventType() {
@@ -93,8 +96,8 @@ func (l *ledger) bySlot() (map[string][]life, error) {
 	return out, l.err
 }
 
-// attempts checks that a slot's containers were attempts 0 to restarts, each created and started once, and each but the
-// last one stopped once.
+// attempts checks that a slot's containers were attempts 0 to restarts, each created and started
+// once, and each but the last one stopped once.
 func attempts(lives []life, restarts int) error {
 	var errs []error
 	if len(lives) != restarts+1 {
@@ -108,7 +111,8 @@ func attempts(lives []life, restarts int) error {
 			stopped = 0
 		}
 		if c.created != 1 || c.started != 1 || c.stopped != stopped {
-			errs = append(errs, fmt.Errorf("attempt %d (%.12s) was created, started and stopped %d, %d and %d times", c.attempt, c.id, c.created, c.started, c.stopped))
+			errs = append(errs, fmt.Errorf("attempt %d (%.12s) was created, started and stopped %d, %d and %d times",
+				c.attempt, c.id, c.created, c.started, c.stopped))
 		}
 	}
 	for n := range uint32(restarts + 1) {

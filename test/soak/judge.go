@@ -18,12 +18,14 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// How much the last quarter of a run may be above the second one: a share, for what varies with the load, and an amount.
+// How much the last quarter of a run may be above the second one: a share, for what varies with the
+// load, and an amount.
 const (
 	// A collection more or less.
 	memoryShare, memoryMiB = 0.05, 2.0
-	// operationMiB is what a finished operation, which is answered for an hour, takes of RSS: 2.5 KiB of live memory, as much again
-	// that the collector allows, and 2 KiB of the journal's file, which is mapped. That ends at journalOperations.
+	// operationMiB is what a finished operation, which is answered for an hour, takes of RSS: 2.5
+	// KiB of live memory, as much again that the collector allows, and 2 KiB of the journal's file,
+	// which is mapped. That ends at journalOperations.
 	operationMiB = 7.0 / 1024
 	// A file or two more or less are connections that come and go.
 	fileShare, files = 0, 4.0
@@ -33,8 +35,9 @@ const (
 	fewSamples = 12
 )
 
-// journalPerOperation and journalBase bound the journal's file: an operation of one container takes about one KiB, its pages are half
-// full, and bbolt keeps as much again free and doubles its file. The journal keeps at most 2,000 finished operations.
+// journalPerOperation and journalBase bound the journal's file: an operation of one container takes
+// about one KiB, its pages are half full, and bbolt keeps as much again free and doubles its file.
+// The journal keeps at most 2,000 finished operations.
 const (
 	journalPerOperation = 8 << 10
 	journalBase         = 256 << 10
@@ -54,7 +57,8 @@ type judgement struct{ checks []check }
 
 // check adds a check that holds when there are no faults.
 func (j *judgement) check(name string, faults []string, format string, args ...any) {
-	j.checks = append(j.checks, check{Name: name, OK: len(faults) == 0, Detail: fmt.Sprintf(format, args...), Faults: faults})
+	j.checks = append(j.checks, check{Name: name, OK: len(faults) == 0, Detail: fmt.Sprintf(format, args...),
+		Faults: faults})
 }
 
 // judge waits until the cluster has come to rest, and looks at what happened.
@@ -76,14 +80,18 @@ func (s *soak) judge(ctx context.Context) *result {
 	if want := s.o.restarts; want > 0 && n != want {
 		failed = append(failed, fmt.Sprintf("%d restarts were commanded, not %d", n, want))
 	}
-	j.check("none lost: every operation succeeded", failed, "%d restarts of %d containers in %d pods", n, len(slots), len(s.pods))
-	j.check("none lost: each successor is the next incumbent", each(slots, chain), "from kubelet's container to the one that runs now")
+	j.check("none lost: every operation succeeded", failed, "%d restarts of %d containers in %d pods", n,
+		len(slots), len(s.pods))
+	j.check("none lost: each successor is the next incumbent", each(slots, chain),
+		"from kubelet's container to the one that runs now")
 	lives, broken := s.ledger.bySlot()
-	made := each(slots, func(sl *slot) error { return attempts(lives[sl.pod.uid+"/"+sl.container], len(sl.commanded())) })
+	made := each(slots,
+		func(sl *slot) error { return attempts(lives[sl.pod.uid+"/"+sl.container], len(sl.commanded())) })
 	if broken != nil {
 		made = append(made, broken.Error())
 	}
-	j.check("none doubled: attempts without holes or doubles", made, "from containerd's events: each created, started and stopped once")
+	j.check("none doubled: attempts without holes or doubles", made,
+		"from containerd's events: each created, started and stopped once")
 	var t traffic
 	processes, answers, lost := 0, []string(nil), []string(nil)
 	for _, sl := range slots {
@@ -98,18 +106,24 @@ func (s *soak) judge(ctx context.Context) *result {
 			answers = append(answers, fmt.Sprintf("%s: %d processes have answered after %d restarts", sl, seen, most-1))
 		}
 	}
-	j.check("one process at a time, and it answers", answers, "%d answers of %d processes; %d requests failed during restarts StopFirst, %d at other times",
+	j.check("one process at a time, and it answers", answers,
+		"%d answers of %d processes; %d requests failed during restarts StopFirst, %d at other times",
 		t.Answered, processes, t.UnansweredStopFirst, t.UnansweredCalm)
 	j.check("StartFirst fails no request", lost, "%d requests failed", t.UnansweredStartFirst)
-	j.check("kubelet's pod status agrees with containerd's", faults, "IDs, restart counts, states, last states, start times, %.0f s after the last restart", rest.Seconds())
+	j.check("kubelet's pod status agrees with containerd's", faults,
+		"IDs, restart counts, states, last states, start times, %.0f s after the last restart", rest.Seconds())
 	s.judgeKubelet(j)
 	s.judgeProxy(ctx, j)
 
 	samples, missed := s.sampler.all()
-	j.flat("memory is flat", samples, func(x sample) float64 { return x.RSS - operationMiB*float64(x.Kept) }, memoryShare, memoryMiB,
-		fmt.Sprintf("RSS %%.1f → %%.1f MiB without %.0f KiB for each operation that is answered for an hour", 1024*operationMiB))
-	j.flat("files are flat", samples, func(x sample) float64 { return x.FDs }, fileShare, files, "%.0f → %.0f descriptors")
-	j.flat("goroutines are flat", samples, func(x sample) float64 { return x.Goroutines }, goroutineShare, goroutines, "%.0f → %.0f")
+	j.flat("memory is flat", samples, func(x sample) float64 { return x.RSS - operationMiB*float64(x.Kept) },
+		memoryShare, memoryMiB,
+		fmt.Sprintf("RSS %%.1f → %%.1f MiB without %.0f KiB for each operation that is answered for an hour",
+			1024*operationMiB))
+	j.flat("files are flat", samples, func(x sample) float64 { return x.FDs }, fileShare, files,
+		"%.0f → %.0f descriptors")
+	j.flat("goroutines are flat", samples, func(x sample) float64 { return x.Goroutines }, goroutineShare,
+		goroutines, "%.0f → %.0f")
 	if missed != nil {
 		j.check("the proxy could be measured all the time", []string{missed.Error()}, "")
 	}
@@ -139,18 +153,19 @@ func chain(s *slot) error {
 	at, attempt := s.first, uint32(0)
 	for _, op := range done {
 		if op.GetIncumbentId() != at || op.GetAttempt() != attempt+1 {
-			return fmt.Errorf("attempt %d replaced %.12s, but attempt %d was %.12s", op.GetAttempt(), op.GetIncumbentId(), attempt, at)
+			return fmt.Errorf("attempt %d replaced %.12s, but attempt %d was %.12s", op.GetAttempt(),
+				op.GetIncumbentId(), attempt, at)
 		}
 		at, attempt = op.GetSuccessorId(), op.GetAttempt()
 	}
 	return nil
 }
 
-// settle waits until kubelet's pod status and containerd's containers say the same and kubelet has collected what it does not keep.
-// It returns how long that took and what is still different.
+// settle waits until kubelet's pod status and containerd's containers say the same and kubelet has
+// collected what it does not keep. It returns how long that took and what is still different.
 func (s *soak) settle(ctx context.Context) (time.Duration, []string) {
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -170,7 +185,8 @@ func (s *soak) settle(ctx context.Context) (time.Duration, []string) {
 	}
 }
 
-// compare lists the differences between the pods' status in the API and the containers in containerd.
+// compare lists the differences between the pods' status in the API and the containers in
+// containerd.
 func (s *soak) compare(ctx context.Context) ([]string, error) {
 	list, err := s.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
@@ -203,7 +219,8 @@ func (s *soak) compare(ctx context.Context) ([]string, error) {
 			continue
 		}
 		if n := len(sl.commanded()); int(kubelet.RestartCount) != n {
-			faults = append(faults, fmt.Sprintf("%s: %d restarts were commanded, kubelet counts %d", sl, n, kubelet.RestartCount))
+			faults = append(faults, fmt.Sprintf("%s: %d restarts were commanded, kubelet counts %d", sl, n,
+				kubelet.RestartCount))
 		}
 		for _, fault := range s.compareSlot(ctx, kubelet, containers[key]) {
 			faults = append(faults, fmt.Sprintf("%s: %s", sl, fault))
@@ -212,8 +229,11 @@ func (s *soak) compare(ctx context.Context) ([]string, error) {
 	return faults, nil
 }
 
-// compareSlot lists the differences between kubelet's status of a container and what containerd has of its attempts.
-func (s *soak) compareSlot(ctx context.Context, kubelet corev1.ContainerStatus, have []*runtimeapi.Container) (faults []string) {
+// compareSlot lists the differences between kubelet's status of a container and what containerd has
+// of its attempts.
+func (s *soak) compareSlot(
+	ctx context.Context, kubelet corev1.ContainerStatus, have []*runtimeapi.Container,
+) (faults []string) {
 	differ := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	slices.SortFunc(have, func(a, b *runtimeapi.Container) int {
 		return int(b.GetMetadata().GetAttempt()) - int(a.GetMetadata().GetAttempt())
@@ -251,7 +271,8 @@ func (s *soak) compareSlot(ctx context.Context, kubelet corev1.ContainerStatus, 
 		differ("its status: %v", err)
 		return faults
 	}
-	if started := time.Unix(0, st.GetStatus().GetStartedAt()).Truncate(time.Second); !kubelet.State.Running.StartedAt.Time.Equal(started) {
+	if started := time.Unix(0, st.GetStatus().GetStartedAt()).
+		Truncate(time.Second); !kubelet.State.Running.StartedAt.Time.Equal(started) {
 		differ("kubelet says that it began at %s, the runtime %s", kubelet.State.Running.StartedAt.UTC(), started.UTC())
 	}
 	if len(have) < 2 || !kubelet.Ready {
@@ -270,7 +291,8 @@ func (s *soak) compareSlot(ctx context.Context, kubelet corev1.ContainerStatus, 
 	case err != nil:
 		differ("the exited container's status: %v", err)
 	case bareID(last.ContainerID) != have[1].GetId() || last.ExitCode != st.GetStatus().GetExitCode():
-		differ("kubelet's last state is %.12s with exit code %d, containerd's %.12s with %d", bareID(last.ContainerID), last.ExitCode, have[1].GetId(), st.GetStatus().GetExitCode())
+		differ("kubelet's last state is %.12s with exit code %d, containerd's %.12s with %d", bareID(last.ContainerID),
+			last.ExitCode, have[1].GetId(), st.GetStatus().GetExitCode())
 	}
 	return faults
 }
@@ -284,14 +306,16 @@ func (s *soak) judgeKubelet(j *judgement) {
 	}
 	last := samples[len(samples)-1]
 	var faults []string
-	for _, m := range []string{"StopContainer", "CreateContainer", "StartContainer", "StopPodSandbox", "RunPodSandbox"} {
+	for _, m := range []string{"StopContainer", "CreateContainer", "StartContainer", "StopPodSandbox",
+		"RunPodSandbox"} {
 		for _, series := range slices.Sorted(maps.Keys(last.metrics)) {
 			if n := last.metrics[series] - s.before.metrics[series]; n != 0 && isCall(series, m) {
 				faults = append(faults, fmt.Sprintf("%.0f calls: %s", n, series))
 			}
 		}
 	}
-	j.check("kubelet took no part", faults, "no Stop, Create or Start came from it; it collected %.0f exited containers", last.Removed-s.before.Removed)
+	j.check("kubelet took no part", faults,
+		"no Stop, Create or Start came from it; it collected %.0f exited containers", last.Removed-s.before.Removed)
 }
 
 // judgeProxy checks what the proxy has left when nothing is under way.
@@ -310,15 +334,19 @@ func (s *soak) judgeProxy(ctx context.Context, j *judgement) {
 	wrong(end.Active != 0, "%.0f operations are unfinished", end.Active)
 	wrong(end.Gates != 0, "%d gates are in the state directory", end.Gates)
 	wrong(end.Created != 0, "%d containers are created and were never started", end.Created)
-	wrong(int(end.Recorded) != end.Running+end.Exited, "%.0f containers are recorded, containerd has %d", end.Recorded, end.Running+end.Exited)
+	wrong(int(end.Recorded) != end.Running+end.Exited, "%.0f containers are recorded, containerd has %d", end.Recorded,
+		end.Running+end.Exited)
 	wrong(end.Running != len(s.slots()), "%d containers run in %d slots", end.Running, len(s.slots()))
 	wrong(end.Shims != s.before.Shims, "%d shims run, %d before", end.Shims, s.before.Shims)
 	wrong(end.Mounts != s.before.Mounts, "%d mounts, %d before", end.Mounts, s.before.Mounts)
-	j.check("nothing is left behind", faults, "no operation, gate or staged container; %d records, shims and mounts as before", int(end.Recorded))
+	j.check("nothing is left behind", faults,
+		"no operation, gate or staged container; %d records, shims and mounts as before", int(end.Recorded))
 
 	faults = nil
-	wrong(sum(end.metrics, "criproxy_interceptor_faults_total") != 0, "%.0f interceptor faults", sum(end.metrics, "criproxy_interceptor_faults_total"))
-	wrong(end.metrics["process_start_time_seconds"] != s.before.metrics["process_start_time_seconds"], "the proxy has been restarted")
+	wrong(sum(end.metrics, "criproxy_interceptor_faults_total") != 0, "%.0f interceptor faults",
+		sum(end.metrics, "criproxy_interceptor_faults_total"))
+	wrong(end.metrics["process_start_time_seconds"] != s.before.metrics["process_start_time_seconds"],
+		"the proxy has been restarted")
 	j.check("the proxy ran without a fault", faults, "one process, no call passed through for an error of its own")
 
 	operations := sum(end.metrics, "criproxy_operations_total")
@@ -326,11 +354,15 @@ func (s *soak) judgeProxy(ctx context.Context, j *judgement) {
 	faults = nil
 	wrong(end.Journal > limit, "it has %d KiB, more than %d KiB", end.Journal>>10, limit>>10)
 	wrong(end.Journal == 0, "journal.db is not in %s", s.bed.StateDir)
-	j.check("the journal is bounded", faults, "journal.db %d KiB after %.0f operations (limit %d KiB), records.db %d KiB", end.Journal>>10, operations, limit>>10, end.Records>>10)
+	j.check("the journal is bounded", faults,
+		"journal.db %d KiB after %.0f operations (limit %d KiB), records.db %d KiB", end.Journal>>10, operations,
+		limit>>10, end.Records>>10)
 }
 
 // flat compares the medians of the second and the last quarter.
-func (j *judgement) flat(name string, samples []sample, value func(sample) float64, share, amount float64, format string) {
+func (j *judgement) flat(
+	name string, samples []sample, value func(sample) float64, share, amount float64, format string,
+) {
 	if len(samples) < fewSamples {
 		j.check(name, nil, "not judged: %d samples are too few", len(samples))
 		return
@@ -341,7 +373,8 @@ func (j *judgement) flat(name string, samples []sample, value func(sample) float
 		faults = []string{fmt.Sprintf("more than %.1f", limit)}
 	}
 	detail := fmt.Sprintf(format, second, last)
-	j.check(name, faults, "%s, medians of the second and the last quarter of %d samples (up to %+.0f %% and %+.0f is flat)", detail, len(samples), 100*share, amount)
+	j.check(name, faults, "%s, medians of the second and the last quarter of %d samples (up to %+.0f %% and %+.0f is "+
+		"flat)", detail, len(samples), 100*share, amount)
 }
 
 // quarters returns the medians of the second and the last quarter of a run; the first one warms up.

@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// patience is for pods, single restarts and the cluster's coming to rest; all take seconds.
-	patience = 2 * time.Minute
+	// timeout is for pods, single restarts and the cluster's coming to rest; all take seconds.
+	timeout = 2 * time.Minute
 	// sampleEvery is how often the proxy is measured: a scrape costs it milliseconds.
 	sampleEvery = 2 * time.Second
 	// sayEvery is how often a line is printed.
@@ -42,9 +42,11 @@ func (o *options) parse(args []string) error {
 	fs.IntVar(&o.restarts, "restarts", 0, "end after so many restarts")
 	fs.IntVar(&o.pods, "pods", 50, "pods on the node")
 	fs.IntVar(&o.parallel, "parallel", 4, "restarts at a time, each in another pod")
-	fs.Float64Var(&o.startFirst, "start-first", 0.5, "share of StartFirst in pods whose containers share their port; half of the pods do")
+	fs.Float64Var(&o.startFirst, "start-first", 0.5,
+		"share of StartFirst in pods whose containers share their port; half of the pods do")
 	fs.Float64Var(&o.requests, "requests", 0.15, "share of restarts that go through a ContainerRecreateRequest")
-	fs.StringVar(&o.method, "method", "", "best restart method that the proxy may use: gate, pidfd or plain (default: the proxy's default)")
+	fs.StringVar(&o.method, "method", "",
+		"best restart method that the proxy may use: gate, pidfd or plain (default: the proxy's default)")
 	fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
 	fs.StringVar(&o.proxyBinary, "cri-proxy", "", "cri-proxy binary (default: built from the checkout)")
 	fs.StringVar(&o.controllerBin, "cri-controller", "", "cri-controller binary (default: built from the checkout)")
@@ -106,7 +108,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return err
 	}
 	defer func() {
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, bed.Close(closing))
 	}()

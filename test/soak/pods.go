@@ -25,8 +25,8 @@ const (
 // pod is one pod of the run.
 type pod struct {
 	name, uid, ip string
-	// shared is set when its containers listen with SO_REUSEPORT, so that two of a slot can run at a time. In
-	// the others a second process could not listen, and its container would exit.
+	// shared is set when its containers listen with SO_REUSEPORT, so that two of a slot can run at
+	// a time. In the others a second process could not listen, and its container would exit.
 	shared bool
 	slots  []*slot
 }
@@ -53,19 +53,24 @@ func (s *slot) commanded() []*restart {
 	return append([]*restart(nil), s.restarts...)
 }
 
-// manifest is the i-th pod. Pods differ in what could disturb a restart: what kubelet does when it sees a container exit, an own port
-// or a shared one, a neighbour in the pod, probes that kubelet runs meanwhile.
+// manifest is the i-th pod. Pods differ in what could disturb a restart: what kubelet does when it
+// sees a container exit, an own port or a shared one, a neighbour in the pod, probes that kubelet
+// runs meanwhile.
 func manifest(i int, image string, cpu int) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, labels: {app: soak}}\n", podName(i), namespace)
-	policy := [...]corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyNever, corev1.RestartPolicyOnFailure}[i%3]
-	fmt.Fprintf(&b, "spec:\n  restartPolicy: %s\n  terminationGracePeriodSeconds: 5\n  automountServiceAccountToken: false\n  containers:\n", policy)
+	fmt.Fprintf(&b, "---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, labels: {app: soak}}\n",
+		podName(i), namespace)
+	policy := [...]corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyNever,
+		corev1.RestartPolicyOnFailure}[i%3]
+	fmt.Fprintf(&b, "spec:\n  restartPolicy: %s\n  terminationGracePeriodSeconds: 5\n  automountServiceAccountToken: "+
+		"false\n  containers:\n", policy)
 	one := func(name string, port int, probe string) {
 		reuse := "0"
 		if shared(i) {
 			reuse = "newest"
 		}
-		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    env: [{name: PORT, value: %q}, {name: REUSEPORT, value: %q}]\n", name, image, fmt.Sprint(port), reuse)
+		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    env: [{name: PORT, value: %q}, {name: REUSEPORT, value: "+
+			"%q}]\n", name, image, fmt.Sprint(port), reuse)
 		fmt.Fprintf(&b, "    resources: {requests: {cpu: %dm, memory: 4Mi}, limits: {memory: 64Mi}}\n%s", cpu, probe)
 	}
 	probe := ""
@@ -82,8 +87,9 @@ func manifest(i int, image string, cpu int) string {
 	return b.String()
 }
 
-// share is the CPU that each of the containers asks for, in thousandths: three quarters of the machine for all, at most 25. With
-// next to nothing the servers of a loaded machine do not get to answer for seconds, and that would be taken for a fault.
+// share is the CPU that each of the containers asks for, in thousandths: three quarters of the
+// machine for all, at most 25. With next to nothing the servers of a loaded machine do not get to
+// answer for seconds, and that would be taken for a fault.
 func share(pods int) int {
 	containers := pods + (pods+4)/5
 	return max(1, min(25, 750*runtime.NumCPU()/containers))
@@ -105,7 +111,8 @@ func (s *soak) deploy(ctx context.Context) error {
 	if err := s.bed.KubectlApply(ctx, all.String()); err != nil {
 		return err
 	}
-	if _, err := s.bed.Kubectl(ctx, "-n", namespace, "wait", "--for=condition=Ready", "pods", "-l", "app=soak", "--timeout=300s"); err != nil {
+	if _, err := s.bed.Kubectl(ctx, "-n", namespace, "wait", "--for=condition=Ready", "pods", "-l", "app=soak",
+		"--timeout=300s"); err != nil {
 		return err
 	}
 	list := &corev1.PodList{}

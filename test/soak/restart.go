@@ -47,7 +47,8 @@ type restart struct {
 	// op is how the operation ended, nil when that did not become known; err says what went wrong.
 	op  *opsv1.ContainerOperation
 	err error
-	// silence is the longest time between two answers around the restart, failed how many requests failed in it. Unknown for pairs.
+	// silence is the longest time between two answers around the restart, failed how many requests
+	// failed in it. Unknown for pairs.
 	silence time.Duration
 	failed  int
 }
@@ -170,7 +171,7 @@ func (r *restarter) run(ctx context.Context) {
 
 // do carries one plan out and returns its restarts.
 func (r *restarter) do(ctx context.Context, pl *plan) []*restart {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	newest := make([]time.Time, len(pl.slots))
 	for i, s := range pl.slots {
@@ -215,8 +216,9 @@ func (r *restarter) do(ctx context.Context, pl *plan) []*restart {
 	return done
 }
 
-// latest returns a time that only the process of the slot's last restart began after: before is when the one began that ran
-// before all of them. Between two restarts it is the middle of their starts.
+// latest returns a time that only the process of the slot's last restart began after: before is
+// when the one began that ran before all of them. Between two restarts it is the middle of their
+// starts.
 func latest(before time.Time, s *slot, done []*restart) time.Time {
 	var starts []time.Time
 	for _, d := range done {
@@ -233,7 +235,8 @@ func latest(before time.Time, s *slot, done []*restart) time.Time {
 
 // viaOps runs one operation over the plan's slots on the admin socket.
 func (r *restarter) viaOps(ctx context.Context, pl *plan) []*restart {
-	req := &opsv1.RestartRequest{Uid: r.uid(), Requester: "soak", Pod: &opsv1.PodRef{Namespace: namespace, Name: pl.slots[0].pod.name, Uid: pl.slots[0].pod.uid}}
+	req := &opsv1.RestartRequest{Uid: r.uid(), Requester: "soak",
+		Pod: &opsv1.PodRef{Namespace: namespace, Name: pl.slots[0].pod.name, Uid: pl.slots[0].pod.uid}}
 	done := make([]*restart, len(pl.slots))
 	for i, s := range pl.slots {
 		c := &opsv1.ContainerRestart{Name: s.container, Order: pl.order}
@@ -283,17 +286,20 @@ func (s *soak) finish(ctx context.Context, uid string) (*opsv1.Operation, error)
 
 // viaRequest creates a ContainerRecreateRequest and waits for its end.
 func (r *restarter) viaRequest(ctx context.Context, pl *plan) []*restart {
-	crr := &appsv1alpha1.ContainerRecreateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: r.uid(), Annotations: map[string]string{}}}
+	crr := &appsv1alpha1.ContainerRecreateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: r.uid(),
+		Annotations: map[string]string{}}}
 	crr.Spec.PodName = pl.slots[0].pod.name
 	ttl := int32(60)
 	crr.Spec.TTLSecondsAfterFinished = &ttl
 	if pl.order == opsv1.Order_ORDER_START_FIRST {
 		crr.Annotations[orderHeader] = "StartFirst"
-		crr.Spec.Strategy = &appsv1alpha1.ContainerRecreateRequestStrategy{MinStartedSeconds: int32(minReady / time.Second)}
+		crr.Spec.Strategy = &appsv1alpha1.ContainerRecreateRequestStrategy{
+			MinStartedSeconds: int32(minReady / time.Second)}
 	}
 	done := make([]*restart, len(pl.slots))
 	for i, s := range pl.slots {
-		crr.Spec.Containers = append(crr.Spec.Containers, appsv1alpha1.ContainerRecreateRequestContainer{Name: s.container})
+		crr.Spec.Containers = append(crr.Spec.Containers,
+			appsv1alpha1.ContainerRecreateRequestContainer{Name: s.container})
 		done[i] = &restart{slot: s, via: pl.via, order: pl.order, uid: crr.Name}
 	}
 	err := r.shown(ctx, pl.slots)
@@ -321,8 +327,8 @@ func (r *restarter) viaRequest(ctx context.Context, pl *plan) []*restart {
 	return done
 }
 
-// shown waits until kubelet has told the API server of the containers that run: a request means those that it finds there, and
-// has nothing to do for one that has been replaced since.
+// shown waits until kubelet has told the API server of the containers that run: a request means
+// those that it finds there, and has nothing to do for one that has been replaced since.
 func (s *soak) shown(ctx context.Context, slots []*slot) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -335,7 +341,8 @@ func (s *soak) shown(ctx context.Context, slots []*slot) error {
 		for _, c := range p.Status.ContainerStatuses {
 			for _, sl := range slots {
 				if c.Name == sl.container && bareID(c.ContainerID) != sl.incumbent() {
-					behind = fmt.Sprintf("kubelet reports %.12s for %s, where %.12s runs", bareID(c.ContainerID), sl, sl.incumbent())
+					behind = fmt.Sprintf("kubelet reports %.12s for %s, where %.12s runs", bareID(c.ContainerID), sl,
+						sl.incumbent())
 				}
 			}
 		}
@@ -369,7 +376,8 @@ func (s *soak) complete(ctx context.Context, crr *appsv1alpha1.ContainerRecreate
 	}
 	for _, st := range crr.Status.ContainerRecreateStates {
 		if st.Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
-			return fmt.Errorf("request %s: container %s is %s: %s %s", crr.Name, st.Name, st.Phase, st.Message, crr.Status.Message)
+			return fmt.Errorf("request %s: container %s is %s: %s %s", crr.Name, st.Name, st.Phase, st.Message,
+				crr.Status.Message)
 		}
 	}
 	return nil

@@ -43,7 +43,8 @@ type result struct {
 	Via        []via    `json:"via"`
 }
 
-// via is the restarts of one way to command them. Times are in milliseconds, from the command to its end.
+// via is the restarts of one way to command them. Times are in milliseconds, from the command to
+// its end.
 type via struct {
 	Name     string  `json:"name"`
 	Restarts int     `json:"restarts"`
@@ -56,10 +57,12 @@ type group struct {
 	Order    string `json:"order"`
 	Method   string `json:"method"`
 	Restarts int    `json:"restarts"`
-	// Took is the time of commands on the admin socket, pairs left out: the second one waits for the first.
+	// Took is the time of commands on the admin socket, pairs left out: the second one waits for
+	// the first.
 	TookP50 float64 `json:"tookP50"`
 	TookP95 float64 `json:"tookP95"`
-	// Gap is from the incumbent's exit to the successor's start, as the operation reports it; with StartFirst there is none.
+	// Gap is from the incumbent's exit to the successor's start, as the operation reports it; with
+	// StartFirst there is none.
 	GapP50 float64 `json:"gapP50,omitempty"`
 	GapP95 float64 `json:"gapP95,omitempty"`
 	GapMax float64 `json:"gapMax,omitempty"`
@@ -76,9 +79,11 @@ const mostSamples = 60
 
 func (s *soak) result(checks []check, t traffic, processes int, samples []sample) *result {
 	r := &result{
-		Time: time.Now().UTC(), Go: runtime.Version(), Kernel: oneLine("/proc/sys/kernel/osrelease"), CPUs: runtime.NumCPU(), LoadAfter: oneLine("/proc/loadavg"),
-		Seed: s.o.seed, Seconds: s.took.Seconds(), Pods: len(s.pods), Containers: len(s.slots()), Parallel: s.o.parallel,
-		Traffic: t, Processes: processes, Checks: checks,
+		Time: time.Now().UTC(), Go: runtime.Version(), Kernel: oneLine("/proc/sys/kernel/osrelease"),
+		CPUs: runtime.NumCPU(), LoadAfter: oneLine("/proc/loadavg"),
+		Seed: s.o.seed, Seconds: s.took.Seconds(), Pods: len(s.pods), Containers: len(s.slots()),
+		Parallel: s.o.parallel,
+		Traffic:  t, Processes: processes, Checks: checks,
 	}
 	type key struct{ order, method string }
 	groups, ways := map[key][]*restart{}, map[string][]float64{}
@@ -139,15 +144,28 @@ func typical(samples []sample, quarter int) sample {
 	}
 	m := func(value func(sample) float64) float64 { return median(part, value) }
 	return sample{
-		Seconds: m(func(s sample) float64 { return s.Seconds }), Restarts: int(m(func(s sample) float64 { return float64(s.Restarts) })),
-		RSS: m(func(s sample) float64 { return s.RSS }), Anonymous: m(func(s sample) float64 { return s.Anonymous }), Heap: m(func(s sample) float64 { return s.Heap }),
-		Live: m(func(s sample) float64 { return s.Live }), Kept: int(m(func(s sample) float64 { return float64(s.Kept) })),
-		FDs: m(func(s sample) float64 { return s.FDs }), Goroutines: m(func(s sample) float64 { return s.Goroutines }), Threads: int(m(func(s sample) float64 { return float64(s.Threads) })),
-		Journal: int64(m(func(s sample) float64 { return float64(s.Journal) })), Records: int64(m(func(s sample) float64 { return float64(s.Records) })),
-		Gates: int(m(func(s sample) float64 { return float64(s.Gates) })), Recorded: m(func(s sample) float64 { return s.Recorded }), Active: m(func(s sample) float64 { return s.Active }),
-		Running: int(m(func(s sample) float64 { return float64(s.Running) })), Exited: int(m(func(s sample) float64 { return float64(s.Exited) })),
-		Removed: m(func(s sample) float64 { return s.Removed }), Shims: int(m(func(s sample) float64 { return float64(s.Shims) })), Mounts: int(m(func(s sample) float64 { return float64(s.Mounts) })),
-		KubeletRSS: m(func(s sample) float64 { return s.KubeletRSS }), ContainerdRSS: m(func(s sample) float64 { return s.ContainerdRSS }),
+		Seconds:       m(func(s sample) float64 { return s.Seconds }),
+		Restarts:      int(m(func(s sample) float64 { return float64(s.Restarts) })),
+		RSS:           m(func(s sample) float64 { return s.RSS }),
+		Anonymous:     m(func(s sample) float64 { return s.Anonymous }),
+		Heap:          m(func(s sample) float64 { return s.Heap }),
+		Live:          m(func(s sample) float64 { return s.Live }),
+		Kept:          int(m(func(s sample) float64 { return float64(s.Kept) })),
+		FDs:           m(func(s sample) float64 { return s.FDs }),
+		Goroutines:    m(func(s sample) float64 { return s.Goroutines }),
+		Threads:       int(m(func(s sample) float64 { return float64(s.Threads) })),
+		Journal:       int64(m(func(s sample) float64 { return float64(s.Journal) })),
+		Records:       int64(m(func(s sample) float64 { return float64(s.Records) })),
+		Gates:         int(m(func(s sample) float64 { return float64(s.Gates) })),
+		Recorded:      m(func(s sample) float64 { return s.Recorded }),
+		Active:        m(func(s sample) float64 { return s.Active }),
+		Running:       int(m(func(s sample) float64 { return float64(s.Running) })),
+		Exited:        int(m(func(s sample) float64 { return float64(s.Exited) })),
+		Removed:       m(func(s sample) float64 { return s.Removed }),
+		Shims:         int(m(func(s sample) float64 { return float64(s.Shims) })),
+		Mounts:        int(m(func(s sample) float64 { return float64(s.Mounts) })),
+		KubeletRSS:    m(func(s sample) float64 { return s.KubeletRSS }),
+		ContainerdRSS: m(func(s sample) float64 { return s.ContainerdRSS }),
 	}
 }
 
@@ -179,19 +197,23 @@ func (r *result) write(path string) error {
 const mostFaults = 15
 
 func (r *result) print(w io.Writer) {
-	fmt.Fprintf(w, "\n%d restarts of %d containers in %d pods in %.0f s, %.1f per second, up to %d at a time; commanded: ", r.Restarts, r.Containers, r.Pods, r.Seconds, float64(r.Restarts)/r.Seconds, r.Parallel)
+	fmt.Fprintf(w, "\n%d restarts of %d containers in %d pods in %.0f s, %.1f per second, up to %d at a time; "+
+		"commanded: ", r.Restarts, r.Containers, r.Pods, r.Seconds, float64(r.Restarts)/r.Seconds, r.Parallel)
 	for _, v := range r.Via {
 		fmt.Fprintf(w, "%d %s (p50 %.0f ms, p95 %.0f ms), ", v.Restarts, v.Name, v.TookP50, v.TookP95)
 	}
 	fmt.Fprintf(w, "seed %d\n\n", r.Seed)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(t, "order\tmethod\trestarts\ttook p50 ms\tp95\tgap p50 ms\tp95\tmax\tsilence p50 ms\tp95\tmax\tfailed requests\t\n")
+	fmt.Fprintf(t,
+		"order\tmethod\trestarts\ttook p50 ms\tp95\tgap p50 ms\tp95\tmax\tsilence p50 ms\tp95\tmax\tfailed "+
+			"requests\t\n")
 	for _, g := range r.Groups {
 		gap := "\t\t"
 		if g.GapMax > 0 {
 			gap = fmt.Sprintf("%.1f\t%.1f\t%.1f", g.GapP50, g.GapP95, g.GapMax)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%.0f\t%.0f\t%s\t%.0f\t%.0f\t%.0f\t%d\t\n", g.Order, g.Method, g.Restarts, g.TookP50, g.TookP95, gap, g.SilenceP50, g.SilenceP95, g.SilenceMax, g.Failed)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%.0f\t%.0f\t%s\t%.0f\t%.0f\t%.0f\t%d\t\n", g.Order, g.Method, g.Restarts, g.TookP50,
+			g.TookP95, gap, g.SilenceP50, g.SilenceP95, g.SilenceMax, g.Failed)
 	}
 	_ = t.Flush()
 	fmt.Fprintln(w)

@@ -87,17 +87,21 @@ func (s *sampler) run(ctx context.Context) {
 			s.tell("not measured: %v", err)
 		case time.Since(said) >= sayEvery:
 			said = time.Now()
-			s.tell("%5d restarts (%.1f/s), %d failed  RSS %.1f MiB  fds %.0f  goroutines %.0f  journal %d KiB  records %d KiB  gates %d  containers %d+%d",
-				finished, float64(finished)/time.Since(s.began).Seconds(), failures, one.RSS, one.FDs, one.Goroutines, one.Journal>>10, one.Records>>10, one.Gates, one.Running, one.Exited)
+			s.tell("%5d restarts (%.1f/s), %d failed  RSS %.1f MiB  fds %.0f  goroutines %.0f  journal %d KiB  "+
+				"records %d KiB  gates %d  containers %d+%d",
+				finished, float64(finished)/time.Since(s.began).Seconds(), failures, one.RSS, one.FDs, one.Goroutines,
+				one.Journal>>10, one.Records>>10, one.Gates, one.Running, one.Exited)
 		}
 		done, text := 0.0, fmt.Sprintf("%d restarts", finished)
 		if s.o.restarts > 0 {
-			done, text = float64(finished)/float64(s.o.restarts), fmt.Sprintf("%d of %d restarts", finished, s.o.restarts)
+			done, text = float64(finished)/float64(s.o.restarts),
+				fmt.Sprintf("%d of %d restarts", finished, s.o.restarts)
 		}
 		if s.o.time > 0 {
 			done = max(done, float64(time.Since(s.began))/float64(s.o.time))
 		}
-		s.out.progress(done, fmt.Sprintf("%s, %d under way, %d failed, %s", text, sent-finished, failures, time.Since(s.began).Round(time.Second)))
+		s.out.progress(done, fmt.Sprintf("%s, %d under way, %d failed, %s", text, sent-finished, failures,
+			time.Since(s.began).Round(time.Second)))
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -122,13 +126,16 @@ func (s *sampler) take(ctx context.Context) (sample, error) {
 		return sample{}, err
 	}
 	one := sample{
-		RSS: metrics["process_resident_memory_bytes"] / (1 << 20), Heap: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20),
-		Live: metrics["go_memstats_next_gc_bytes"] / 2 / (1 << 20), Kept: int(min(sum(metrics, "criproxy_operations_total"), journalOperations)),
-		FDs: metrics["process_open_fds"], Goroutines: metrics["go_goroutines"],
+		RSS:  metrics["process_resident_memory_bytes"] / (1 << 20),
+		Heap: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20),
+		Live: metrics["go_memstats_next_gc_bytes"] / 2 / (1 << 20),
+		Kept: int(min(sum(metrics, "criproxy_operations_total"), journalOperations)),
+		FDs:  metrics["process_open_fds"], Goroutines: metrics["go_goroutines"],
 		Recorded: metrics["criproxy_recorded_containers"], Active: sum(metrics, "criproxy_operations_active"),
 		Removed: calls(metrics, "RemoveContainer"), metrics: metrics,
-		Anonymous:  statusMiB(s.bed.Pid("cri-proxy"), "RssAnon:"),
-		KubeletRSS: statusMiB(s.bed.Pid("kubelet"), "VmRSS:"), ContainerdRSS: statusMiB(s.bed.Pid("containerd"), "VmRSS:"),
+		Anonymous:     statusMiB(s.bed.Pid("cri-proxy"), "RssAnon:"),
+		KubeletRSS:    statusMiB(s.bed.Pid("kubelet"), "VmRSS:"),
+		ContainerdRSS: statusMiB(s.bed.Pid("containerd"), "VmRSS:"),
 	}
 	if s.restarts != nil {
 		one.Seconds = time.Since(s.began).Seconds()
@@ -186,7 +193,8 @@ func (s *sampler) shims() (int, error) {
 			continue
 		}
 		// It may have ended.
-		if b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline")); err == nil && bytes.Contains(b, []byte("containerd-shim")) && bytes.Contains(b, []byte(s.bed.RunDir)) {
+		if b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline")); err == nil &&
+			bytes.Contains(b, []byte("containerd-shim")) && bytes.Contains(b, []byte(s.bed.RunDir)) {
 			n++
 		}
 	}
@@ -201,7 +209,8 @@ func (s *sampler) mounts() (int, error) {
 	}
 	n := 0
 	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 4 && (strings.HasPrefix(f[4], s.bed.Dir) || strings.HasPrefix(f[4], s.bed.RunDir)) {
+		if f := strings.Fields(line); len(f) > 4 && (strings.HasPrefix(f[4], s.bed.Dir) ||
+			strings.HasPrefix(f[4], s.bed.RunDir)) {
 			n++
 		}
 	}
@@ -229,7 +238,8 @@ func scrape(ctx context.Context, url string) (map[string]float64, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A connection of its own each time: one that is kept would be a file of the proxy's that comes and goes.
+	// A connection of its own each time: one that is kept would be a file of the proxy's that comes
+	// and goes.
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Do(req)
 	if err != nil {

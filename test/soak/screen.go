@@ -46,7 +46,8 @@ func (s *screen) progress(done float64, text string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.eraseLocked()
-	s.bar = fmt.Sprintf("[%s%s] %3.0f %%  %s", strings.Repeat("=", full), strings.Repeat(" ", width-full), 100*done, text)
+	s.bar = fmt.Sprintf("[%s%s] %3.0f %%  %s", strings.Repeat("=", full), strings.Repeat(" ", width-full), 100*done,
+		text)
 	_, _ = io.WriteString(s.w, s.bar)
 }
 

@@ -77,7 +77,8 @@ func newSoak(ctx context.Context, o options, bed *testbed.Bed, out io.Writer) (_
 		bed.RuntimeSocket: func(c *grpc.ClientConn) { s.runtime = runtimeapi.NewRuntimeServiceClient(c) },
 		bed.CRISocket:     func(c *grpc.ClientConn) { s.cri = runtimeapi.NewRuntimeServiceClient(c) },
 	} {
-		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 		if err != nil {
 			return nil, err
 		}
@@ -130,7 +131,8 @@ func (s *soak) run(ctx context.Context) error {
 	if s.before, err = s.sampler.take(ctx); err != nil {
 		return err
 	}
-	s.restarts = &restarter{soak: s, rand: rand.New(rand.NewPCG(s.o.seed, s.o.seed)), idle: append([]*pod(nil), s.pods...), left: -1}
+	s.restarts = &restarter{soak: s, rand: rand.New(rand.NewPCG(s.o.seed, s.o.seed)),
+		idle: append([]*pod(nil), s.pods...), left: -1}
 	if s.o.restarts > 0 {
 		s.restarts.left = s.o.restarts
 	}

@@ -57,12 +57,19 @@ func TestAttempts(t *testing.T) {
 	}{
 		{"none", []life{runs(0)}, 0, ""},
 		{"two", []life{ended(0), ended(1), runs(2)}, 2, ""},
-		{"a hole", []life{ended(0), ended(1), runs(3)}, 2, "attempt 2 was there 0 times; attempts [3] are beyond the restarts"},
-		{"a double", []life{ended(0), ended(1), ended(1), runs(2)}, 2, "4 containers for 2 restarts; attempt 1 was there 2 times"},
-		{"one too many", []life{ended(0), ended(1), runs(2)}, 1, "3 containers for 1 restarts; attempt 1 (x) was created, started and stopped 1, 1 and 1 times; attempt 2 (x) was created, started and stopped 1, 1 and 0 times; attempts [2] are beyond"},
-		{"one too few", []life{runs(0)}, 1, "1 containers for 1 restarts; attempt 0 (x) was created, started and stopped 1, 1 and 0 times; attempt 1 was there 0 times"},
+		{"a hole", []life{ended(0), ended(1), runs(3)}, 2,
+			"attempt 2 was there 0 times; attempts [3] are beyond the restarts"},
+		{"a double", []life{ended(0), ended(1), ended(1), runs(2)}, 2,
+			"4 containers for 2 restarts; attempt 1 was there 2 times"},
+		{"one too many", []life{ended(0), ended(1), runs(2)}, 1,
+			"3 containers for 1 restarts; attempt 1 (x) was created, started and stopped 1, 1 and 1 times; attempt 2 " +
+				"(x) was created, started and stopped 1, 1 and 0 times; attempts [2] are beyond"},
+		{"one too few", []life{runs(0)}, 1,
+			"1 containers for 1 restarts; attempt 0 (x) was created, started and stopped 1, 1 and 0 times; attempt 1 " +
+				"was there 0 times"},
 		{"both run", []life{runs(0), runs(1)}, 1, "attempt 0 (x) was created, started and stopped 1, 1 and 0 times"},
-		{"never started", []life{ended(0), {id: "x", attempt: 1, created: 1}}, 1, "attempt 1 (x) was created, started and stopped 1, 0 and 0 times"},
+		{"never started", []life{ended(0), {id: "x", attempt: 1, created: 1}}, 1,
+			"attempt 1 (x) was created, started and stopped 1, 0 and 0 times"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			err := attempts(tc.lives, tc.restarts)
@@ -80,8 +87,10 @@ func TestAttempts(t *testing.T) {
 func TestLedger(t *testing.T) {
 	l := newLedger()
 	statuses := []*runtimeapi.ContainerStatus{
-		{Id: "b", Metadata: &runtimeapi.ContainerMetadata{Name: "app", Attempt: 1}, Labels: map[string]string{labelPodUID: "u", labelContainer: "app"}},
-		{Id: "a", Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Labels: map[string]string{labelPodUID: "u", labelContainer: "app"}},
+		{Id: "b", Metadata: &runtimeapi.ContainerMetadata{Name: "app", Attempt: 1},
+			Labels: map[string]string{labelPodUID: "u", labelContainer: "app"}},
+		{Id: "a", Metadata: &runtimeapi.ContainerMetadata{Name: "app"},
+			Labels: map[string]string{labelPodUID: "u", labelContainer: "app"}},
 	}
 	for _, e := range []struct {
 		id   string
@@ -94,10 +103,12 @@ func TestLedger(t *testing.T) {
 		{"a", runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT},
 		{"b", runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT},
 	} {
-		l.note(&runtimeapi.ContainerEventResponse{ContainerId: e.id, ContainerEventType: e.what, ContainersStatuses: statuses})
+		l.note(&runtimeapi.ContainerEventResponse{ContainerId: e.id, ContainerEventType: e.what,
+			ContainersStatuses: statuses})
 	}
 	// The status of a container that is gone is not sent.
-	l.note(&runtimeapi.ContainerEventResponse{ContainerId: "a", ContainerEventType: runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT})
+	l.note(&runtimeapi.ContainerEventResponse{ContainerId: "a",
+		ContainerEventType: runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT})
 	lives, err := l.bySlot()
 	if err != nil || len(lives) != 1 || len(lives["u/app"]) != 2 {
 		t.Fatalf("lives are %+v, %v", lives, err)
@@ -112,7 +123,8 @@ func TestLedger(t *testing.T) {
 
 func TestChain(t *testing.T) {
 	op := func(attempt uint32, incumbent, successor string) *restart {
-		return &restart{op: &opsv1.ContainerOperation{Attempt: attempt, IncumbentId: incumbent, SuccessorId: successor, Phase: opsv1.Phase_PHASE_SUCCEEDED}}
+		return &restart{op: &opsv1.ContainerOperation{Attempt: attempt, IncumbentId: incumbent, SuccessorId: successor,
+			Phase: opsv1.Phase_PHASE_SUCCEEDED}}
 	}
 	for _, tc := range []struct {
 		name string
@@ -140,7 +152,8 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// One client's requests as they come in, at seconds since the start; processes are named by when they began.
+// One client's requests as they come in, at seconds since the start; processes are named by when
+// they began.
 func TestClientNotes(t *testing.T) {
 	zero := time.Unix(1_700_000_000, 0)
 	at := func(s int) time.Time { return zero.Add(time.Duration(s) * time.Second) }
@@ -159,17 +172,27 @@ func TestClientNotes(t *testing.T) {
 		want       traffic
 		processes  int
 	}{
-		{"calm", []step{{sent: 2, received: 3, began: 1}, {sent: 4, received: 5, began: 1}}, "", traffic{Answered: 2}, 1},
-		{"not answered in calm", []step{{sent: 2, received: 3, began: 1}, {sent: 4, received: 5, err: down}}, "connection refused", traffic{Answered: 1, UnansweredCalm: 1}, 1},
-		{"a restart", []step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 4, received: 5, err: down}, {sent: 8, received: 9, began: 7}, {do: "shut"}, {sent: 10, received: 11, began: 7}},
+		{"calm", []step{{sent: 2, received: 3, began: 1}, {sent: 4, received: 5, began: 1}}, "",
+			traffic{Answered: 2}, 1},
+		{"not answered in calm", []step{{sent: 2, received: 3, began: 1}, {sent: 4, received: 5, err: down}},
+			"connection refused", traffic{Answered: 1, UnansweredCalm: 1}, 1},
+		{"a restart", []step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 4, received: 5, err: down},
+			{sent: 8, received: 9, began: 7}, {do: "shut"}, {sent: 10, received: 11, began: 7}},
 			"", traffic{Answered: 3, UnansweredStopFirst: 1}, 2},
-		{"both processes at a time", []step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 8, received: 9, began: 7}, {sent: 10, received: 11, began: 1}, {do: "shut"}},
+		{"both processes at a time",
+			[]step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 8, received: 9, began: 7},
+				{sent: 10, received: 11, began: 1}, {do: "shut"}},
 			"the process of", traffic{Answered: 3}, 2},
-		{"an answer that was under way", []step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 8, received: 9, began: 7}, {sent: 6, received: 10, began: 1}, {do: "shut"}},
+		{"an answer that was under way",
+			[]step{{sent: 2, received: 3, began: 1}, {do: "open"}, {sent: 8, received: 9, began: 7},
+				{sent: 6, received: 10, began: 1}, {do: "shut"}},
 			"", traffic{Answered: 3}, 2},
-		{"both with StartFirst", []step{{do: "overlap"}, {sent: 2, received: 3, began: 1}, {sent: 8, received: 9, began: 7}, {sent: 10, received: 11, began: 1}, {sent: 12, received: 13, err: down}, {do: "shut"}},
+		{"both with StartFirst",
+			[]step{{do: "overlap"}, {sent: 2, received: 3, began: 1}, {sent: 8, received: 9, began: 7},
+				{sent: 10, received: 11, began: 1}, {sent: 12, received: 13, err: down}, {do: "shut"}},
 			"", traffic{Answered: 3, UnansweredStartFirst: 1}, 2},
-		{"the old one after StartFirst", []step{{do: "overlap"}, {sent: 8, received: 9, began: 7}, {do: "shut"}, {sent: 10, received: 11, began: 1}},
+		{"the old one after StartFirst", []step{{do: "overlap"}, {sent: 8, received: 9, began: 7}, {do: "shut"},
+			{sent: 10, received: 11, began: 1}},
 			"the process of", traffic{Answered: 2}, 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -291,7 +314,8 @@ criproxy_interceptor_faults_total{method="c"} 1
 // A run commands exactly as many restarts as asked for, whatever it chooses.
 func TestTakeEndsAtTheCount(t *testing.T) {
 	for seed := range uint64(50) {
-		r := &restarter{soak: &soak{o: options{startFirst: 0.5, requests: 0.15}}, rand: rand.New(rand.NewPCG(seed, 0)), left: 101}
+		r := &restarter{soak: &soak{o: options{startFirst: 0.5, requests: 0.15}}, rand: rand.New(rand.NewPCG(seed, 0)),
+			left: 101}
 		for i := range 5 {
 			p := &pod{name: podName(i), shared: shared(i)}
 			for range 1 + i%2 {
@@ -314,7 +338,9 @@ func TestTakeEndsAtTheCount(t *testing.T) {
 }
 
 func TestPrint(t *testing.T) {
-	r := &result{Restarts: 2, Seconds: 1, Checks: []check{{Name: "good", OK: true}, {Name: "bad", Faults: make([]string, mostFaults+2)}}, Groups: []group{{Order: "StopFirst", Method: "gate"}}}
+	r := &result{Restarts: 2, Seconds: 1,
+		Checks: []check{{Name: "good", OK: true}, {Name: "bad", Faults: make([]string, mostFaults+2)}},
+		Groups: []group{{Order: "StopFirst", Method: "gate"}}}
 	var b strings.Builder
 	r.print(&b)
 	for _, want := range []string{"StopFirst", "ok      good", "FAILED  bad", "and 2 more"} {

@@ -22,7 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bed is a running test bed. Its methods may be called by several goroutines. The embedded Node is the first of Nodes.
+// Bed is a running test bed. Its methods may be called by several goroutines. The embedded Node is
+// the first of Nodes.
 type Bed struct {
 	*Node
 	// ID is short and unique on this machine.
@@ -40,7 +41,8 @@ type Bed struct {
 	PKI *PKI
 	// APIServer is its URL and Kubeconfig the administrator's; empty in Node mode.
 	APIServer, Kubeconfig string
-	// ControllerKubeconfig is what StartController uses: the administrator's unless a test sets one of [Bed.NewKubeconfig].
+	// ControllerKubeconfig is what StartController uses: the administrator's unless a test sets one
+	// of [Bed.NewKubeconfig].
 	ControllerKubeconfig string
 	// ControllerMetricsAddress and ControllerHealthAddress are cri-controller's, host:port.
 	ControllerMetricsAddress, ControllerHealthAddress string
@@ -61,8 +63,9 @@ type Bed struct {
 	closed    bool                // guarded by mu
 }
 
-// Start builds what is missing, sweeps what dead runs left, and brings a bed up. When it returns without error a Node bed answers CRI
-// calls and a Cluster bed runs pods. On error nothing is left behind. ctx bounds the start only.
+// Start builds what is missing, sweeps what dead runs left, and brings a bed up. When it returns
+// without error a Node bed answers CRI calls and a Cluster bed runs pods. On error nothing is left
+// behind. ctx bounds the start only.
 func Start(ctx context.Context, o Options) (*Bed, error) {
 	if err := o.complete(); err != nil {
 		return nil, err
@@ -104,7 +107,8 @@ func Start(ctx context.Context, o Options) (*Bed, error) {
 
 // allocate reserves the bed's names and networks and computes everything that follows from them.
 func allocate(ctx context.Context, o Options, source string) (*Bed, error) {
-	b := &Bed{Mode: o.Mode, options: o, source: source, ledger: ledger{root: runRoot}, began: time.Now(), processes: map[string]*Process{}}
+	b := &Bed{Mode: o.Mode, options: o, source: source, ledger: ledger{root: runRoot}, began: time.Now(),
+		processes: map[string]*Process{}}
 	b.plain = oneShotClient()
 	dir := o.Dir
 	if dir == "" {
@@ -120,7 +124,8 @@ func allocate(ctx context.Context, o Options, source string) (*Bed, error) {
 	}
 	b.record, b.release, err = b.ledger.allocate(ctx, o.Nodes, o.Log, func(r *record) {
 		r.Mode = o.Mode.String()
-		// Also below a directory that the caller chose: removing that one itself would take what else is in it.
+		// Also below a directory that the caller chose: removing that one itself would take what
+		// else is in it.
 		r.Dir = filepath.Join(dir, r.ID)
 		for i := range r.Nodes {
 			n := &r.Nodes[i]
@@ -146,7 +151,8 @@ func allocate(ctx context.Context, o Options, source string) (*Bed, error) {
 			Bridge: r.Bridge, BridgeIP: gateway.String(), PodCIDR: network.String(), CRISocket: r.CRI,
 			CgroupParent: cgroupPath(b.ID) + "/" + name, bed: b, network: r.Network, subnet: network,
 		}
-		n.RuntimeSocket, n.ProxySocket = filepath.Join(n.RunDir, "containerd.sock"), filepath.Join(n.RunDir, "cri-proxy.sock")
+		n.RuntimeSocket, n.ProxySocket = filepath.Join(n.RunDir, "containerd.sock"),
+			filepath.Join(n.RunDir, "cri-proxy.sock")
 		n.AdminSocket, n.StateDir = filepath.Join(n.RunDir, "admin.sock"), filepath.Join(n.NodeDir, "state")
 		n.PodLogs = filepath.Join(n.NodeDir, "pods")
 		if i > 0 {
@@ -227,11 +233,13 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 // atOnce returns the nodes that start with the bed.
 func (b *Bed) atOnce() []*Node { return b.Nodes[:len(b.Nodes)-b.options.Later] }
 
-// assignAddresses picks ports and prepares the nodes: bridges must be up before their addresses can be bound.
+// assignAddresses picks ports and prepares the nodes: bridges must be up before their addresses can
+// be bound.
 func (b *Bed) assignAddresses(ctx context.Context) error {
 	for i, n := range b.Nodes {
 		if i == 0 {
-			// Nodes refer to the registry in their configuration, so its address is settled with the first bridge.
+			// Nodes refer to the registry in their configuration, so its address is settled with
+			// the first bridge.
 			b.Registry = net.JoinHostPort(n.BridgeIP, fmt.Sprint(registryPort))
 		}
 		b.opsPort = opsPort
@@ -316,12 +324,14 @@ func (b *Bed) product(ctx context.Context, name, given string) error {
 
 func (b *Bed) pidDir() string { return filepath.Join(b.ledger.runDir(b.ID), "pid") }
 
-// start runs one of Bin's programs under a name that is unique in the bed. A process of that name that ended is replaced.
+// start runs one of Bin's programs under a name that is unique in the bed. A process of that name
+// that ended is replaced.
 func (b *Bed) start(name, program string, args ...string) (*Process, error) {
 	return b.startIn("", nil, name, program, args...)
 }
 
-// startIn is start in a network namespace, which is a file; empty is this machine's. more is added to the environment.
+// startIn is start in a network namespace, which is a file; empty is this machine's. more is added
+// to the environment.
 func (b *Bed) startIn(netns string, more []string, name, program string, args ...string) (*Process, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -332,9 +342,11 @@ func (b *Bed) startIn(netns string, more []string, name, program string, args ..
 		return nil, fmt.Errorf("start %s: it runs already with pid %d", name, p.PID)
 	}
 	env := append([]string{
-		"PATH=" + b.Bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + b.Dir, "LANG=C.UTF-8",
+		"PATH=" + b.Bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + b.Dir,
+		"LANG=C.UTF-8",
 	}, more...)
-	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env, log: b.logFile(name), netns: netns}, b.pidDir())
+	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env,
+		log: b.logFile(name), netns: netns}, b.pidDir())
 	if err == nil {
 		b.processes[name] = p
 	}
@@ -355,11 +367,13 @@ func (b *Bed) stop(ctx context.Context, name string, sig syscall.Signal) error {
 	return p.stop(ctx, sig)
 }
 
-// Process returns a component by name: registry, containerd, cri-proxy, kubelet, etcd, kube-apiserver, kube-controller-manager,
-// kube-scheduler or cri-controller; those of further nodes begin with n1-, n2-. It is nil when it was never started.
+// Process returns a component by name: registry, containerd, cri-proxy, kubelet, etcd,
+// kube-apiserver, kube-controller-manager, kube-scheduler or cri-controller; those of further nodes
+// begin with n1-, n2-. It is nil when it was never started.
 func (b *Bed) Process(name string) *Process { return b.process(name) }
 
-// Pid returns the process ID of a running component, 0 when it does not run. Names are those of [Bed.Process].
+// Pid returns the process ID of a running component, 0 when it does not run. Names are those of
+// [Bed.Process].
 func (b *Bed) Pid(name string) int {
 	if p := b.process(name); p != nil && p.Running() {
 		return p.PID
@@ -377,8 +391,9 @@ func (b *Bed) step(format string, args ...any) {
 	fmt.Fprintf(b.options.Log, "%6.2fs  %s\n", time.Since(b.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// Close stops everything and removes every trace of the bed. Pods are removed by containerd where it still can; the rest by force.
-// It returns an error, and keeps the logs, when a program built with Options.Race reported a data race. Calling it again is harmless.
+// Close stops everything and removes every trace of the bed. Pods are removed by containerd where
+// it still can; the rest by force. It returns an error, and keeps the logs, when a program built
+// with Options.Race reported a data race. Calling it again is harmless.
 func (b *Bed) Close(ctx context.Context) error {
 	return b.close(ctx, b.options.KeepLogs != nil && b.options.KeepLogs())
 }
@@ -433,7 +448,8 @@ func (b *Bed) close(ctx context.Context, keepLogs bool) error {
 	return errors.Join(races, err)
 }
 
-// races returns an error when one of the project's programs, built with Options.Race, reported a data race in its log.
+// races returns an error when one of the project's programs, built with Options.Race, reported a
+// data race in its log.
 func (b *Bed) races() error {
 	var errs []error
 	logs, _ := filepath.Glob(filepath.Join(b.Logs, "*.log"))
@@ -443,7 +459,8 @@ func (b *Bed) races() error {
 			continue
 		}
 		if _, report, found := strings.Cut(string(out), "WARNING: DATA RACE"); found {
-			errs = append(errs, fmt.Errorf("%s reports a data race:%s", filepath.Base(log), report[:min(len(report), 3000)]))
+			errs = append(errs,
+				fmt.Errorf("%s reports a data race:%s", filepath.Base(log), report[:min(len(report), 3000)]))
 		}
 	}
 	return errors.Join(errs...)

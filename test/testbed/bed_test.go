@@ -22,7 +22,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// real skips a test that runs real beds unless TESTBED=1 is set: it needs root, and builds the components for minutes the first time.
+// real skips a test that runs real beds unless TESTBED=1 is set: it needs root, and builds the
+// components for minutes the first time.
 func real(t *testing.T) {
 	t.Helper()
 	if os.Getenv("TESTBED") == "" {
@@ -67,15 +68,17 @@ func runPod(ctx context.Context, b *Bed, name string) (string, error) {
 	}
 	sandbox := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Uid: name, Namespace: "default"},
-		LogDirectory: filepath.Join(b.PodLogs, name), Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: b.CgroupParent},
+		LogDirectory: filepath.Join(b.PodLogs, name),
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: b.CgroupParent},
 	}
 	pod, err := rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: sandbox})
 	if err != nil {
 		return "", err
 	}
-	c, err := rt.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: pod.PodSandboxId, SandboxConfig: sandbox, Config: &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: image, LogPath: "app.log",
-	}})
+	c, err := rt.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: pod.PodSandboxId,
+		SandboxConfig: sandbox, Config: &runtimeapi.ContainerConfig{
+			Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: image, LogPath: "app.log",
+		}})
 	if err != nil {
 		return "", err
 	}
@@ -100,7 +103,8 @@ func traces(t *testing.T, id, dir string) []string {
 	}
 	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, p := range procs {
-		if b, err := os.ReadFile(p); err == nil && (strings.Contains(string(b), "/"+id+"/") || strings.Contains(string(b), "cri-proxy-test-"+id)) {
+		if b, err := os.ReadFile(p); err == nil && (strings.Contains(string(b), "/"+id+"/") ||
+			strings.Contains(string(b), "cri-proxy-test-"+id)) {
 			found = append(found, p+" "+strings.ReplaceAll(string(b), "\x00", " "))
 		}
 	}
@@ -128,7 +132,8 @@ func traces(t *testing.T, id, dir string) []string {
 		}
 		return nil
 	})
-	for _, pattern := range []string{"/run/cri-proxy-test/" + id, dir, "/var/lib/cni/*/*" + id + "*", "/run/netns/*" + id + "*"} {
+	for _, pattern := range []string{"/run/cri-proxy-test/" + id, dir, "/var/lib/cni/*/*" + id + "*",
+		"/run/netns/*" + id + "*"} {
 		matches, _ := filepath.Glob(pattern)
 		found = append(found, matches...)
 	}
@@ -150,7 +155,8 @@ func traces(t *testing.T, id, dir string) []string {
 func hostFiles(t *testing.T) []string {
 	t.Helper()
 	var all []string
-	for _, dir := range []string{"/run/containerd", "/run/netns", "/run/nri", "/run/cdi", "/etc/cdi", "/etc/cni", "/etc/containerd", "/var/lib/cni", "/var/lib/containerd", "/opt",
+	for _, dir := range []string{"/run/containerd", "/run/netns", "/run/nri", "/run/cdi", "/etc/cdi", "/etc/cni",
+		"/etc/containerd", "/var/lib/cni", "/var/lib/containerd", "/opt",
 		"/var/log/pods", "/var/run/kubernetes", "/usr/libexec/kubernetes"} {
 		for _, pattern := range []string{dir, dir + "/*", dir + "/*/*"} {
 			matches, err := filepath.Glob(pattern)
@@ -237,10 +243,12 @@ func TestNodeBed(t *testing.T) {
 func TestClusterBed(t *testing.T) {
 	real(t)
 	before := hostFiles(t)
-	b := startBed(t, Options{Mode: ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, KubeletExtra: "maxPods: 17\n"})
+	b := startBed(t, Options{Mode: ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true,
+		KubeletExtra: "maxPods: 17\n"})
 	ctx := within(t)
 	late := b.Nodes[1]
-	if out, err := b.Kubectl(ctx, "get", "nodes", "-o", "name"); err != nil || strings.TrimSpace(out) != "node/"+b.NodeName {
+	if out, err := b.Kubectl(ctx, "get", "nodes", "-o", "name"); err != nil ||
+		strings.TrimSpace(out) != "node/"+b.NodeName {
 		t.Errorf("nodes at first: %q, %v", out, err)
 	}
 	if err := late.Join(ctx); err != nil {
@@ -269,7 +277,8 @@ spec:
 			t.Fatal(err)
 		}
 	}
-	if _, err := b.Kubectl(ctx, "wait", "-n", "here", "--for=condition=Ready", "pod", "--all", "--timeout=100s"); err != nil {
+	if _, err := b.Kubectl(ctx, "wait", "-n", "here", "--for=condition=Ready", "pod", "--all",
+		"--timeout=100s"); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range b.Nodes {
@@ -278,10 +287,12 @@ spec:
 		if err != nil || !strings.Contains(out, `"VERSION":"2"`) || !strings.Contains(out, pod) {
 			t.Errorf("the app answers %q, %v", out, err)
 		}
-		if out, err = b.Kubectl(ctx, "logs", "-n", "here", pod); err != nil || !strings.Contains(out, "app version=2 listens") {
+		if out, err = b.Kubectl(ctx, "logs", "-n", "here", pod); err != nil ||
+			!strings.Contains(out, "app version=2 listens") {
 			t.Errorf("logs: %q, %v", out, err)
 		}
-		if out, err = b.Kubectl(ctx, "get", "node", n.NodeName, "-o", "jsonpath={.status.capacity.pods} {.status.addresses[0].address}"); err != nil || out != "17 "+n.BridgeIP {
+		if out, err = b.Kubectl(ctx, "get", "node", n.NodeName, "-o",
+			"jsonpath={.status.capacity.pods} {.status.addresses[0].address}"); err != nil || out != "17 "+n.BridgeIP {
 			t.Errorf("node: %q, %v", out, err)
 		}
 	}
@@ -301,7 +312,8 @@ spec:
 func TestFailedStartLeavesNothing(t *testing.T) {
 	real(t)
 	before := ids(t, ledger{root: runRoot})
-	_, err := Start(t.Context(), Options{Mode: ModeNode, Direct: true, ContainerdExtra: "this is not TOML", Dir: t.TempDir()})
+	_, err := Start(t.Context(), Options{Mode: ModeNode, Direct: true, ContainerdExtra: "this is not TOML",
+		Dir: t.TempDir()})
 	if err == nil || !strings.Contains(err.Error(), "toml") {
 		t.Fatalf("containerd's complaint is not in the error: %v", err)
 	}
@@ -375,7 +387,8 @@ func TestSweepAfterKill(t *testing.T) {
 	}
 }
 
-// TestCRIConformance runs critest on a bed behind the proxy and on one without: the proxy must not change any result.
+// TestCRIConformance runs critest on a bed behind the proxy and on one without: the proxy must not
+// change any result.
 func TestCRIConformance(t *testing.T) {
 	real(t)
 	if os.Getenv("TESTBED_CRITEST") == "" {
@@ -388,14 +401,16 @@ func TestCRIConformance(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "critest"), append(args, "-ginkgo.skip", "digest|benchmark", "-ginkgo.no-color")...)
+		cmd := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "critest"),
+			append(args, "-ginkgo.skip", "digest|benchmark", "-ginkgo.no-color")...)
 		cmd.Dir = b.Dir
 		out, err := cmd.CombinedOutput()
 		for line := range strings.Lines(string(out)) {
 			if strings.HasPrefix(strings.TrimSpace(line), "[FAIL]") {
 				failed[direct] = append(failed[direct], strings.TrimSpace(line))
 			}
-			if strings.HasPrefix(line, "Ran ") || strings.HasPrefix(line, "FAIL!") || strings.HasPrefix(line, "SUCCESS!") {
+			if strings.HasPrefix(line, "Ran ") || strings.HasPrefix(line, "FAIL!") ||
+				strings.HasPrefix(line, "SUCCESS!") {
 				t.Log(strings.TrimSpace(line))
 			}
 		}

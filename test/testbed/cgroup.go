@@ -22,8 +22,9 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupPath is where the cgroups of a bed are, below each hierarchy.
 func cgroupPath(id string) string { return "/cri-proxy-test-" + id }
 
-// hierarchies returns the mount points of all cgroup hierarchies: the single one of v2, or each controller's of v1, plus in the hybrid
-// layout the v2 tree without controllers, where kubelet and runc create cgroups too.
+// hierarchies returns the mount points of all cgroup hierarchies: the single one of v2, or each
+// controller's of v1, plus in the hybrid layout the v2 tree without controllers, where kubelet and
+// runc create cgroups too.
 func hierarchies() (dirs []string, v2 bool, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(cgroupRoot, &st); err != nil {
@@ -39,14 +40,16 @@ func hierarchies() (dirs []string, v2 bool, err error) {
 	for _, e := range entries {
 		dir := filepath.Join(cgroupRoot, e.Name())
 		// Symlinks such as cpu -> cpu,cpuacct name the same hierarchy twice.
-		if e.IsDir() && unix.Statfs(dir, &st) == nil && (st.Type == unix.CGROUP_SUPER_MAGIC || st.Type == unix.CGROUP2_SUPER_MAGIC) {
+		if e.IsDir() && unix.Statfs(dir, &st) == nil && (st.Type == unix.CGROUP_SUPER_MAGIC ||
+			st.Type == unix.CGROUP2_SUPER_MAGIC) {
 			dirs = append(dirs, dir)
 		}
 	}
 	return dirs, false, nil
 }
 
-// makeCgroup creates path in every hierarchy, ready for containers below it. kubelet demands that its cgroupRoot exists.
+// makeCgroup creates path in every hierarchy, ready for containers below it. kubelet demands that
+// its cgroupRoot exists.
 func makeCgroup(path string) error {
 	dirs, v2, err := hierarchies()
 	if err != nil {
@@ -74,8 +77,9 @@ func makeCgroup(path string) error {
 	return nil
 }
 
-// delegateControllers enables all controllers of a v2 cgroup for its children. One at a time: a controller that cannot be enabled (cpu
-// with real-time processes around) must not keep the others away.
+// delegateControllers enables all controllers of a v2 cgroup for its children. One at a time: a
+// controller that cannot be enabled (cpu with real-time processes around) must not keep the others
+// away.
 func delegateControllers(dir string) {
 	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {
@@ -86,7 +90,8 @@ func delegateControllers(dir string) {
 	}
 }
 
-// inheritCpuset gives a v1 cpuset its parent's CPUs and memory nodes: a new one has none and takes no process.
+// inheritCpuset gives a v1 cpuset its parent's CPUs and memory nodes: a new one has none and takes
+// no process.
 func inheritCpuset(parent, dir string) {
 	for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
 		if b, err := os.ReadFile(filepath.Join(parent, f)); err == nil {
@@ -124,7 +129,8 @@ func cgroupProcesses(path string) []int {
 	return out
 }
 
-// removeCgroup removes path and all below it. The kernel frees a cgroup a moment after its last process, hence the patience.
+// removeCgroup removes path and all below it. The kernel frees a cgroup a moment after its last
+// process, hence the long timeout.
 func removeCgroup(ctx context.Context, path string) error {
 	dirs, _, err := hierarchies()
 	if err != nil {

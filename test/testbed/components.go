@@ -25,8 +25,8 @@ import (
 // modulePath tells the checkout of this project from another module around the working directory.
 const modulePath = "github.com/cri-proxy/cri-proxy"
 
-// kubernetesVersion is stamped into the Kubernetes binaries: they refuse each other without one. It must be the version that
-// test/components/kubernetes/go.mod requires (a test checks it).
+// kubernetesVersion is stamped into the Kubernetes binaries: they refuse each other without one. It
+// must be the version that test/components/kubernetes/go.mod requires (a test checks it).
 const kubernetesVersion = "v1.37.2"
 
 // component is one pinned module below test/components and the programs built from it.
@@ -49,35 +49,44 @@ func components() []component {
 	minor := strings.Split(kubernetesVersion, ".")[1]
 	return []component{
 		{dir: "containerd", programs: map[string]string{
-			"containerd": containerd + "containerd", "containerd-shim-runc-v2": containerd + "containerd-shim-runc-v2", "ctr": containerd + "ctr",
+			"containerd": containerd + "containerd", "containerd-shim-runc-v2": containerd + "containerd-shim-runc-v2",
+			"ctr": containerd + "ctr",
 		}},
 		// CRI's seccomp profiles need libseccomp.
 		{dir: "runc", programs: map[string]string{"runc": "github.com/opencontainers/runc"}, tags: "seccomp"},
 		{dir: "cni", programs: map[string]string{
-			"bridge": plugins + "main/bridge", "loopback": plugins + "main/loopback", "host-local": plugins + "ipam/host-local", "portmap": plugins + "meta/portmap",
+			"bridge": plugins + "main/bridge", "loopback": plugins + "main/loopback", "host-local": plugins +
+				"ipam/host-local", "portmap": plugins + "meta/portmap",
 		}},
-		{dir: "registry", programs: map[string]string{"registry": "github.com/distribution/distribution/v3/cmd/registry"}},
+		{dir: "registry",
+			programs: map[string]string{"registry": "github.com/distribution/distribution/v3/cmd/registry"}},
 		{dir: "crane", programs: map[string]string{"crane": "github.com/google/go-containerregistry/cmd/crane"}},
-		{dir: "cri-tools", programs: map[string]string{"crictl": "sigs.k8s.io/cri-tools/cmd/crictl"}, tests: map[string]string{"critest": "sigs.k8s.io/cri-tools/cmd/critest"}},
+		{dir: "cri-tools", programs: map[string]string{"crictl": "sigs.k8s.io/cri-tools/cmd/crictl"},
+			tests: map[string]string{"critest": "sigs.k8s.io/cri-tools/cmd/critest"}},
 		{dir: "etcd", programs: map[string]string{"etcd": "go.etcd.io/etcd/server/v3"}, cluster: true},
 		{dir: "kubernetes", programs: map[string]string{
-			"kube-apiserver": kubernetes + "kube-apiserver", "kube-controller-manager": kubernetes + "kube-controller-manager",
-			"kube-scheduler": kubernetes + "kube-scheduler", "kubelet": kubernetes + "kubelet", "kubectl": kubernetes + "kubectl",
-		}, ldflags: version + "gitVersion=" + kubernetesVersion + " " + version + "gitMajor=1 " + version + "gitMinor=" + minor, cluster: true},
+			"kube-apiserver": kubernetes + "kube-apiserver", "kube-controller-manager": kubernetes +
+				"kube-controller-manager",
+			"kube-scheduler": kubernetes + "kube-scheduler", "kubelet": kubernetes + "kubelet", "kubectl": kubernetes +
+				"kubectl",
+		}, ldflags: version + "gitVersion=" + kubernetesVersion + " " + version + "gitMajor=1 " + version +
+			"gitMinor=" + minor, cluster: true},
 	}
 }
 
-// containerd17 is the older release that nodes still run. It is no part of [components]: only beds that ask for it build it.
+// containerd17 is the older release that nodes still run. It is no part of [components]: only beds
+// that ask for it build it.
 func containerd17() component {
 	const cmd = "github.com/containerd/containerd/cmd/"
 	return component{dir: "containerd17", programs: map[string]string{
-		"containerd": cmd + "containerd", "containerd-shim-runc-v2": cmd + "containerd-shim-runc-v2", "ctr": cmd + "ctr",
+		"containerd": cmd + "containerd", "containerd-shim-runc-v2": cmd + "containerd-shim-runc-v2",
+		"ctr": cmd + "ctr",
 	}}
 }
 
-// CacheDir is where built components, images and the beds' own directories live: $CRI_PROXY_CACHE, else
-// $XDG_CACHE_HOME/cri-proxy, else ~/.cache/cri-proxy. Never below /tmp: tmpfs has no overlayfs upper directories on old kernels and
-// machines empty it.
+// CacheDir is where built components, images and the beds' own directories live: $CRI_PROXY_CACHE,
+// else $XDG_CACHE_HOME/cri-proxy, else ~/.cache/cri-proxy. Never below /tmp: tmpfs has no overlayfs
+// upper directories on old kernels and machines empty it.
 func CacheDir() (string, error) {
 	dir := os.Getenv("CRI_PROXY_CACHE")
 	if dir == "" {
@@ -149,9 +158,10 @@ func hash(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))[:16]
 }
 
-// Build builds the pinned components that mode needs into the cache, unless they are there, and returns a directory of symlinks to all
-// programs. Missing Debian packages are installed first. Parallel callers build once. Progress goes to log, one line per step.
-// source is any directory of the checkout, the working directory when empty.
+// Build builds the pinned components that mode needs into the cache, unless they are there, and
+// returns a directory of symlinks to all programs. Missing Debian packages are installed first.
+// Parallel callers build once. Progress goes to log, one line per step. source is any directory of
+// the checkout, the working directory when empty.
 func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string, error) {
 	if err := installPackages(ctx, log); err != nil {
 		return "", err
@@ -191,7 +201,8 @@ func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string
 	return bin, linkAll(bin, links)
 }
 
-// buildContainerd17 builds containerd 1.7 into the cache, unless it is there, and returns its programs as [Options.ComponentBin] takes them.
+// buildContainerd17 builds containerd 1.7 into the cache, unless it is there, and returns its
+// programs as [Options.ComponentBin] takes them.
 func buildContainerd17(ctx context.Context, source string, log io.Writer) (map[string]string, error) {
 	cache, err := CacheDir()
 	if err != nil {
@@ -202,7 +213,8 @@ func buildContainerd17(ctx context.Context, source string, log io.Writer) (map[s
 		return nil, err
 	}
 	c := containerd17()
-	dir, err := c.build(ctx, filepath.Join(source, "test", "components", c.dir), filepath.Join(cache, "components"), version, log)
+	dir, err := c.build(ctx, filepath.Join(source, "test", "components", c.dir), filepath.Join(cache, "components"),
+		version, log)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +249,8 @@ func linkAll(dir string, links map[string]string) error {
 	return nil
 }
 
-// build compiles one component unless the store has it, keyed by its module files, the flags and the Go version.
+// build compiles one component unless the store has it, keyed by its module files, the flags and
+// the Go version.
 func (c component) build(ctx context.Context, module, store, goVersion string, log io.Writer) (string, error) {
 	var key []string
 	for _, f := range []string{"go.mod", "go.sum"} {
@@ -308,8 +321,8 @@ func (c component) compile(ctx context.Context, module, out, pkg string, subcomm
 	return nil
 }
 
-// BuildWithFailpoints compiles the checkout's cri-proxy with the race detector and the failpoints of
-// ops/failpoint to dst.
+// BuildWithFailpoints compiles the checkout's cri-proxy with the race detector and the failpoints
+// of ops/failpoint to dst.
 func BuildWithFailpoints(ctx context.Context, dst string) error {
 	source, err := SourceDir("")
 	if err != nil {
@@ -318,11 +331,67 @@ func BuildWithFailpoints(ctx context.Context, dst string) error {
 	return buildProduct(ctx, source, "cri-proxy", dst, "-race", "-tags", "failpoint")
 }
 
-// buildProduct compiles one of the project's own commands with the flags and copies it to dst. The go command leaves an up-to-date
-// binary alone, so it is kept in the cache per checkout, and copied because a later build may replace it under a running process.
+// BuildCommitWithFailpoints is [BuildWithFailpoints] for another commit of this repository, given
+// by its full hash. The sources of the commit are kept in the cache.
+func BuildCommitWithFailpoints(ctx context.Context, commit, dst string) error {
+	source, err := sourceOf(ctx, commit)
+	if err != nil {
+		return err
+	}
+	return buildProduct(ctx, source, "cri-proxy", dst, "-race", "-tags", "failpoint")
+}
+
+// sourceOf returns a directory with the sources of the commit.
+func sourceOf(ctx context.Context, commit string) (string, error) {
+	checkout, err := SourceDir("")
+	if err != nil {
+		return "", err
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "source", commit)
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".tmp-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	archive := filepath.Join(tmp, "archive.tar")
+	// The checkout may belong to another user than the one who runs the tests.
+	git := exec.CommandContext(ctx, "git", "-c", "safe.directory=*", "-C", checkout, "archive", "--output",
+		archive, commit)
+	if out, err := git.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("commit %s is needed, and is not in the history of %s: %w\n%s"+
+			"a shallow clone lacks it: run git fetch --unshallow, or set fetch-depth: 0 in the workflow",
+			commit, checkout, err, out)
+	}
+	tree := filepath.Join(tmp, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return "", err
+	}
+	if out, err := exec.CommandContext(ctx, "tar", "-xf", archive, "-C", tree).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("sources of commit %s: %w\n%s", commit, err, out)
+	}
+	if err := os.Rename(tree, dir); err != nil && !errors.Is(err, os.ErrExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return "", err
+	}
+	return dir, nil
+}
+
+// buildProduct compiles one of the project's own commands with the flags and copies it to dst. The
+// go command leaves an up-to-date binary alone, so it is kept in the cache per checkout, and copied
+// because a later build may replace it under a running process.
 func buildProduct(ctx context.Context, source, command, dst string, flags ...string) error {
 	if _, err := os.Stat(filepath.Join(source, "cmd", command)); err != nil {
-		return fmt.Errorf("this checkout has no cmd/%s yet: use a direct bed or give the path of a built binary: %w", command, err)
+		return fmt.Errorf("this checkout has no cmd/%s yet: use a direct bed or give the path of a built binary: %w",
+			command, err)
 	}
 	cache, err := CacheDir()
 	if err != nil {
@@ -337,7 +406,8 @@ func buildProduct(ctx context.Context, source, command, dst string, flags ...str
 		return err
 	}
 	defer unlock()
-	args := slices.Concat([]string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}, flags, []string{"./cmd/" + command})
+	args := slices.Concat([]string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}, flags,
+		[]string{"./cmd/" + command})
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = source
 	if out, err := cmd.CombinedOutput(); err != nil {

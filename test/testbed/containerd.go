@@ -12,15 +12,16 @@ import (
 	"strings"
 )
 
-// ContainerdPaths is what a containerd's configuration needs to know of its node. A function of [Options.ContainerdConfig] may change
-// it before it writes the file.
+// ContainerdPaths is what a containerd's configuration needs to know of its node. A function of
+// [Options.ContainerdConfig] may change it before it writes the file.
 type ContainerdPaths struct {
-	// Root, State and Socket are containerd's own; Imports is the file pattern of [Options.ContainerdExtra].
+	// Root, State and Socket are containerd's own; Imports is the file pattern of
+	// [Options.ContainerdExtra].
 	Root, State, Socket, Imports string
 	// SandboxImage is on the bed's registry.
 	SandboxImage string
-	// RegistryConfig is config_path of the registry section: one directory or, joined by colons, several. Empty leaves the key out,
-	// which mirrors in the file itself need.
+	// RegistryConfig is config_path of the registry section: one directory or, joined by colons,
+	// several. Empty leaves the key out, which mirrors in the file itself need.
 	RegistryConfig string
 	// Registry is host:port of the bed's registry.
 	Registry string
@@ -32,7 +33,8 @@ type ContainerdPaths struct {
 
 func (n *Node) containerdPaths() ContainerdPaths {
 	return ContainerdPaths{
-		Root: filepath.Join(n.NodeDir, "containerd"), State: filepath.Join(n.RunDir, "containerd"), Socket: n.RuntimeSocket,
+		Root: filepath.Join(n.NodeDir, "containerd"), State: filepath.Join(n.RunDir, "containerd"),
+		Socket:  n.RuntimeSocket,
 		Imports: filepath.Join(n.etc("containerd.d"), "*.toml"), SandboxImage: n.bed.Image(pauseImage),
 		RegistryConfig: n.RegistryHostsDir(), Registry: n.bed.Registry,
 		Bin: n.bed.Bin, CNI: n.etc("cni"), CDI: filepath.Join(n.RunDir, "cdi"), NodeDir: n.NodeDir, RunDir: n.RunDir,
@@ -51,16 +53,20 @@ func (p ContainerdPaths) registryConfig() string {
 func (p ContainerdPaths) fill(config string) string {
 	quoted := func(elem ...string) string { return fmt.Sprintf("%q", filepath.Join(elem...)) }
 	return strings.NewReplacer(
-		"${ROOT}", quoted(p.Root), "${STATE}", quoted(p.State), "${SOCKET}", quoted(p.Socket), "${IMPORTS}", quoted(p.Imports),
-		"${SANDBOX}", quoted(p.SandboxImage), "${CONFIG_PATH}", p.registryConfig(), "${BIN}", quoted(p.Bin), "${CNI}", quoted(p.CNI),
+		"${ROOT}", quoted(p.Root), "${STATE}", quoted(p.State), "${SOCKET}", quoted(p.Socket), "${IMPORTS}",
+		quoted(p.Imports),
+		"${SANDBOX}", quoted(p.SandboxImage), "${CONFIG_PATH}", p.registryConfig(), "${BIN}", quoted(p.Bin), "${CNI}",
+		quoted(p.CNI),
 		"${CDI}", quoted(p.CDI), "${RUNC}", quoted(p.Bin, "runc"), "${RUNC_ROOT}", quoted(p.RunDir, "runc"),
-		"${OPT}", quoted(p.NodeDir, "opt"), "${SHIMS}", quoted(p.RunDir, "s"), "${NRI_SOCKET}", quoted(p.RunDir, "nri.sock"),
+		"${OPT}", quoted(p.NodeDir, "opt"), "${SHIMS}", quoted(p.RunDir, "s"), "${NRI_SOCKET}",
+		quoted(p.RunDir, "nri.sock"),
 		"${NRI_PLUGINS}", quoted(p.NodeDir, "nri", "plugins"), "${NRI_CONFIG}", quoted(p.NodeDir, "nri", "conf.d"),
 	).Replace(config)
 }
 
-// ContainerdV3 is the bed's configuration, in version 3, which containerd has since 2.0. Tables that it does not have may be appended.
-// Every path that has a default on the host is moved into the bed.
+// ContainerdV3 is the bed's configuration, in version 3, which containerd has since 2.0. Tables
+// that it does not have may be appended. Every path that has a default on the host is moved into
+// the bed.
 func ContainerdV3(p ContainerdPaths) string {
 	return p.fill(`version = 3
 root = ${ROOT}
@@ -104,13 +110,14 @@ imports = [${IMPORTS}]
 `)
 }
 
-// ContainerdV2 is the same in version 2, the only one that containerd 1.7 reads and the one that most nodes have; containerd 2 migrates
-// it. Tables that it does not have may be appended, such as
+// ContainerdV2 is the same in version 2, the only one that containerd 1.7 reads and the one that
+// most nodes have; containerd 2 migrates it. Tables that it does not have may be appended, such as
 //
 //	[plugins."io.containerd.grpc.v1.cri".registry.mirrors."docker.io"]
 //	  endpoint = ["http://198.18.0.1:5000"]
 //
-// after RegistryConfig has been emptied, and [plugins."io.containerd.grpc.v1.cri".containerd] with discard_unpacked_layers.
+// after RegistryConfig has been emptied, and [plugins."io.containerd.grpc.v1.cri".containerd] with
+// discard_unpacked_layers.
 func ContainerdV2(p ContainerdPaths) string {
 	return p.fill(`version = 2
 root = ${ROOT}

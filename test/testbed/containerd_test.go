@@ -25,10 +25,12 @@ func TestContainerdConfig(t *testing.T) {
 		has            string // NODE is the node's directory
 		hasNot         string
 	}{
-		"default":        {Options{}, "version = 3", "", `config_path = "NODE/etc/certs.d"`, "grpc.v1.cri"},
-		"merged over it": {Options{ContainerdExtra: "oom_score = 1"}, "version = 3", "version = 3", `imports = ["NODE/etc/containerd.d/*.toml"]`, "grpc.v1.cri"},
+		"default": {Options{}, "version = 3", "", `config_path = "NODE/etc/certs.d"`, "grpc.v1.cri"},
+		"merged over it": {Options{ContainerdExtra: "oom_score = 1"}, "version = 3", "version = 3",
+			`imports = ["NODE/etc/containerd.d/*.toml"]`, "grpc.v1.cri"},
 		"containerd 1.7": {
-			Options{Containerd17: true, ContainerdExtra: "oom_score = 1"}, "version = 2", "version = 2", `config_path = "NODE/etc/certs.d"`, "cri.v1.images",
+			Options{Containerd17: true, ContainerdExtra: "oom_score = 1"}, "version = 2", "version = 2",
+			`config_path = "NODE/etc/certs.d"`, "cri.v1.images",
 		},
 		"mirrors in the file": {
 			Options{ContainerdConfig: func(p ContainerdPaths) string {
@@ -43,13 +45,15 @@ func TestContainerdConfig(t *testing.T) {
 			}}, "version = 3", "", `config_path = "NODE/etc/certs.d:/etc/more"`, "grpc.v1.cri",
 		},
 		"no version": {
-			Options{ContainerdConfig: func(ContainerdPaths) string { return "oom_score = 1\n" }, ContainerdExtra: "oom_score = 2"},
+			Options{ContainerdConfig: func(ContainerdPaths) string { return "oom_score = 1\n" },
+				ContainerdExtra: "oom_score = 2"},
 			"oom_score = 1", "version = 1", "", "version",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			n := &Node{NodeDir: dir, RunDir: filepath.Join(dir, "r"), bed: &Bed{Bin: "/bin", Registry: "198.18.0.1:5000", options: tt.o}}
+			n := &Node{NodeDir: dir, RunDir: filepath.Join(dir, "r"),
+				bed: &Bed{Bin: "/bin", Registry: "198.18.0.1:5000", options: tt.o}}
 			if err := os.MkdirAll(n.etc("containerd.d"), 0o755); err != nil {
 				t.Fatal(err)
 			}
@@ -61,7 +65,9 @@ func TestContainerdConfig(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := string(raw)
-			if !strings.HasPrefix(got, tt.begins+"\n") || !strings.Contains(got, strings.ReplaceAll(tt.has, "NODE", dir)) || strings.Contains(got, tt.hasNot) || strings.Contains(got, "${") {
+			if !strings.HasPrefix(got, tt.begins+"\n") ||
+				!strings.Contains(got, strings.ReplaceAll(tt.has, "NODE", dir)) || strings.Contains(got, tt.hasNot) ||
+				strings.Contains(got, "${") {
 				t.Errorf("got\n%s", got)
 			}
 			extra, err := os.ReadFile(filepath.Join(n.etc("containerd.d"), "extra.toml"))
@@ -73,7 +79,8 @@ func TestContainerdConfig(t *testing.T) {
 	}
 }
 
-// TestContainerdOptions has both containerds read a configuration of a test's own, with mirrors and what is merged over it.
+// TestContainerdOptions has both containerds read a configuration of a test's own, with mirrors and
+// what is merged over it.
 func TestContainerdOptions(t *testing.T) {
 	real(t)
 	const proxy = "HTTPS_PROXY=http://198.18.255.1:3128"
@@ -95,11 +102,14 @@ func TestContainerdOptions(t *testing.T) {
 			if err != nil || !bytes.Contains(environ, []byte("\x00"+proxy+"\x00")) {
 				t.Errorf("containerd's environment is %q, %v", environ, err)
 			}
-			if environ, err = os.ReadFile(fmt.Sprintf("/proc/%d/environ", b.Pid("registry"))); err != nil || bytes.Contains(environ, []byte(proxy)) {
+			if environ, err = os.ReadFile(fmt.Sprintf("/proc/%d/environ", b.Pid("registry"))); err != nil ||
+				bytes.Contains(environ, []byte(proxy)) {
 				t.Errorf("the registry's environment is %q, %v", environ, err)
 			}
-			dump, err := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "containerd"), append(b.ContainerdCommand(), "config", "dump")...).CombinedOutput()
-			if err != nil || !bytes.Contains(dump, []byte("discard_unpacked_layers = true")) || !regexp.MustCompile(`level = .debug`).Match(dump) {
+			dump, err := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "containerd"),
+				append(b.ContainerdCommand(), "config", "dump")...).CombinedOutput()
+			if err != nil || !bytes.Contains(dump, []byte("discard_unpacked_layers = true")) ||
+				!regexp.MustCompile(`level = .debug`).Match(dump) {
 				t.Errorf("containerd has read %s, %v", dump, err)
 			}
 			conn, err := b.DialRuntime()
@@ -112,7 +122,8 @@ func TestContainerdOptions(t *testing.T) {
 				t.Errorf("this is %v, %v", version, err)
 			}
 			image := &runtimeapi.ImageSpec{Image: "mirrored.test/busybox:1.0"}
-			if _, err := runtimeapi.NewImageServiceClient(conn).PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: image}); err != nil {
+			if _, err := runtimeapi.NewImageServiceClient(conn).
+				PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: image}); err != nil {
 				t.Error(err)
 			}
 		})

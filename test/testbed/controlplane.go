@@ -25,8 +25,9 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Ports on the bridge address, which belongs to one node of one bed: the usual ones are free unless something on the machine listens on
-// all addresses, in which case the bed takes others where it can.
+// Ports on the bridge address, which belongs to one node of one bed: the usual ones are free unless
+// something on the machine listens on all addresses, in which case the bed takes others where it
+// can.
 const (
 	registryPort       = 5000
 	etcdPort           = 2379
@@ -43,8 +44,9 @@ const readyTimeout = 2 * time.Minute
 // serviceCIDR is the same in all beds: without kube-proxy no service address is ever routed.
 const serviceCIDR = "10.96.0.0/16"
 
-// NewKubeconfig issues a client certificate for a user in groups and returns the path of a kubeconfig that uses it. For a ServiceAccount's
-// permissions the user is system:serviceaccount:NAMESPACE:NAME and the group system:serviceaccounts.
+// NewKubeconfig issues a client certificate for a user in groups and returns the path of a
+// kubeconfig that uses it. For a ServiceAccount's permissions the user is
+// system:serviceaccount:NAMESPACE:NAME and the group system:serviceaccounts.
 func (b *Bed) NewKubeconfig(file, user string, groups ...string) (string, error) {
 	pair, err := b.PKI.cluster.issue(b.PKI.Dir, "user-"+file, subject{name: user, groups: groups})
 	if err != nil {
@@ -58,13 +60,15 @@ func (b *Bed) writeKubeconfig(file string, user Pair) (string, error) {
 	path := filepath.Join(b.Dir, "etc", file+".kubeconfig")
 	return path, writeYAML(path, m{
 		"apiVersion": "v1", "kind": "Config", "current-context": "bed",
-		"clusters": []m{{"name": "bed", "cluster": m{"server": b.APIServer, "certificate-authority": b.PKI.ClusterCA.Cert}}},
+		"clusters": []m{
+			{"name": "bed", "cluster": m{"server": b.APIServer, "certificate-authority": b.PKI.ClusterCA.Cert}}},
 		"users":    []m{{"name": file, "user": m{"client-certificate": user.Cert, "client-key": user.Key}}},
 		"contexts": []m{{"name": "bed", "context": m{"cluster": "bed", "user": file}}},
 	})
 }
 
-// startControlPlane brings up etcd, the API server, the controller manager and the scheduler, and waits for what a first pod needs.
+// startControlPlane brings up etcd, the API server, the controller manager and the scheduler, and
+// waits for what a first pod needs.
 func (b *Bed) startControlPlane(ctx context.Context) error {
 	ip := b.BridgeIP
 	client := fmt.Sprintf("http://%s:%d", ip, b.etcdPort)
@@ -77,29 +81,36 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := etcd.ready(ctx, func(ctx context.Context) error { return httpOK(ctx, b.plain, client+"/health") }); err != nil {
+	if err := etcd.ready(ctx,
+		func(ctx context.Context) error { return httpOK(ctx, b.plain, client+"/health") }); err != nil {
 		return err
 	}
 	serving, err := b.PKI.cluster.issue(b.PKI.Dir, "kube-apiserver", subject{name: "kube-apiserver",
-		dns: []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"}, ips: ips(ip, "127.0.0.1", "10.96.0.1")})
+		dns: []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"},
+		ips: ips(ip, "127.0.0.1", "10.96.0.1")})
 	if err != nil {
 		return err
 	}
-	kubeletClient, err := b.PKI.cluster.issue(b.PKI.Dir, "kubelet-client", subject{name: "kube-apiserver-kubelet-client", groups: []string{"system:masters"}})
+	kubeletClient, err := b.PKI.cluster.issue(b.PKI.Dir, "kubelet-client",
+		subject{name: "kube-apiserver-kubelet-client", groups: []string{"system:masters"}})
 	if err != nil {
 		return err
 	}
 	api, err := b.start("kube-apiserver", "kube-apiserver", append([]string{
-		"--etcd-servers", client, "--bind-address", ip, "--advertise-address", ip, "--secure-port", strconv.Itoa(b.apiserverPort),
+		"--etcd-servers", client, "--bind-address", ip, "--advertise-address", ip, "--secure-port",
+		strconv.Itoa(b.apiserverPort),
 		"--service-cluster-ip-range", serviceCIDR, "--authorization-mode", "Node,RBAC", "--allow-privileged",
-		"--tls-cert-file", serving.Cert, "--tls-private-key-file", serving.Key, "--client-ca-file", b.PKI.ClusterCA.Cert,
-		"--service-account-key-file", b.PKI.serviceAccount.Cert, "--service-account-signing-key-file", b.PKI.serviceAccount.Key,
+		"--tls-cert-file", serving.Cert, "--tls-private-key-file", serving.Key, "--client-ca-file",
+		b.PKI.ClusterCA.Cert,
+		"--service-account-key-file", b.PKI.serviceAccount.Cert, "--service-account-signing-key-file",
+		b.PKI.serviceAccount.Key,
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--kubelet-client-certificate", kubeletClient.Cert, "--kubelet-client-key", kubeletClient.Key,
 		"--kubelet-certificate-authority", b.PKI.ClusterCA.Cert,
 		// Node names do not resolve here.
 		"--kubelet-preferred-address-types", "InternalIP,Hostname",
-		// The address that it would announce for the kubernetes service may be one that the API refuses as an endpoint.
+		// The address that it would announce for the kubernetes service may be one that the API
+		// refuses as an endpoint.
 		"--endpoint-reconciler-type", "none",
 		"--cert-dir", filepath.Join(b.Dir, "apiserver"),
 	}, b.options.APIServerArgs...)...)
@@ -120,7 +131,8 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 		return err
 	}
 	if _, err := b.start("kube-controller-manager", "kube-controller-manager", append([]string{
-		"--kubeconfig", manager, "--authentication-kubeconfig", manager, "--authorization-kubeconfig", manager, "--bind-address", ip,
+		"--kubeconfig", manager, "--authentication-kubeconfig", manager, "--authorization-kubeconfig", manager,
+		"--bind-address", ip,
 		"--service-account-private-key-file", b.PKI.serviceAccount.Key, "--root-ca-file", b.PKI.ClusterCA.Cert,
 		"--use-service-account-credentials", "--leader-elect=false",
 		// The default limit of 20 per second makes its own start last five seconds.
@@ -129,13 +141,15 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 		return err
 	}
 	_, err = b.start("kube-scheduler", "kube-scheduler",
-		"--kubeconfig", scheduler, "--authentication-kubeconfig", scheduler, "--authorization-kubeconfig", scheduler, "--bind-address", ip, "--leader-elect=false",
+		"--kubeconfig", scheduler, "--authentication-kubeconfig", scheduler, "--authorization-kubeconfig", scheduler,
+		"--bind-address", ip, "--leader-elect=false",
 		"--kube-api-qps", "500", "--kube-api-burst", "1000",
 	)
 	return err
 }
 
-// waitCluster returns when a pod can be created in the default namespace and run on every node that has started.
+// waitCluster returns when a pod can be created in the default namespace and run on every node that
+// has started.
 func (b *Bed) waitCluster(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return b.WaitNamespace(ctx, "default") })
@@ -145,10 +159,12 @@ func (b *Bed) waitCluster(ctx context.Context) error {
 	return g.Wait()
 }
 
-// WaitNamespace waits until pods can be created in a namespace: its default ServiceAccount and its copy of the cluster CA exist.
+// WaitNamespace waits until pods can be created in a namespace: its default ServiceAccount and its
+// copy of the cluster CA exist.
 func (b *Bed) WaitNamespace(ctx context.Context, namespace string) error {
 	return b.process("kube-controller-manager").ready(ctx, func(ctx context.Context) error {
-		return errors.Join(b.apiOK(ctx, "/api/v1/namespaces/"+namespace+"/serviceaccounts/default"), b.apiOK(ctx, "/api/v1/namespaces/"+namespace+"/configmaps/kube-root-ca.crt"))
+		return errors.Join(b.apiOK(ctx, "/api/v1/namespaces/"+namespace+"/serviceaccounts/default"),
+			b.apiOK(ctx, "/api/v1/namespaces/"+namespace+"/configmaps/kube-root-ca.crt"))
 	})
 }
 
@@ -160,8 +176,8 @@ func (b *Bed) CreateNamespace(ctx context.Context, namespace string) error {
 	return b.WaitNamespace(ctx, namespace)
 }
 
-// WaitNodeReady waits for a node's Ready condition. After a restart of kubelet that may be what the old one has said: see
-// [Node.RestartKubeletReady].
+// WaitNodeReady waits for a node's Ready condition. After a restart of kubelet that may be what the
+// old one has said: see [Node.RestartKubeletReady].
 func (b *Bed) WaitNodeReady(ctx context.Context, name string) error {
 	return poll(ctx, func() error {
 		_, err := b.nodeReady(ctx, name)
@@ -169,7 +185,8 @@ func (b *Bed) WaitNodeReady(ctx context.Context, name string) error {
 	})
 }
 
-// nodeReady is nil when a node is ready by its condition, of which it returns when kubelet has last reported it.
+// nodeReady is nil when a node is ready by its condition, of which it returns when kubelet has last
+// reported it.
 func (b *Bed) nodeReady(ctx context.Context, name string) (reported time.Time, err error) {
 	var node struct {
 		Status struct {
@@ -193,7 +210,8 @@ func (b *Bed) nodeReady(ctx context.Context, name string) (reported time.Time, e
 	return time.Time{}, fmt.Errorf("node %s has no Ready condition yet", name)
 }
 
-// RestartKubeletReady sends sig to kubelet, starts it anew and waits until the new one has said that the node is ready.
+// RestartKubeletReady sends sig to kubelet, starts it anew and waits until the new one has said
+// that the node is ready.
 func (n *Node) RestartKubeletReady(ctx context.Context, sig syscall.Signal) error {
 	if err := n.StopKubelet(ctx, sig); err != nil {
 		return err
@@ -235,7 +253,10 @@ func (b *Bed) apiClient(admin Pair) (*http.Client, error) {
 		return nil, err
 	}
 	pool.AppendCertsFromPEM(ca)
-	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool}}}, nil
+	return &http.Client{Timeout: 10 * time.Second,
+			Transport: &http.Transport{
+				TLSClientConfig: &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool}}},
+		nil
 }
 
 func (b *Bed) apiOK(ctx context.Context, path string) error {
@@ -262,7 +283,8 @@ func (b *Bed) apiGet(ctx context.Context, path string, into any) error {
 	return json.Unmarshal(body, into)
 }
 
-// Kubectl runs kubectl as the administrator and returns its standard output. An error carries its standard error.
+// Kubectl runs kubectl as the administrator and returns its standard output. An error carries its
+// standard error.
 func (b *Bed) Kubectl(ctx context.Context, args ...string) (string, error) {
 	return b.kubectl(ctx, nil, args...)
 }
@@ -285,12 +307,14 @@ func (b *Bed) kubectl(ctx context.Context, stdin io.Reader, args ...string) (str
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err,
+			strings.TrimSpace(stderr.String()))
 	}
 	return string(out), nil
 }
 
-// InstallCRDs applies the checkout's custom resource definitions, which cri-controller needs, and waits until they are served.
+// InstallCRDs applies the checkout's custom resource definitions, which cri-controller needs, and
+// waits until they are served.
 func (b *Bed) InstallCRDs(ctx context.Context) error {
 	if _, err := b.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(b.source, "deploy", "crds")); err != nil {
 		return err
@@ -299,7 +323,8 @@ func (b *Bed) InstallCRDs(ctx context.Context) error {
 		return err
 	}
 	// The API server serves them a moment after it has said so.
-	out, err := b.Kubectl(ctx, "get", "crd", "-o", `jsonpath={range .items[*]}{.spec.group}/{.spec.versions[0].name}/{.spec.names.plural} {end}`)
+	out, err := b.Kubectl(ctx, "get", "crd", "-o",
+		`jsonpath={range .items[*]}{.spec.group}/{.spec.versions[0].name}/{.spec.names.plural} {end}`)
 	if err != nil {
 		return err
 	}
@@ -313,7 +338,8 @@ func (b *Bed) InstallCRDs(ctx context.Context) error {
 	return nil
 }
 
-// StartController starts cri-controller on the cluster as user [Bed.ControllerKubeconfig] and waits until it is ready. args are appended.
+// StartController starts cri-controller on the cluster as user [Bed.ControllerKubeconfig] and waits
+// until it is ready. args are appended.
 func (b *Bed) StartController(ctx context.Context, args ...string) error {
 	if b.Mode != ModeCluster {
 		return errors.New("cri-controller needs a bed in Cluster mode")
@@ -323,8 +349,10 @@ func (b *Bed) StartController(ctx context.Context, args ...string) error {
 	}
 	p, err := b.start("cri-controller", "cri-controller", append([]string{
 		"--kubeconfig", b.ControllerKubeconfig, "--node-port", strconv.Itoa(b.opsPort),
-		"--tls-cert-file", b.PKI.Controller.Cert, "--tls-key-file", b.PKI.Controller.Key, "--tls-ca-file", b.PKI.OpsCA.Cert,
-		"--metrics-bind-address", b.ControllerMetricsAddress, "--health-probe-bind-address", b.ControllerHealthAddress, "--leader-elect=false",
+		"--tls-cert-file", b.PKI.Controller.Cert, "--tls-key-file", b.PKI.Controller.Key, "--tls-ca-file",
+		b.PKI.OpsCA.Cert,
+		"--metrics-bind-address", b.ControllerMetricsAddress, "--health-probe-bind-address", b.ControllerHealthAddress,
+		"--leader-elect=false",
 	}, args...)...)
 	if err != nil {
 		return err

@@ -31,19 +31,23 @@ var (
 
 // Users and groups of the busybox image; default-user and its second group are for critest.
 const (
-	passwd = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/:/bin/false\ndefault-user:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
-	group  = "root:x:0:\nwww-data:x:33:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\nnobody:x:65534:\n"
+	passwd = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/:/bin/false\n" +
+		"default-user:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+	group = "root:x:0:\nwww-data:x:33:\ndefault-user:x:1000:\n" +
+		"group-defined-in-image:x:50000:default-user\nnobody:x:65534:\n"
 )
 
 // seedRevision changes when the images change in a way that their sources do not show.
 const seedRevision = "3"
 
-// Image returns the full reference of an image of the bed's registry: pause:3.10, busybox:1.0|2.0|3.0, app:1|2|3, or what a test pushed.
-// containerd takes names without a registry as well, for every registry's name leads here: busybox, app and nginx (which is app) in the
-// same versions and as latest.
+// Image returns the full reference of an image of the bed's registry: pause:3.10,
+// busybox:1.0|2.0|3.0, app:1|2|3, or what a test pushed. containerd takes names without a registry
+// as well, for every registry's name leads here: busybox, app and nginx (which is app) in the same
+// versions and as latest.
 func (b *Bed) Image(name string) string { return b.Registry + "/" + name }
 
-// seed returns a directory with a registry's storage that holds the test images, made once per content.
+// seed returns a directory with a registry's storage that holds the test images, made once per
+// content.
 func seed(ctx context.Context, source, bin string, log io.Writer) (string, error) {
 	cache, err := CacheDir()
 	if err != nil {
@@ -105,8 +109,8 @@ func seed(ctx context.Context, source, bin string, log io.Writer) (string, error
 	return dir, nil
 }
 
-// PushLargeImage pushes app:1 under a new name (such as big:1) with layers of random bytes on top, mib MiB each, for tests of pulls that
-// take time.
+// PushLargeImage pushes app:1 under a new name (such as big:1) with layers of random bytes on top,
+// mib MiB each, for tests of pulls that take time.
 func (b *Bed) PushLargeImage(ctx context.Context, name string, layers, mib int) error {
 	dir, err := os.MkdirTemp(b.Dir, "image-")
 	if err != nil {
@@ -118,7 +122,8 @@ func (b *Bed) PushLargeImage(ctx context.Context, name string, layers, mib int) 
 		data := make([]byte, mib<<20)
 		_, _ = rand.Read(data) // never fails
 		files[i] = filepath.Join(dir, fmt.Sprintf("%d.tar", i))
-		if err := writeTar(files[i], []tarEntry{{name: fmt.Sprintf("filler/%d", i), data: data, mode: 0o644}}); err != nil {
+		if err := writeTar(files[i],
+			[]tarEntry{{name: fmt.Sprintf("filler/%d", i), data: data, mode: 0o644}}); err != nil {
 			return err
 		}
 	}
@@ -140,7 +145,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 	if err := writeRegistry(config, m.registry, filepath.Join(m.work, "registry")); err != nil {
 		return err
 	}
-	reg, err := sp.start(command{name: "registry", path: filepath.Join(m.bin, "registry"), args: []string{"serve", config}, log: filepath.Join(m.work, "registry.log")}, m.work)
+	reg, err := sp.start(command{name: "registry", path: filepath.Join(m.bin, "registry"),
+		args: []string{"serve", config}, log: filepath.Join(m.work, "registry.log")}, m.work)
 	if err != nil {
 		return err
 	}
@@ -153,7 +159,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 	if err != nil {
 		return err
 	}
-	bbLayer := []tarEntry{{name: "bin/busybox", data: bb, mode: 0o755}, {name: "tmp/", mode: 0o1777}, {name: "etc/", mode: 0o755},
+	bbLayer := []tarEntry{{name: "bin/busybox", data: bb, mode: 0o755}, {name: "tmp/", mode: 0o1777},
+		{name: "etc/", mode: 0o755},
 		{name: "etc/passwd", data: []byte(passwd), mode: 0o644},
 		{name: "etc/group", data: []byte(group), mode: 0o644}}
 	for applet := range strings.FieldsSeq(string(list)) {
@@ -165,12 +172,14 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 	if err != nil {
 		return err
 	}
-	if err := m.image(ctx, "", pauseImage, []tarEntry{{name: "pause", data: pause, mode: 0o755}}, "--entrypoint", "/pause"); err != nil {
+	if err := m.image(ctx, "", pauseImage, []tarEntry{{name: "pause", data: pause, mode: 0o755}}, "--entrypoint",
+		"/pause"); err != nil {
 		return err
 	}
 	for _, v := range busyboxVersions {
 		layer := slices.Concat(bbLayer, []tarEntry{{name: "etc/version", data: []byte(v + "\n"), mode: 0o644}})
-		if err := m.image(ctx, "", "busybox:"+v, layer, "--cmd", "sh", "--env", "VERSION="+v, "--label", "version="+v); err != nil {
+		if err := m.image(ctx, "", "busybox:"+v, layer, "--cmd", "sh", "--env", "VERSION="+v, "--label",
+			"version="+v); err != nil {
 			return err
 		}
 	}
@@ -179,7 +188,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 		if err != nil {
 			return err
 		}
-		if err := m.image(ctx, "busybox:1.0", "app:"+v, []tarEntry{{name: "app", data: app, mode: 0o755}}, "--entrypoint", "/app", "--cmd", "", "--env", "VERSION="+v, "--label", "version="+v); err != nil {
+		if err := m.image(ctx, "busybox:1.0", "app:"+v, []tarEntry{{name: "app", data: app, mode: 0o755}},
+			"--entrypoint", "/app", "--cmd", "", "--env", "VERSION="+v, "--label", "version="+v); err != nil {
 			return err
 		}
 	}
@@ -194,7 +204,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 			tags[v] = v
 		}
 		for tag, v := range tags {
-			if err := crane(ctx, m.bin, "copy", "--insecure", m.registry+"/"+source+":"+v, m.registry+"/library/"+name+":"+tag); err != nil {
+			if err := crane(ctx, m.bin, "copy", "--insecure", m.registry+"/"+source+":"+v,
+				m.registry+"/library/"+name+":"+tag); err != nil {
 				return err
 			}
 		}
@@ -204,7 +215,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 
 func (m *imageMaker) compile(ctx context.Context, name, version string) ([]byte, error) {
 	out := filepath.Join(m.work, name)
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-ldflags", "-s -w -X main.version="+version, "-o", out, "./test/images/"+name)
+	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-ldflags", "-s -w -X main.version="+version,
+		"-o", out, "./test/images/"+name)
 	cmd.Dir = m.source
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if msg, err := cmd.CombinedOutput(); err != nil {
@@ -213,7 +225,8 @@ func (m *imageMaker) compile(ctx context.Context, name, version string) ([]byte,
 	return os.ReadFile(out)
 }
 
-// image pushes name, one layer on top of base (nothing when empty), with its config changed by crane's mutate flags.
+// image pushes name, one layer on top of base (nothing when empty), with its config changed by
+// crane's mutate flags.
 func (m *imageMaker) image(ctx context.Context, base, name string, layer []tarEntry, mutate ...string) error {
 	file := filepath.Join(m.work, "layer.tar")
 	if err := writeTar(file, layer); err != nil {
@@ -234,7 +247,8 @@ func pushImage(ctx context.Context, bin, registry, base, name string, layers []s
 	if err := crane(ctx, bin, args...); err != nil {
 		return err
 	}
-	return crane(ctx, bin, append(append([]string{"mutate", "--insecure", "--set-platform", "linux/amd64", "-t", ref}, mutate...), ref)...)
+	return crane(ctx, bin,
+		append(append([]string{"mutate", "--insecure", "--set-platform", "linux/amd64", "-t", ref}, mutate...), ref)...)
 }
 
 func crane(ctx context.Context, bin string, args ...string) error {
@@ -261,7 +275,8 @@ func writeTar(path string, entries []tarEntry) (err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	w := tar.NewWriter(f)
 	for _, e := range entries {
-		h := &tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.data)), ModTime: time.Unix(0, 0), Typeflag: tar.TypeReg}
+		h := &tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.data)), ModTime: time.Unix(0, 0),
+			Typeflag: tar.TypeReg}
 		switch {
 		case e.link != "":
 			h.Typeflag, h.Linkname, h.Mode = tar.TypeSymlink, e.link, 0o777

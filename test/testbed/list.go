@@ -36,7 +36,8 @@ func List() ([]Info, error) {
 	}
 	out := make([]Info, 0, len(recs))
 	for _, r := range recs {
-		info := Info{ID: r.ID, Mode: r.Mode, Dir: r.Dir, State: "dead", OwnerPID: r.Owner.PID, Started: r.Started, Kubeconfig: r.Kubeconfig}
+		info := Info{ID: r.ID, Mode: r.Mode, Dir: r.Dir, State: "dead", OwnerPID: r.Owner.PID, Started: r.Started,
+			Kubeconfig: r.Kubeconfig}
 		if len(r.Nodes) > 0 {
 			info.CRISocket = r.Nodes[0].CRI
 		}
@@ -84,7 +85,8 @@ func Destroy(ctx context.Context, id string, log io.Writer) error {
 	return fmt.Errorf("there is no bed %q: see testbed list", id)
 }
 
-// removePods lets the bed's containerds, where they run, remove their pods in order. kubelets go first: they would bring them back.
+// removePods lets the bed's containerds, where they run, remove their pods in order. kubelets go
+// first: they would bring them back.
 func (l ledger) removePods(ctx context.Context, r record, log io.Writer) {
 	files, _ := filepath.Glob(filepath.Join(l.runDir(r.ID), "pid", "*.json"))
 	for _, f := range files {

@@ -14,8 +14,8 @@ import (
 	"strings"
 )
 
-// The beds' networks are cut from 198.18.0.0/15, which RFC 2544 reserves for tests: no real network uses it. A node gets a /22: one
-// gateway and 1021 pods, more than any benchmark here starts.
+// The beds' networks are cut from 198.18.0.0/15, which RFC 2544 reserves for tests: no real network
+// uses it. A node gets a /22: one gateway and 1021 pods, more than any benchmark here starts.
 const (
 	networkBase = "198.18.0.0/15"
 	subnetBits  = 22
@@ -30,7 +30,8 @@ func subnet(i int) (network netip.Prefix, gateway netip.Addr) {
 	return netip.PrefixFrom(addr, subnetBits), addr.Next()
 }
 
-// inUse reports whether an interface of this machine has an address in network, which then is no longer ours to give away.
+// inUse reports whether an interface of this machine has an address in network, which then is no
+// longer ours to give away.
 func inUse(network netip.Prefix) (bool, error) {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -44,9 +45,10 @@ func inUse(network netip.Prefix) (bool, error) {
 	return false, nil
 }
 
-// addBridge creates a bridge with the gateway's address, up, in a network namespace or, without one, on this machine. Its hardware
-// address is its own: the kernel would give it that of one of its ports, and another one when that pod goes, and for seconds the other
-// pods would answer to nobody.
+// addBridge creates a bridge with the gateway's address, up, in a network namespace or, without
+// one, on this machine. Its hardware address is its own: the kernel would give it that of one of
+// its ports, and another one when that pod goes, and for seconds the other pods would answer to
+// nobody.
 func addBridge(ctx context.Context, netns, name string, network netip.Prefix, gateway netip.Addr) error {
 	ip := gateway.As4()
 	hardware := net.HardwareAddr(append([]byte{0x02, 0x42}, ip[:]...)) // locally administered
@@ -65,9 +67,10 @@ func addBridge(ctx context.Context, netns, name string, network netip.Prefix, ga
 // uplink is the interface by which a network namespace reaches this machine.
 const uplink = "uplink"
 
-// joinNamespace makes the bridge of a node in its network namespace, and a pair of interfaces between there and here. Neither end has an
-// address of its own: here network is routed to the bridge, there everything else to host, an address of this machine. The namespace
-// takes all of it along when it goes.
+// joinNamespace makes the bridge of a node in its network namespace, and a pair of interfaces
+// between there and here. Neither end has an address of its own: here network is routed to the
+// bridge, there everything else to host, an address of this machine. The namespace takes all of it
+// along when it goes.
 func joinNamespace(ctx context.Context, netns, name string, network netip.Prefix, host netip.Addr) error {
 	gateway := network.Addr().Next()
 	if err := addBridge(ctx, netns, name, network, gateway); err != nil {
@@ -78,11 +81,14 @@ func joinNamespace(ctx context.Context, netns, name string, network netip.Prefix
 		args  []string
 	}{
 		{netns, []string{"link", "set", "lo", "up"}},
-		{netns, []string{"link", "add", uplink, "type", "veth", "peer", "name", name, "netns", strconv.Itoa(os.Getpid())}},
+		{netns, []string{"link", "add", uplink, "type", "veth", "peer", "name", name, "netns",
+			strconv.Itoa(os.Getpid())}},
 		{netns, []string{"link", "set", uplink, "up"}},
-		{netns, []string{"route", "add", "default", "via", host.String(), "dev", uplink, "src", gateway.String(), "onlink"}},
+		{netns, []string{"route", "add", "default", "via", host.String(), "dev", uplink, "src",
+			gateway.String(), "onlink"}},
 		{"", []string{"link", "set", name, "up"}},
-		{"", []string{"route", "add", network.String(), "via", gateway.String(), "dev", name, "src", host.String(), "onlink"}},
+		{"", []string{"route", "add", network.String(), "via", gateway.String(), "dev", name, "src",
+			host.String(), "onlink"}},
 	} {
 		if err := ipIn(ctx, step.netns, step.args...); err != nil {
 			return err
@@ -91,7 +97,8 @@ func joinNamespace(ctx context.Context, netns, name string, network netip.Prefix
 	return nil
 }
 
-// deleteBridge removes a bridge and the host ends of the pods' veth pairs on it. A bridge that is gone is fine.
+// deleteBridge removes a bridge and the host ends of the pods' veth pairs on it. A bridge that is
+// gone is fine.
 func deleteBridge(ctx context.Context, name string) error {
 	if _, err := net.InterfaceByName(name); err != nil {
 		return nil
@@ -110,7 +117,8 @@ func deleteBridge(ctx context.Context, name string) error {
 	return goneOr(name, ip(ctx, "link", "del", name))
 }
 
-// goneOr returns err unless the interface has gone: that to a network namespace goes by itself some time after it.
+// goneOr returns err unless the interface has gone: that to a network namespace goes by itself some
+// time after it.
 func goneOr(name string, err error) error {
 	if err == nil {
 		return nil

@@ -28,23 +28,27 @@ type Node struct {
 	NodeName string
 	// NodeDir holds its files, RunDir its sockets.
 	NodeDir, RunDir string
-	// RuntimeSocket is containerd's. ProxySocket is what the proxy listens on and AdminSocket its root-only command socket; the former two
-	// are paths, without unix://.
+	// RuntimeSocket is containerd's. ProxySocket is what the proxy listens on and AdminSocket its
+	// root-only command socket; the former two are paths, without unix://.
 	RuntimeSocket, ProxySocket, AdminSocket string
 	// CRISocket is what kubelet dials: ProxySocket, or RuntimeSocket in a direct bed.
 	CRISocket string
 	// StateDir is where the proxy keeps its journal.
 	StateDir string
-	// Bridge is the pods' network interface, BridgeIP its address and the node's InternalIP, PodCIDR the pods' network. Of a node in a
-	// network namespace, this machine's end of its link is called as its bridge.
+	// Bridge is the pods' network interface, BridgeIP its address and the node's InternalIP,
+	// PodCIDR the pods' network. Of a node in a network namespace, this machine's end of its link
+	// is called as its bridge.
 	Bridge, BridgeIP, PodCIDR string
-	// OpsAddress (host:port) takes node commands over mTLS, MetricsAddress serves the proxy's metrics.
+	// OpsAddress (host:port) takes node commands over mTLS, MetricsAddress serves the proxy's
+	// metrics.
 	OpsAddress, MetricsAddress string
-	// CgroupParent is the node's cgroup; a CRI client should put its pods below it, as kubelet does.
+	// CgroupParent is the node's cgroup; a CRI client should put its pods below it, as kubelet
+	// does.
 	CgroupParent string
 	// PodLogs is kubelet's directory of container logs.
 	PodLogs string
-	// KubeletCert serves kubelet's API and is its client identity; OpsCert serves OpsAddress. Both name NodeName and BridgeIP.
+	// KubeletCert serves kubelet's API and is its client identity; OpsCert serves OpsAddress. Both
+	// name NodeName and BridgeIP.
 	KubeletCert, OpsCert Pair
 
 	bed     *Bed
@@ -62,7 +66,8 @@ func (n *Node) name(component string) string { return n.prefix + component }
 
 // prepare creates all that the node's processes find when they start.
 func (n *Node) prepare(ctx context.Context) error {
-	for _, d := range []string{n.NodeDir, n.RunDir, n.PodLogs, n.StateDir, n.etc("cni"), n.etc("containerd.d"), n.etc("certs.d")} {
+	for _, d := range []string{n.NodeDir, n.RunDir, n.PodLogs, n.StateDir, n.etc("cni"), n.etc("containerd.d"),
+		n.etc("certs.d")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
 		}
@@ -79,7 +84,8 @@ func (n *Node) prepare(ctx context.Context) error {
 	} else if err := n.addNamespace(ctx); err != nil {
 		return err
 	}
-	sub := subject{name: "system:node:" + n.NodeName, groups: []string{"system:nodes"}, dns: []string{n.NodeName}, ips: []net.IP{gateway.AsSlice()}}
+	sub := subject{name: "system:node:" + n.NodeName, groups: []string{"system:nodes"}, dns: []string{n.NodeName},
+		ips: []net.IP{gateway.AsSlice()}}
 	var err error
 	if n.KubeletCert, err = n.bed.PKI.cluster.issue(n.bed.PKI.Dir, n.name("kubelet"), sub); err != nil {
 		return err
@@ -95,7 +101,8 @@ func (n *Node) etc(name string) string { return filepath.Join(n.NodeDir, "etc", 
 
 func (n *Node) writeCNI() error {
 	type m = map[string]any
-	// No masquerading: it would leave iptables rules on the machine, and pods need to reach only this machine.
+	// No masquerading: it would leave iptables rules on the machine, and pods need to reach only
+	// this machine.
 	return writeJSON(filepath.Join(n.etc("cni"), "10-bridge.conflist"), m{
 		"cniVersion": "1.0.0", "name": n.network, "plugins": []m{
 			{"type": "bridge", "bridge": n.Bridge, "isGateway": true, "ipMasq": false, "hairpinMode": true, "ipam": m{
@@ -191,11 +198,13 @@ func (n *Node) writeProxy() error {
 		"images":          m{"registryHostsDir": n.RegistryHostsDir()},
 		"kubelet":         m{"podsSocket": filepath.Join(n.NodeDir, "kubelet", "pods-api", "pods-api.sock")},
 		"ops": m{
-			"address": n.OpsAddress, "certFile": n.OpsCert.Cert, "keyFile": n.OpsCert.Key, "clientCAFile": n.bed.PKI.OpsCA.Cert,
+			"address": n.OpsAddress, "certFile": n.OpsCert.Cert, "keyFile": n.OpsCert.Key,
+			"clientCAFile":   n.bed.PKI.OpsCA.Cert,
 			"allowedClients": []string{"cri-controller"},
 		},
 	}
-	if n.bed.Mode == ModeNode { // without a kubelet, its default threshold would count, on whatever disk this machine has
+	// without a kubelet, its default threshold would count, on whatever disk this machine has
+	if n.bed.Mode == ModeNode {
 		config["images"].(m)["maxDiskPercent"] = 0
 	}
 	if err := mergeYAML(config, n.bed.options.ProxyExtra); err != nil {
@@ -207,8 +216,8 @@ func (n *Node) writeProxy() error {
 // RegistryHostsDir is the config_path of containerd's registry configuration; a test may add hosts.
 func (n *Node) RegistryHostsDir() string { return n.etc("certs.d") }
 
-// MapRegistry makes images of host come from the server at url, such as https://198.18.0.1:5001. more are further lines of the host's
-// entry in hosts.toml.
+// MapRegistry makes images of host come from the server at url, such as https://198.18.0.1:5001.
+// more are further lines of the host's entry in hosts.toml.
 func (n *Node) MapRegistry(host, url string, more ...string) error {
 	dir := filepath.Join(n.RegistryHostsDir(), host)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -224,7 +233,8 @@ func (n *Node) MapRegistry(host, url string, more ...string) error {
 // ProxyConfig is the proxy's configuration file; a test may edit it before StartProxy.
 func (n *Node) ProxyConfig() string { return n.etc("cri-proxy.yaml") }
 
-// StartProxy starts `cri-proxy serve` with the bed's configuration, Options.ProxyArgs and args, and waits until it answers.
+// StartProxy starts `cri-proxy serve` with the bed's configuration, Options.ProxyArgs and args, and
+// waits until it answers.
 func (n *Node) StartProxy(ctx context.Context, args ...string) error {
 	if err := n.LaunchProxy(ctx, args...); err != nil {
 		return err
@@ -232,7 +242,8 @@ func (n *Node) StartProxy(ctx context.Context, args ...string) error {
 	return n.WaitProxyReady(ctx)
 }
 
-// LaunchProxy is StartProxy without the wait, for a proxy that is meant to die or wait on its way up.
+// LaunchProxy is StartProxy without the wait, for a proxy that is meant to die or wait on its way
+// up.
 func (n *Node) LaunchProxy(ctx context.Context, args ...string) error {
 	if err := n.bed.product(ctx, "cri-proxy", n.bed.options.ProxyBinary); err != nil {
 		return err
@@ -270,21 +281,24 @@ func (n *Node) WaitProxyReady(ctx context.Context) error {
 	return p.ready(ctx, func(ctx context.Context) error { return criAnswers(ctx, n.ProxySocket) })
 }
 
-// writeKubelet writes the KubeletConfiguration. Its settings that look odd make kubelet run beside others on a machine that it does not own.
+// writeKubelet writes the KubeletConfiguration. Its settings that look odd make kubelet run beside
+// others on a machine that it does not own.
 func (n *Node) writeKubelet() error {
 	type m = map[string]any
 	config := m{
 		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
 		"address": n.BridgeIP, "port": kubeletPort, "healthzBindAddress": n.BridgeIP, "healthzPort": kubeletHealthzPort,
 		"containerRuntimeEndpoint": "unix://" + n.CRISocket,
-		"authentication":           m{"anonymous": m{"enabled": false}, "webhook": m{"enabled": true}, "x509": m{"clientCAFile": n.bed.PKI.ClusterCA.Cert}},
-		"authorization":            m{"mode": "Webhook"},
-		"tlsCertFile":              n.KubeletCert.Cert, "tlsPrivateKeyFile": n.KubeletCert.Key,
+		"authentication": m{"anonymous": m{"enabled": false}, "webhook": m{"enabled": true},
+			"x509": m{"clientCAFile": n.bed.PKI.ClusterCA.Cert}},
+		"authorization": m{"mode": "Webhook"},
+		"tlsCertFile":   n.KubeletCert.Cert, "tlsPrivateKeyFile": n.KubeletCert.Key,
 		"cgroupDriver": "cgroupfs", "cgroupRoot": n.CgroupParent, "enforceNodeAllocatable": []string{},
 		"failCgroupV1": false, "failSwapOn": false, "oomScoreAdj": 0, "localStorageCapacityIsolation": false,
 		"makeIPTablesUtilChains": false,
 		"podLogsDir":             n.PodLogs, "volumePluginDir": filepath.Join(n.NodeDir, "volume-plugins"),
-		"evictionHard":                m{"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+		"evictionHard": m{"memory.available": "50Mi", "nodefs.available": "1%",
+			"imagefs.available": "1%"},
 		"imageGCHighThresholdPercent": 100,
 		"maxPods":                     500,
 		"clusterDNS":                  []string{"10.96.0.10"}, "clusterDomain": "cluster.local",
@@ -300,7 +314,8 @@ func (n *Node) KubeletKubeconfig() string {
 	return filepath.Join(n.bed.Dir, "etc", n.name("kubelet")+".kubeconfig")
 }
 
-// KubeletCommand writes kubelet's configuration and returns its command line, without the program, for a test that starts it in its own way.
+// KubeletCommand writes kubelet's configuration and returns its command line, without the program,
+// for a test that starts it in its own way.
 func (n *Node) KubeletCommand() ([]string, error) {
 	if err := n.writeKubelet(); err != nil {
 		return nil, err
@@ -311,7 +326,8 @@ func (n *Node) KubeletCommand() ([]string, error) {
 	}
 	root := filepath.Join(n.NodeDir, "kubelet")
 	return append([]string{
-		"--config", n.etc("kubelet.yaml"), "--kubeconfig", conf, "--hostname-override", n.NodeName, "--node-ip", n.BridgeIP,
+		"--config", n.etc("kubelet.yaml"), "--kubeconfig", conf, "--hostname-override", n.NodeName,
+		"--node-ip", n.BridgeIP,
 		"--root-dir", root, "--cert-dir", filepath.Join(root, "pki"), "--v", "2",
 	}, n.bed.options.KubeletArgs...), nil
 }
@@ -329,7 +345,8 @@ func (n *Node) KubeletHealthz() string {
 // Netns is the file of the node's network namespace, empty for this machine's.
 func (n *Node) Netns() string { return n.netns }
 
-// StartKubelet starts kubelet and waits until it is healthy. It does not wait for the node to be Ready, see [Bed.WaitNodeReady].
+// StartKubelet starts kubelet and waits until it is healthy. It does not wait for the node to be
+// Ready, see [Bed.WaitNodeReady].
 func (n *Node) StartKubelet(ctx context.Context) error {
 	args, err := n.KubeletCommand()
 	if err != nil {
@@ -394,7 +411,8 @@ func criAnswers(ctx context.Context, socket string) error {
 	return nil
 }
 
-// removePods stops and removes all pods of the containerd at socket, so that CNI, cgroups and mounts are undone by those who made them.
+// removePods stops and removes all pods of the containerd at socket, so that CNI, cgroups and
+// mounts are undone by those who made them.
 func removePods(ctx context.Context, socket string) error {
 	conn, err := dialCRI(socket)
 	if err != nil {

@@ -14,13 +14,16 @@ import (
 	"time"
 )
 
-// debianPackages are what building and running the components needs beyond Go: runc is built with cgo against libseccomp; CNI, kubelet
-// and port-forwarding call the rest; busybox becomes a test image.
+// debianPackages are what building and running the components needs beyond Go: runc is built with
+// cgo against libseccomp; CNI, kubelet and port-forwarding call the rest; busybox becomes a test
+// image.
 func debianPackages() []string {
-	return []string{"gcc", "libc6-dev", "libseccomp-dev", "pkg-config", "iproute2", "iptables", "conntrack", "socat", "ethtool", "mount", "busybox-static", "ca-certificates"}
+	return []string{"gcc", "libc6-dev", "libseccomp-dev", "pkg-config", "iproute2", "iptables", "conntrack", "socat",
+		"ethtool", "mount", "busybox-static", "ca-certificates"}
 }
 
-// installPackages installs what dpkg says is missing. On a machine without dpkg it trusts that the tools are there.
+// installPackages installs what dpkg says is missing. On a machine without dpkg it trusts that the
+// tools are there.
 func installPackages(ctx context.Context, log io.Writer) error {
 	if _, err := exec.LookPath("dpkg-query"); err != nil {
 		return nil
@@ -52,7 +55,8 @@ func installPackages(ctx context.Context, log io.Writer) error {
 // missingPackages returns those of names that dpkg does not list as installed.
 func missingPackages(ctx context.Context, names []string) ([]string, error) {
 	// dpkg-query exits 1 when it does not know a name, and still answers for the others.
-	out, err := exec.CommandContext(ctx, "dpkg-query", append([]string{"-W", "-f", "${Package} ${db:Status-Status}\n"}, names...)...).Output()
+	out, err := exec.CommandContext(ctx, "dpkg-query", append([]string{"-W", "-f", "${Package} ${db:Status-Status}\n"},
+		names...)...).Output()
 	if exited := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exited) {
 		return nil, fmt.Errorf("ask dpkg for installed packages: %w", err)
 	}

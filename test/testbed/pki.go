@@ -22,7 +22,8 @@ import (
 // Pair is the PEM files of a certificate and its private key.
 type Pair struct{ Cert, Key string }
 
-// PKI is the certificates of a bed: the cluster's own, and those of the node command interface (ops).
+// PKI is the certificates of a bed: the cluster's own, and those of the node command interface
+// (ops).
 type PKI struct {
 	// Dir holds all files.
 	Dir string
@@ -32,9 +33,11 @@ type PKI struct {
 	OpsCA Pair
 	// Controller is the client certificate that proxies allow: CN and DNS name "cri-controller".
 	Controller Pair
-	// Stranger is a client certificate of OpsCA with another name, "stranger": it authenticates but is not allowed.
-	Stranger Pair
-	// OtherCA is a CA that nobody trusts, and Impostor a client certificate "cri-controller" that it signed.
+	// OtherClient is a client certificate of OpsCA with a name that no node allows: it
+	// authenticates, but is not allowed.
+	OtherClient Pair
+	// OtherCA is a CA that nobody trusts, and Impostor a client certificate "cri-controller" that
+	// it signed.
 	OtherCA, Impostor Pair
 	// serviceAccount signs ServiceAccount tokens.
 	serviceAccount Pair
@@ -84,7 +87,7 @@ func newPKI(dir string) (*PKI, error) {
 		sub  subject
 	}{
 		{&p.Controller, p.ops, "cri-controller", controller},
-		{&p.Stranger, p.ops, "stranger", subject{name: "stranger", dns: []string{"stranger"}}},
+		{&p.OtherClient, p.ops, "other-client", subject{name: "other-client", dns: []string{"other-client"}}},
 		{&p.Impostor, other, "impostor", controller},
 		{&p.serviceAccount, p.cluster, "service-account", subject{name: "service-account"}},
 	} {

@@ -22,13 +22,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pollInterval is how often a readiness condition is looked at; a bed has about ten of them, each a local call.
+// pollInterval is how often a readiness condition is looked at; a bed has about ten of them, each a
+// local call.
 const pollInterval = 20 * time.Millisecond
 
 // stopGrace is how long a component may take to end before it is killed.
 const stopGrace = 10 * time.Second
 
-// identity names a process beyond its pid, which the kernel reuses: never twice within the same clock tick of the same boot.
+// identity names a process beyond its pid, which the kernel reuses: never twice within the same
+// clock tick of the same boot.
 type identity struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot, field 22 of proc_pid_stat(5)
@@ -85,7 +87,8 @@ func (id identity) alive() bool {
 	return err == nil && start == id.Start && state != 'Z' && state != 'X'
 }
 
-// signal sends sig to that very process. It goes through a pidfd, so a pid reused in between is not hit.
+// signal sends sig to that very process. It goes through a pidfd, so a pid reused in between is not
+// hit.
 func (id identity) signal(sig syscall.Signal) error {
 	if !id.alive() {
 		return unix.ESRCH
@@ -137,8 +140,9 @@ func poll(ctx context.Context, cond func() error) error {
 	}
 }
 
-// spawner forks every process of a bed on one OS thread that lives as long as the bed: the kernel sends the parent-death signal when the
-// *thread* that forked ends (prctl(2)), not the process, and Go ends threads as it likes.
+// spawner forks every process of a bed on one OS thread that lives as long as the bed: the kernel
+// sends the parent-death signal when the *thread* that forked ends (prctl(2)), not the process, and
+// Go ends threads as it likes.
 type spawner struct {
 	calls chan func()
 	done  chan struct{}
@@ -175,7 +179,8 @@ type command struct {
 	netns string
 }
 
-// newNamespace makes a network namespace and mounts it at file, which keeps it until it is unmounted.
+// newNamespace makes a network namespace and mounts it at file, which keeps it until it is
+// unmounted.
 func (s *spawner) newNamespace(file string) error {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		return err
@@ -242,7 +247,8 @@ type Process struct {
 	err     error         // how it ended; read after done
 }
 
-// start runs c in a session of its own, so that a terminal's ctrl-C reaches only the owner, and records it in pidDir for the sweep.
+// start runs c in a session of its own, so that a terminal's ctrl-C reaches only the owner, and
+// records it in pidDir for the sweep.
 func (s *spawner) start(c command, pidDir string) (*Process, error) {
 	log, err := os.OpenFile(c.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -275,7 +281,8 @@ func (s *spawner) start(c command, pidDir string) (*Process, error) {
 	return p, nil
 }
 
-// recordProcess writes the identity of a child that has not been waited for: even one that ended at once still has its entry in /proc.
+// recordProcess writes the identity of a child that has not been waited for: even one that ended at
+// once still has its entry in /proc.
 func recordProcess(pid int, file string) error {
 	_, _, started, err := procStat(pid)
 	if err != nil {
@@ -302,7 +309,8 @@ func (p *Process) Running() bool {
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Err is how the process ended: nil for exit code 0, an [*exec.ExitError], or an error that says that it still runs.
+// Err is how the process ended: nil for exit code 0, an [*exec.ExitError], or an error that says
+// that it still runs.
 func (p *Process) Err() error {
 	select {
 	case <-p.done:
@@ -345,7 +353,8 @@ func (p *Process) stop(ctx context.Context, sig syscall.Signal) error {
 	}
 }
 
-// ready polls cond for at most readyTimeout and gives up early, quoting the log, when the process ends.
+// ready polls cond for at most readyTimeout and gives up early, quoting the log, when the process
+// ends.
 func (p *Process) ready(ctx context.Context, cond func(context.Context) error) error {
 	ctx, expire := context.WithTimeout(ctx, readyTimeout)
 	defer expire()

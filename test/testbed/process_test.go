@@ -35,8 +35,10 @@ func TestProcessStop(t *testing.T) {
 		want         syscall.WaitStatus
 	}{
 		{"ends on the signal", "echo up; exec sleep 100", syscall.SIGTERM, false, syscall.WaitStatus(syscall.SIGTERM)},
-		{"ends on its own way", "trap 'exit 7' TERM; echo up; while :; do sleep 0.01; done", syscall.SIGTERM, false, 7 << 8},
-		{"ignores the signal and is killed", "trap '' TERM; echo up; while :; do sleep 0.01; done", syscall.SIGTERM, true, syscall.WaitStatus(syscall.SIGKILL)},
+		{"ends on its own way", "trap 'exit 7' TERM; echo up; while :; do sleep 0.01; done", syscall.SIGTERM,
+			false, 7 << 8},
+		{"ignores the signal and is killed", "trap '' TERM; echo up; while :; do sleep 0.01; done", syscall.SIGTERM,
+			true, syscall.WaitStatus(syscall.SIGKILL)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := start(t, s, dir, strings.ReplaceAll(tc.name, " ", "-"), "/bin/sh", "-c", tc.script)
@@ -78,7 +80,8 @@ func TestReadyQuotesTheLogOfADeadProcess(t *testing.T) {
 	p := start(t, s, t.TempDir(), "broken", "/bin/sh", "-c", "echo no such config >&2; exit 2")
 	began := time.Now()
 	err := p.ready(t.Context(), func(context.Context) error { return errors.New("not yet") })
-	if err == nil || !strings.Contains(err.Error(), "no such config") || !strings.Contains(err.Error(), "exit status 2") {
+	if err == nil || !strings.Contains(err.Error(), "no such config") ||
+		!strings.Contains(err.Error(), "exit status 2") {
 		t.Errorf("got %v", err)
 	}
 	if time.Since(began) > readyTimeout/2 {

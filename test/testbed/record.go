@@ -20,11 +20,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runRoot holds one directory per bed: its record, its sockets and its pid files. Unix socket paths are at most 107 bytes long, so this is
-// not below the cache directory; and it is the one place where runs with different caches see each other.
+// runRoot holds one directory per bed: its record, its sockets and its pid files. Unix socket paths
+// are at most 107 bytes long, so this is not below the cache directory; and it is the one place
+// where runs with different caches see each other.
 const runRoot = "/run/cri-proxy-test"
 
-// destroyTimeout is for the kernel, which frees processes, mounts and cgroups a moment after they end.
+// destroyTimeout is for the kernel, which frees processes, mounts and cgroups a moment after they
+// end.
 const destroyTimeout = 30 * time.Second
 
 // record is what somebody else needs to remove a bed whose owner is gone.
@@ -60,7 +62,8 @@ func (l ledger) lock(ctx context.Context) (unlock func(), err error) {
 	return lockFile(ctx, filepath.Join(l.root, ".lock"))
 }
 
-// records returns all beds. A directory without a readable record (its owner died while creating it) counts as a bed with only an ID.
+// records returns all beds. A directory without a readable record (its owner died while creating
+// it) counts as a bed with only an ID.
 func (l ledger) records() ([]record, error) {
 	entries, err := os.ReadDir(l.root)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -93,7 +96,8 @@ func (l ledger) write(r record) error {
 	return writeFileAtomic(filepath.Join(l.runDir(r.ID), "bed.json"), b, 0o644)
 }
 
-// hold takes the bed's own lock, which its owner keeps for as long as it lives. held is false when somebody else has it.
+// hold takes the bed's own lock, which its owner keeps for as long as it lives. held is false when
+// somebody else has it.
 func (l ledger) hold(id string) (release func(), held bool, err error) {
 	f, err := os.OpenFile(filepath.Join(l.runDir(id), "lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -109,9 +113,12 @@ func (l ledger) hold(id string) (release func(), held bool, err error) {
 	return func() { f.Close() }, true, nil
 }
 
-// allocate reserves an ID and n subnets for a new bed, after sweeping dead ones. fill completes the record (it has ID and Nodes with their
-// subnets then) before it is written. release gives up ownership; the record stays until destroy.
-func (l ledger) allocate(ctx context.Context, n int, log io.Writer, fill func(*record)) (r record, release func(), err error) {
+// allocate reserves an ID and n subnets for a new bed, after sweeping dead ones. fill completes the
+// record (it has ID and Nodes with their subnets then) before it is written. release gives up
+// ownership; the record stays until destroy.
+func (l ledger) allocate(
+	ctx context.Context, n int, log io.Writer, fill func(*record),
+) (r record, release func(), err error) {
 	unlock, err := l.lock(ctx)
 	if err != nil {
 		return record{}, nil, err
@@ -134,7 +141,8 @@ func (l ledger) allocate(ctx context.Context, n int, log io.Writer, fill func(*r
 	if err != nil {
 		return record{}, nil, err
 	}
-	// Five letters: short enough for an interface name, and a repeat within a machine's life is harmless (Mkdir refuses it).
+	// Five letters: short enough for an interface name, and a repeat within a machine's life is
+	// harmless (Mkdir refuses it).
 	r = record{ID: strings.ToLower(rand.Text()[:5]), Boot: self.Boot, Owner: self, Started: time.Now().UTC()}
 	for i := 0; i < subnetCount && len(r.Nodes) < n; i++ {
 		network, _ := subnet(i)
@@ -147,7 +155,8 @@ func (l ledger) allocate(ctx context.Context, n int, log io.Writer, fill func(*r
 		}
 	}
 	if len(r.Nodes) < n {
-		return record{}, nil, fmt.Errorf("no free subnet left in %s for %d nodes: %d beds exist, remove some with `testbed down`", networkBase, n, len(recs))
+		return record{}, nil, fmt.Errorf("no free subnet left in %s for %d nodes: %d beds exist, remove some with "+
+			"`testbed down`", networkBase, n, len(recs))
 	}
 	fill(&r)
 	if err := os.Mkdir(l.runDir(r.ID), 0o755); err != nil {
@@ -163,7 +172,8 @@ func (l ledger) allocate(ctx context.Context, n int, log io.Writer, fill func(*r
 	return r, release, err
 }
 
-// sweep destroys every bed whose owner is gone: not held, and not left running on purpose in this boot. Under the ledger's lock.
+// sweep destroys every bed whose owner is gone: not held, and not left running on purpose in this
+// boot. Under the ledger's lock.
 func (l ledger) sweep(ctx context.Context, log io.Writer) error {
 	recs, err := l.records()
 	if err != nil {
@@ -192,7 +202,8 @@ func (l ledger) sweep(ctx context.Context, log io.Writer) error {
 	return errors.Join(append(errs, l.sweepDirs())...)
 }
 
-// sweepDirs removes the directories of beds that have no record any more: after a reboot that emptied /run.
+// sweepDirs removes the directories of beds that have no record any more: after a reboot that
+// emptied /run.
 func (l ledger) sweepDirs() error {
 	cache, err := CacheDir()
 	if err != nil {
@@ -215,8 +226,8 @@ func (l ledger) sweepDirs() error {
 	return errors.Join(errs...)
 }
 
-// destroy removes all traces of a bed from the machine, whatever state it is in, without the help of any of its components.
-// It is safe to repeat. The caller holds the bed's lock.
+// destroy removes all traces of a bed from the machine, whatever state it is in, without the help
+// of any of its components. It is safe to repeat. The caller holds the bed's lock.
 func (l ledger) destroy(ctx context.Context, r record) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, destroyTimeout, fmt.Errorf("given up after %s", destroyTimeout))
 	defer cancel()
@@ -256,8 +267,9 @@ func (l ledger) destroy(ctx context.Context, r record) error {
 // gonePrefix begins the names of beds' directories that are being removed.
 const gonePrefix = ".gone-"
 
-// forget removes the bed's directory with its record and its lock. They go in one step: who sweeps in the middle of it would take the
-// rest for a bed whose owner is dead, and put a lock of its own there.
+// forget removes the bed's directory with its record and its lock. They go in one step: who sweeps
+// in the middle of it would take the rest for a bed whose owner is dead, and put a lock of its own
+// there.
 func (l ledger) forget(id string) error {
 	mounts, err := mountsBelow(l.runDir(id))
 	if err != nil {
@@ -273,7 +285,8 @@ func (l ledger) forget(id string) error {
 	return removeTree(gone)
 }
 
-// endProcesses kills the recorded processes, the shims that serve the bed's containerd, and everything in their care.
+// endProcesses kills the recorded processes, the shims that serve the bed's containerd, and
+// everything in their care.
 func endProcesses(ctx context.Context, r record, runDir string) error {
 	return poll(ctx, func() error {
 		var left []string
@@ -307,7 +320,8 @@ func bedProcesses(r record, runDir string) []identity {
 		parent[pid] = ppid
 		cmdline, _ := os.ReadFile("/proc/" + e.Name() + "/cmdline")
 		argv := strings.Split(string(cmdline), "\x00")
-		if strings.HasPrefix(filepath.Base(argv[0]), "containerd-shim") && slices.ContainsFunc(argv, func(a string) bool { return strings.HasPrefix(a, runDir+"/") }) {
+		if strings.HasPrefix(filepath.Base(argv[0]), "containerd-shim") &&
+			slices.ContainsFunc(argv, func(a string) bool { return strings.HasPrefix(a, runDir+"/") }) {
 			roots[pid] = true
 		}
 		// Programs that a test put among the bed's files.
@@ -340,7 +354,8 @@ func bedProcesses(r record, runDir string) []identity {
 	return out
 }
 
-// removeCNIResults removes libcni's cache of a network's attachments, which it keeps in a place that containerd cannot change.
+// removeCNIResults removes libcni's cache of a network's attachments, which it keeps in a place
+// that containerd cannot change.
 func removeCNIResults(network string) error {
 	files, err := filepath.Glob("/var/lib/cni/results/" + network + "-*")
 	for _, f := range files {
@@ -349,7 +364,8 @@ func removeCNIResults(network string) error {
 	return err
 }
 
-// containerLogs is where kubelet links every container's log (pkg/kubelet/kuberuntime/legacy.go); it has no setting.
+// containerLogs is where kubelet links every container's log (pkg/kubelet/kuberuntime/legacy.go);
+// it has no setting.
 const containerLogs = "/var/log/containers"
 
 // removeLogSymlinks removes the links in containerLogs that lead into dir.
@@ -384,7 +400,8 @@ func mountsBelow(dirs ...string) ([]string, error) {
 	return parseMounts(string(b), dirs...), nil
 }
 
-// parseMounts reads proc_pid_mountinfo(5); field 5 is the mount point with space, tab, newline and backslash in octal.
+// parseMounts reads proc_pid_mountinfo(5); field 5 is the mount point with space, tab, newline and
+// backslash in octal.
 func parseMounts(mountinfo string, dirs ...string) []string {
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	var out []string
@@ -413,7 +430,8 @@ func unmountBelow(dirs ...string) error {
 			continue
 		}
 		// Busy: somebody has a file open there. Detached, it goes when they close it.
-		if err := unix.Unmount(m, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		if err := unix.Unmount(m, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) &&
+			!errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", m, err))
 		}
 	}

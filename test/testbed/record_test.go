@@ -147,10 +147,10 @@ func TestSweepEndsProcesses(t *testing.T) {
 	s := newSpawner(true)
 	defer s.close()
 	recorded := start(t, s, pids, "recorded", "/bin/sh", "-c", "sleep 100 & wait")
-	stranger := start(t, s, t.TempDir(), "stranger", "/bin/sleep", "100")
-	defer func() { _ = stranger.stop(t.Context(), 9) }()
+	other := start(t, s, t.TempDir(), "other", "/bin/sleep", "100")
+	defer func() { _ = other.stop(t.Context(), 9) }()
 	// A pid file whose process ended and whose pid now belongs to somebody else.
-	stale, err := identify(stranger.PID)
+	stale, err := identify(other.PID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func TestSweepEndsProcesses(t *testing.T) {
 			t.Errorf("%s still runs", p.Name)
 		}
 	}
-	if !stranger.Running() {
+	if !other.Running() {
 		t.Error("a process that is not the bed's was killed")
 	}
 	if slices.Contains(ids(t, l), r.ID) {
@@ -211,7 +211,8 @@ func TestSweepRemovesDirectoriesWithoutRecord(t *testing.T) {
 	}
 }
 
-// A bed that is being removed is nobody's to sweep, and what its owner did not come to remove goes with the next sweep.
+// A bed that is being removed is nobody's to sweep, and what its owner did not come to remove goes
+// with the next sweep.
 func TestForget(t *testing.T) {
 	l := newLedger(t)
 	r, release := allocateIn(t, l, 1, nil)
@@ -252,7 +253,8 @@ func TestParseMounts(t *testing.T) {
 		dirs []string
 		want []string
 	}{
-		{"one directory, latest first, no namesakes", []string{"/run/bed/abc"}, []string{"/run/bed/abc", "/run/bed/abc/n0/root fs", "/run/bed/abc/shm"}},
+		{"one directory, latest first, no namesakes", []string{"/run/bed/abc"},
+			[]string{"/run/bed/abc", "/run/bed/abc/n0/root fs", "/run/bed/abc/shm"}},
 		{"two directories", []string{"/run/bed/abcd", "/cache/abc"}, []string{`/cache/abc/x\y`, "/run/bed/abcd/shm"}},
 		{"none", []string{"/elsewhere"}, nil},
 	} {

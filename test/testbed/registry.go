@@ -15,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writeRegistry writes the configuration of a registry that serves storage on addr and returns its path.
+// writeRegistry writes the configuration of a registry that serves storage on addr and returns its
+// path.
 func writeRegistry(file, addr, storage string) error {
 	type m = map[string]any
 	return writeYAML(file, m{
@@ -31,7 +32,8 @@ func registryAnswers(ctx context.Context, addr string) error {
 	return httpOK(ctx, oneShotClient(), "http://"+addr+"/v2/")
 }
 
-// StartRegistry starts the image registry on its old address and with its old content, after [Bed.StopRegistry].
+// StartRegistry starts the image registry on its old address and with its old content, after
+// [Bed.StopRegistry].
 func (b *Bed) StartRegistry(ctx context.Context) error {
 	config := filepath.Join(b.Dir, "etc", "registry.yaml")
 	if err := writeRegistry(config, b.Registry, b.storage()); err != nil {
@@ -46,7 +48,8 @@ func (b *Bed) StartRegistry(ctx context.Context) error {
 
 // RegistryOptions of [Bed.StartRegistryAs].
 type RegistryOptions struct {
-	// Auth is the auth section of its configuration, see [Bed.BasicAuth]. Without one everybody may pull.
+	// Auth is the auth section of its configuration, see [Bed.BasicAuth]. Without one everybody may
+	// pull.
 	Auth map[string]any
 	// TLS is its serving certificate, see [Bed.ServingCert]; without one it speaks plain HTTP.
 	TLS Pair
@@ -56,7 +59,8 @@ type RegistryOptions struct {
 const (
 	RegistryUser     = "robot"
 	RegistryPassword = "correct-horse-7TqLw2"
-	registryHash     = "$2a$04$xX2U/0nLn6de2BOUidK2m.5Qwjye3drBJV.I5Pt1U3IESsJw5sWiG" // bcrypt of it, at the lowest cost
+	// bcrypt of it, at the lowest cost.
+	registryHash = "$2a$04$xX2U/0nLn6de2BOUidK2m.5Qwjye3drBJV.I5Pt1U3IESsJw5sWiG"
 )
 
 // BasicAuth is the auth section of a registry that lets in only [RegistryUser].
@@ -68,13 +72,14 @@ func (b *Bed) BasicAuth() (map[string]any, error) {
 	return map[string]any{"htpasswd": map[string]any{"realm": "bed", "path": file}}, nil
 }
 
-// ServingCert issues a certificate for servers on the first node's bridge address, signed by the cluster CA.
+// ServingCert issues a certificate for servers on the first node's bridge address, signed by the
+// cluster CA.
 func (b *Bed) ServingCert(name string) (Pair, error) {
 	return b.PKI.cluster.issue(b.PKI.Dir, name, subject{name: name, ips: ips(b.BridgeIP, "127.0.0.1")})
 }
 
-// StartRegistryAs starts another registry, a process called name, that serves the images of the first and returns its address.
-// [Bed.Close] ends it.
+// StartRegistryAs starts another registry, a process called name, that serves the images of the
+// first and returns its address. [Bed.Close] ends it.
 func (b *Bed) StartRegistryAs(ctx context.Context, name string, o RegistryOptions) (addr string, err error) {
 	port, err := freePort(b.BridgeIP, 0)
 	if err != nil {
@@ -86,7 +91,8 @@ func (b *Bed) StartRegistryAs(ctx context.Context, name string, o RegistryOption
 	if o.TLS.Cert != "" {
 		http["tls"] = m{"certificate": o.TLS.Cert, "key": o.TLS.Key}
 	}
-	config := m{"version": "0.1", "storage": m{"filesystem": m{"rootdirectory": b.storage()}}, "http": http, "log": m{"level": "info"}}
+	config := m{"version": "0.1", "storage": m{"filesystem": m{"rootdirectory": b.storage()}}, "http": http,
+		"log": m{"level": "info"}}
 	if o.Auth != nil {
 		config["auth"] = o.Auth
 	}

@@ -21,7 +21,8 @@ func TestSubnets(t *testing.T) {
 	var all []netip.Prefix
 	for i := range subnetCount {
 		network, gateway := subnet(i)
-		if !base.Overlaps(network) || network != network.Masked() || !network.Contains(gateway) || gateway == network.Addr() {
+		if !base.Overlaps(network) || network != network.Masked() || !network.Contains(gateway) ||
+			gateway == network.Addr() {
 			t.Errorf("subnet %d: %s with gateway %s", i, network, gateway)
 		}
 		for _, other := range all {
@@ -47,7 +48,9 @@ func TestOptions(t *testing.T) {
 		{"negative", Options{Nodes: -1}, "nodes asked for"},
 		{"all later", Options{Nodes: 2, Later: 2}, "the first cannot"},
 		{"environment without a name", Options{ContainerdEnv: []string{"HTTPS_PROXY"}}, "not NAME=value"},
-		{"what containerd 1.7 loses", Options{Containerd17: true, ContainerdExtra: `[plugins."io.containerd.grpc.v1.cri".containerd]`}, "ContainerdV2"},
+		{"what containerd 1.7 loses",
+			Options{Containerd17: true, ContainerdExtra: `[plugins."io.containerd.grpc.v1.cri".containerd]`},
+			"ContainerdV2"},
 		{"environment", Options{ContainerdEnv: []string{"HTTPS_PROXY=http://198.18.0.1:3128"}}, ""},
 		{"proxy options of a direct bed", Options{Direct: true, ProxyArgs: []string{"-v"}}, "direct bed"},
 	} {
@@ -118,7 +121,8 @@ func TestKubernetesVersionIsThePinnedOne(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Contains(b, []byte("k8s.io/kubernetes "+kubernetesVersion+" ")) && !bytes.Contains(b, []byte("k8s.io/kubernetes "+kubernetesVersion+"\n")) {
+	if !bytes.Contains(b, []byte("k8s.io/kubernetes "+kubernetesVersion+" ")) &&
+		!bytes.Contains(b, []byte("k8s.io/kubernetes "+kubernetesVersion+"\n")) {
 		t.Errorf("test/components/kubernetes/go.mod does not require k8s.io/kubernetes %s", kubernetesVersion)
 	}
 }
@@ -148,7 +152,8 @@ func TestPKI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := p.ops.issue(p.Dir, "server", subject{name: "node-x-0", dns: []string{"node-x-0"}, ips: ips("127.0.0.1")})
+	server, err := p.ops.issue(p.Dir, "server",
+		subject{name: "node-x-0", dns: []string{"node-x-0"}, ips: ips("127.0.0.1")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -158,7 +163,7 @@ func TestPKI(t *testing.T) {
 		ok     bool
 	}{
 		{"cri-controller", p.Controller, true},
-		{"stranger", p.Stranger, true},
+		{"other client", p.OtherClient, true},
 		{"cri-controller", p.Impostor, false},
 	} {
 		t.Run(filepath.Base(tc.client.Cert), func(t *testing.T) {
@@ -206,7 +211,8 @@ func handshake(t *testing.T, server, client, ca Pair) (string, error) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	accepted := tls.Server(conn, &tls.Config{Certificates: load(server), ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert})
+	accepted := tls.Server(conn,
+		&tls.Config{Certificates: load(server), ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert})
 	if err := accepted.HandshakeContext(t.Context()); err != nil {
 		<-dialed // TLS 1.3 clients learn of a refusal only when they read
 		return "", err
@@ -215,7 +221,8 @@ func handshake(t *testing.T, server, client, ca Pair) (string, error) {
 }
 
 func TestWriteTarIsReproducible(t *testing.T) {
-	entries := []tarEntry{{name: "bin/", mode: 0o755}, {name: "bin/a", data: []byte("x"), mode: 0o755}, {name: "bin/b", link: "a"}}
+	entries := []tarEntry{{name: "bin/", mode: 0o755}, {name: "bin/a", data: []byte("x"), mode: 0o755},
+		{name: "bin/b", link: "a"}}
 	var got [2][]byte
 	for i := range got {
 		path := filepath.Join(t.TempDir(), "t.tar")

@@ -85,7 +85,8 @@ func toInt64(v any) any {
 
 func (c *crd) prune(object map[string]any) []string {
 	var wrong []string
-	for _, path := range pruning.PruneWithOptions(object, c.Structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
+	for _, path := range pruning.PruneWithOptions(object, c.Structural, true,
+		schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
 		wrong = append(wrong, "unknown field "+path)
 	}
 	return wrong
@@ -100,7 +101,8 @@ func (c *crd) validate(object, old map[string]any) []string {
 	}
 	if len(errs) == 0 {
 		var more field.ErrorList
-		more, _ = c.Rules.Validate(context.Background(), nil, c.Structural, object, before, celconfig.RuntimeCELCostBudget)
+		more, _ = c.Rules.Validate(context.Background(), nil, c.Structural, object, before,
+			celconfig.RuntimeCELCostBudget)
 		errs = append(errs, more...)
 	}
 	var wrong []string
@@ -110,7 +112,8 @@ func (c *crd) validate(object, old map[string]any) []string {
 	return wrong
 }
 
-const head = "apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: {namespace: ns, name: crr}\n"
+const head = "apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: " +
+	"{namespace: ns, name: crr}\n"
 
 // fromTheField is what users apply today.
 func fromTheField(t *testing.T) string {
@@ -154,9 +157,11 @@ func TestCreate(t *testing.T) {
 		{"from the field, with a status and an empty strategy of a container", fromTheField(t), ""},
 		{"from OpenKruise's manual", fromTheManual, ""},
 		{"least", head + `spec: {podName: p, containers: [{name: app}]}`, ""},
-		{"every strategy field of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Ignore, orderedRecreate: true, forceRecreate: true, terminationGracePeriodSeconds: 0, unreadyGracePeriodSeconds: 0, minStartedSeconds: 0}}]}`, ""},
+		{"every strategy field of a container",
+			head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Ignore, orderedRecreate: true, forceRecreate: true, terminationGracePeriodSeconds: 0, unreadyGracePeriodSeconds: 0, minStartedSeconds: 0}}]}`, ""},
 		{"deadline of 3 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 3}`, ""},
-		{"full status", fromTheField(t) + "    message: m\n    isKilled: true\n  phase: Completed\n  completionTime: \"2026-01-01T00:00:00Z\"\n  message: m\n", ""},
+		{"full status", fromTheField(t) + "    message: m\n    isKilled: true\n  phase: Completed\n  completionTime: " +
+			"\"2026-01-01T00:00:00Z\"\n  message: m\n", ""},
 
 		{"no podName", head + `spec: {containers: [{name: app}]}`, "spec.podName: Required value"},
 		{"empty podName", head + `spec: {podName: "", containers: [{name: app}]}`, "podName can not be empty"},
@@ -164,14 +169,25 @@ func TestCreate(t *testing.T) {
 		{"empty containers", head + `spec: {podName: p, containers: []}`, "name at least one container"},
 		{"a container twice", head + `spec: {podName: p, containers: [{name: app}, {name: app}]}`, "Duplicate value"},
 		{"a container without name", head + `spec: {podName: p, containers: [{}]}`, "Required value"},
-		{"deadline of 2 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 2}`, "activeDeadlineSeconds can not be less than 3"},
-		{"negative grace", head + `spec: {podName: p, containers: [{name: app}], strategy: {terminationGracePeriodSeconds: -1}}`, "should be greater than or equal to 0"},
-		{"negative drain", head + `spec: {podName: p, containers: [{name: app}], strategy: {unreadyGracePeriodSeconds: -1}}`, "should be greater than or equal to 0"},
-		{"unknown failurePolicy", head + `spec: {podName: p, containers: [{name: app}], strategy: {failurePolicy: Maybe}}`, `supported values: "Fail", "Ignore"`},
-		{"unknown failurePolicy of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Maybe}}]}`, `supported values: "Fail", "Ignore"`},
-		{"unknown field", head + `spec: {podName: p, containers: [{name: app, strategi: {}}]}`, "unknown field spec.containers[0].strategi"},
+		{"deadline of 2 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 2}`,
+			"activeDeadlineSeconds can not be less than 3"},
+		{"negative grace",
+			head + `spec: {podName: p, containers: [{name: app}], strategy: {terminationGracePeriodSeconds: -1}}`,
+			"should be greater than or equal to 0"},
+		{"negative drain",
+			head + `spec: {podName: p, containers: [{name: app}], strategy: {unreadyGracePeriodSeconds: -1}}`,
+			"should be greater than or equal to 0"},
+		{"unknown failurePolicy",
+			head + `spec: {podName: p, containers: [{name: app}], strategy: {failurePolicy: Maybe}}`,
+			`supported values: "Fail", "Ignore"`},
+		{"unknown failurePolicy of a container",
+			head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Maybe}}]}`,
+			`supported values: "Fail", "Ignore"`},
+		{"unknown field", head + `spec: {podName: p, containers: [{name: app, strategi: {}}]}`,
+			"unknown field spec.containers[0].strategi"},
 		// The schema is asked after the webhook, which refuses what the user gives.
-		{"filled in at admission", head + `spec: {podName: p, containers: [{name: app, preStop: {httpGet: {port: web}}, ports: [{name: web, containerPort: 80}], statusContext: {containerID: a, restartCount: 0}}], strategy: {terminationGracePeriodSeconds: 30}}`, ""},
+		{"filled in at admission",
+			head + `spec: {podName: p, containers: [{name: app, preStop: {httpGet: {port: web}}, ports: [{name: web, containerPort: 80}], statusContext: {containerID: a, restartCount: 0}}], strategy: {terminationGracePeriodSeconds: 30}}`, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -195,10 +211,12 @@ func TestDefaults(t *testing.T) {
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(object, &crr); err != nil {
 		t.Fatal(err)
 	}
-	if crr.Spec.Strategy == nil || crr.Spec.Strategy.FailurePolicy != appsv1alpha1.ContainerRecreateRequestFailurePolicyFail {
+	if crr.Spec.Strategy == nil ||
+		crr.Spec.Strategy.FailurePolicy != appsv1alpha1.ContainerRecreateRequestFailurePolicyFail {
 		t.Errorf("strategy is %+v, want failurePolicy Fail", crr.Spec.Strategy)
 	}
-	if s := crr.Spec.Containers[0].Strategy; s == nil || *s != (appsv1alpha1.ContainerRecreateRequestContainerStrategy{}) {
+	if s := crr.Spec.Containers[0].Strategy; s == nil ||
+		*s != (appsv1alpha1.ContainerRecreateRequestContainerStrategy{}) {
 		t.Errorf("strategy of the container is %+v, want it empty as given", s)
 	}
 }
@@ -229,9 +247,12 @@ func TestUpdate(t *testing.T) {
 		}, ""},
 		{"statusContext filled in", nil, pinned, ""},
 		{"same manifest applied again", pinned, func(o map[string]any) { delete(container(o), "statusContext") }, ""},
-		{"statusContext changed", pinned, func(o map[string]any) { container(o)["statusContext"] = context("containerd://b") }, "statusContext is immutable"},
+		{"statusContext changed", pinned,
+			func(o map[string]any) { container(o)["statusContext"] = context("containerd://b") },
+			"statusContext is immutable"},
 		{"podName", nil, func(o map[string]any) { spec(o)["podName"] = "other" }, "podName cannot be changed"},
-		{"container renamed", nil, func(o map[string]any) { container(o)["name"] = "other" }, "cannot be added, removed or reordered"},
+		{"container renamed", nil, func(o map[string]any) { container(o)["name"] = "other" },
+			"cannot be added, removed or reordered"},
 		{"container added", nil, func(o map[string]any) {
 			spec(o)["containers"] = append(spec(o)["containers"].([]any), map[string]any{"name": "third"})
 		}, "cannot be added, removed or reordered"},
@@ -239,14 +260,19 @@ func TestUpdate(t *testing.T) {
 			l := spec(o)["containers"].([]any)
 			spec(o)["containers"] = []any{l[1], l[0]}
 		}, "cannot be added, removed or reordered"},
-		{"strategy", nil, func(o map[string]any) { spec(o)["strategy"] = map[string]any{"orderedRecreate": true} }, "strategy cannot be changed"},
+		{"strategy", nil, func(o map[string]any) { spec(o)["strategy"] = map[string]any{"orderedRecreate": true} },
+			"strategy cannot be changed"},
 		{"strategy of a container", nil, func(o map[string]any) {
 			container(o)["strategy"] = map[string]any{"orderedRecreate": true}
 		}, "strategy of a container cannot be changed"},
-		{"deadline", nil, func(o map[string]any) { spec(o)["activeDeadlineSeconds"] = int64(10) }, "activeDeadlineSeconds cannot be changed"},
-		{"deadline taken away", nil, func(o map[string]any) { delete(spec(o), "activeDeadlineSeconds") }, "activeDeadlineSeconds cannot be changed"},
-		{"time to live", nil, func(o map[string]any) { spec(o)["ttlSecondsAfterFinished"] = int64(10) }, "ttlSecondsAfterFinished cannot be changed"},
-		{"preStop added", nil, func(o map[string]any) { container(o)["preStop"] = map[string]any{} }, "preStop is read-only"},
+		{"deadline", nil, func(o map[string]any) { spec(o)["activeDeadlineSeconds"] = int64(10) },
+			"activeDeadlineSeconds cannot be changed"},
+		{"deadline taken away", nil, func(o map[string]any) { delete(spec(o), "activeDeadlineSeconds") },
+			"activeDeadlineSeconds cannot be changed"},
+		{"time to live", nil, func(o map[string]any) { spec(o)["ttlSecondsAfterFinished"] = int64(10) },
+			"ttlSecondsAfterFinished cannot be changed"},
+		{"preStop added", nil, func(o map[string]any) { container(o)["preStop"] = map[string]any{} },
+			"preStop is read-only"},
 		{"ports added", nil, func(o map[string]any) { container(o)["ports"] = []any{} }, "ports is read-only"},
 		{"a filled-in hook left alone", hooked, func(map[string]any) {}, ""},
 		{"the manifest without the hook again", hooked, func(o map[string]any) {
@@ -283,8 +309,8 @@ func TestUpdate(t *testing.T) {
 	}
 }
 
-// TestRequestVersions: both versions are served with one schema and no conversion. It is v1alpha1 that is stored, which every
-// OpenKruise can read.
+// TestRequestVersions: both versions are served with one schema and no conversion. It is v1alpha1
+// that is stored, which every OpenKruise can read.
 func TestRequestVersions(t *testing.T) {
 	definition := readCRD(t, "containerrecreaterequests")
 	if c := definition.Spec.Conversion; c != nil && c.Strategy != apiextensionsv1.NoneConverter {

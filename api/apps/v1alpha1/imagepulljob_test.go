@@ -83,7 +83,8 @@ func TestPullJobCreate(t *testing.T) {
 		{"from the field", preheat(t), ""},
 		{"from OpenKruise's manual", pullFromTheManual, ""},
 		{"least", spec(""), ""},
-		{"labels and expressions", spec(", selector: {matchLabels: {a: b}, matchExpressions: [{key: c, operator: Exists}]}"), ""},
+		{"labels and expressions",
+			spec(", selector: {matchLabels: {a: b}, matchExpressions: [{key: c, operator: Exists}]}"), ""},
 		{"by pods, with an empty selector", spec(", selector: {}, podSelector: {matchLabels: {a: b}}"), ""},
 		{"by nodes, with an empty podSelector", spec(", selector: {names: [a]}, podSelector: {}"), ""},
 		{"paused", spec(", parallelism: 0"), ""},
@@ -91,21 +92,32 @@ func TestPullJobCreate(t *testing.T) {
 		{"percentage", spec(", parallelism: 15%"), ""},
 		{"all at once", spec(", parallelism: 100%"), ""},
 		{"for ever", pullHead + "spec: {image: nginx, completionPolicy: {type: Never}}", ""},
-		{"deadline as long as an attempt", pullHead + "spec: {image: nginx, pullPolicy: {timeoutSeconds: 50}, completionPolicy: {activeDeadlineSeconds: 50}}", ""},
+		{"deadline as long as an attempt",
+			pullHead + "spec: {image: nginx, pullPolicy: {timeoutSeconds: 50}, completionPolicy: " +
+				"{activeDeadlineSeconds: 50}}", ""},
 
 		{"no image", pullHead + "spec: {completionPolicy: {}}", "spec.image: Required value"},
 		{"no completionPolicy", pullHead + "spec: {image: nginx}", "spec.completionPolicy: Required value"},
-		{"image in upper case", pullHead + "spec: {image: Nginx, completionPolicy: {}}", "image must be a reference as in a pod"},
+		{"image in upper case", pullHead + "spec: {image: Nginx, completionPolicy: {}}",
+			"image must be a reference as in a pod"},
 		{"names and labels", spec(", selector: {names: [a], matchLabels: {a: b}}"), "names excludes matchLabels"},
 		{"a name twice", spec(", selector: {names: [a, a]}"), "Duplicate value"},
-		{"nodes and pods", spec(", selector: {names: [a]}, podSelector: {matchLabels: {a: b}}"), "selector and podSelector exclude each other"},
+		{"nodes and pods", spec(", selector: {names: [a]}, podSelector: {matchLabels: {a: b}}"),
+			"selector and podSelector exclude each other"},
 		{"negative parallelism", spec(", parallelism: -1"), "parallelism must be"},
 		{"too high a percentage", spec(", parallelism: 101%"), "parallelism must be"},
 		{"parallelism in words", spec(", parallelism: some"), "parallelism must be"},
-		{"unknown completionPolicy", pullHead + "spec: {image: nginx, completionPolicy: {type: Sometimes}}", `supported values: "Always", "Never"`},
-		{"deadline of a job without end", pullHead + "spec: {image: nginx, completionPolicy: {type: Never, activeDeadlineSeconds: 700}}", "can only work with type Always"},
-		{"time to live of a job without end", pullHead + "spec: {image: nginx, completionPolicy: {type: Never, ttlSecondsAfterFinished: 700}}", "can only work with type Always"},
-		{"deadline shorter than an attempt", pullHead + "spec: {image: nginx, completionPolicy: {activeDeadlineSeconds: 599}}", "must not be less than pullPolicy.timeoutSeconds"},
+		{"unknown completionPolicy", pullHead + "spec: {image: nginx, completionPolicy: {type: Sometimes}}",
+			`supported values: "Always", "Never"`},
+		{"deadline of a job without end",
+			pullHead + "spec: {image: nginx, completionPolicy: {type: Never, activeDeadlineSeconds: 700}}",
+			"can only work with type Always"},
+		{"time to live of a job without end",
+			pullHead + "spec: {image: nginx, completionPolicy: {type: Never, ttlSecondsAfterFinished: 700}}",
+			"can only work with type Always"},
+		{"deadline shorter than an attempt",
+			pullHead + "spec: {image: nginx, completionPolicy: {activeDeadlineSeconds: 599}}",
+			"must not be less than pullPolicy.timeoutSeconds"},
 		{"unknown field", spec(", retries: 3"), "unknown field spec.retries"},
 	}
 	for _, tt := range tests {
@@ -147,7 +159,8 @@ func TestPullJobUpdate(t *testing.T) {
 			s["selector"] = map[string]any{"matchLabels": map[string]any{"a": "b"}}
 			s["pullPolicy"] = map[string]any{"timeoutSeconds": int64(10), "backoffLimit": int64(1)}
 		}, ""},
-		{"secret added", func(s map[string]any) { s["pullSecrets"] = append(s["pullSecrets"].([]any), "c") }, "pullSecrets is immutable"},
+		{"secret added", func(s map[string]any) { s["pullSecrets"] = append(s["pullSecrets"].([]any), "c") },
+			"pullSecrets is immutable"},
 		{"secrets taken away", func(s map[string]any) { delete(s, "pullSecrets") }, "pullSecrets is immutable"},
 	}
 	for _, tt := range tests {
@@ -177,10 +190,13 @@ func TestImageReferences(t *testing.T) {
 	list := pullCRD(t, "imagelistpulljobs")
 	digest := "sha256:" + strings.Repeat("0a", 32)
 	for _, image := range []string{
-		"nginx", "nginx:latest", "library/nginx", "docker.io/library/nginx:1.29-alpine", "registry:5000/a/b", "registry:5000/a/b:v1",
-		"localhost/a", "localhost:5000/a", "a.b.c/d/e_f/g__h/i-j:T.a_g-1", "nginx@" + digest, "nginx:1@" + digest, "10.0.0.1:80/x", "[::1]:5000/x",
+		"nginx", "nginx:latest", "library/nginx", "docker.io/library/nginx:1.29-alpine", "registry:5000/a/b",
+		"registry:5000/a/b:v1",
+		"localhost/a", "localhost:5000/a", "a.b.c/d/e_f/g__h/i-j:T.a_g-1", "nginx@" + digest, "nginx:1@" + digest,
+		"10.0.0.1:80/x", "[::1]:5000/x",
 		"[fd00::1]/x", "UPPER.example.com/x", "a/b/c/d/e",
-		"", " nginx", "Nginx", "nginx:", "nginx:-a", "nginx@sha256:12", "a//b", "/a", "a/", "a/-b", "a/b:" + strings.Repeat("t", 129), "http://a/b", "a:b:c", "a b", "-a/b", "nginx@" + digest + "x ",
+		"", " nginx", "Nginx", "nginx:", "nginx:-a", "nginx@sha256:12", "a//b", "/a", "a/", "a/-b",
+		"a/b:" + strings.Repeat("t", 129), "http://a/b", "a:b:c", "a b", "-a/b", "nginx@" + digest + "x ",
 	} {
 		_, err := reference.ParseNormalizedNamed(image)
 		_, wrong := c.create(pullHead + "spec: {image: '" + image + "', completionPolicy: {}}")
@@ -198,13 +214,17 @@ func TestListPullJobCreate(t *testing.T) {
 	c := pullCRD(t, "imagelistpulljobs")
 	tests := []struct{ name, manifest, wrong string }{
 		{"least", listHead + "spec: {images: [nginx], completionPolicy: {}}", ""},
-		{"more", listHead + "spec: {images: ['nginx:1', 'nginx:2'], parallelism: 10%, selector: {}, podSelector: {}, completionPolicy: {ttlSecondsAfterFinished: 10}}", ""},
+		{"more", listHead + "spec: {images: ['nginx:1', 'nginx:2'], parallelism: 10%, selector: {}, podSelector: {}, " +
+			"completionPolicy: {ttlSecondsAfterFinished: 10}}", ""},
 		{"no images", listHead + "spec: {images: [], completionPolicy: {}}", "should have at least 1"},
 		{"an image twice", listHead + "spec: {images: [a, b, a], completionPolicy: {}}", "Duplicate value"},
 		{"too many", listHead + "spec: {images: [" + manyImages(256) + "], completionPolicy: {}}", "Too many"},
 		{"as many as there may be", listHead + "spec: {images: [" + manyImages(255) + "], completionPolicy: {}}", ""},
-		{"deadline shorter than an attempt", listHead + "spec: {images: [a], completionPolicy: {activeDeadlineSeconds: 60}}", "must not be less than pullPolicy.timeoutSeconds"},
-		{"negative parallelism", listHead + "spec: {images: [a], parallelism: -1, completionPolicy: {}}", "parallelism must be"},
+		{"deadline shorter than an attempt",
+			listHead + "spec: {images: [a], completionPolicy: {activeDeadlineSeconds: 60}}",
+			"must not be less than pullPolicy.timeoutSeconds"},
+		{"negative parallelism", listHead + "spec: {images: [a], parallelism: -1, completionPolicy: {}}",
+			"parallelism must be"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -223,16 +243,19 @@ func manyImages(n int) string {
 	return strings.Join(names, ", ")
 }
 
-// Both versions are served with one schema and no conversion, and kubectl shows OpenKruise's columns of the version, then ours.
+// Both versions are served with one schema and no conversion, and kubectl shows OpenKruise's
+// columns of the version, then ours.
 func TestPullJobVersions(t *testing.T) {
 	const message = "MESSAGE .status.message" // OpenKruise's in v1alpha1 only
 	ours := []string{"PROGRESS .status.progress", "IMAGE .spec.image"}
 	for plural, columns := range map[string][]string{
 		"imagepulljobs": {
-			"TOTAL .status.desired", "ACTIVE .status.active", "SUCCEED .status.succeeded", "FAILED .status.failed", "AGE .metadata.creationTimestamp",
+			"TOTAL .status.desired", "ACTIVE .status.active", "SUCCEED .status.succeeded", "FAILED .status.failed",
+			"AGE .metadata.creationTimestamp",
 		},
 		"imagelistpulljobs": {
-			"TOTAL .status.desired", "SUCCEEDED .status.succeeded", "COMPLETED .status.completed", "AGE .metadata.creationTimestamp",
+			"TOTAL .status.desired", "SUCCEEDED .status.succeeded", "COMPLETED .status.completed",
+			"AGE .metadata.creationTimestamp",
 		},
 	} {
 		t.Run(plural, func(t *testing.T) {
@@ -279,7 +302,8 @@ func TestPullJobTypes(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := v1beta1.ImagePullJob{Spec: a.Spec, Status: a.Status}
-	if b.Spec.Image != "nginx:latest" || b.Spec.Parallelism.IntValue() != 10 || b.Spec.Selector == nil || b.Spec.PodSelector == nil {
+	if b.Spec.Image != "nginx:latest" || b.Spec.Parallelism.IntValue() != 10 || b.Spec.Selector == nil ||
+		b.Spec.PodSelector == nil {
 		t.Errorf("%+v", b.Spec)
 	}
 }

@@ -10,7 +10,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 )
 
-// The types below are those of v1beta1: both versions have one schema, which holds the fields of either.
+// The types below are those of v1beta1: both versions have one schema, which holds the fields of
+// either.
 
 type (
 	// ContainerRecreateRequestFailurePolicyType is that of v1beta1.

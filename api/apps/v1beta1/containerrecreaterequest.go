@@ -34,28 +34,32 @@ const (
 	KruisePodReadyConditionType corev1.PodConditionType = "KruisePodReady"
 )
 
-// PreRecreateGraceCondition is the condition that is True once the pod has been taken out of service for this request, since
-// its lastTransitionTime; its reason is the same word. It is v1beta1's form of UnreadyAcquiredAnnotation.
+// PreRecreateGraceCondition is the condition that is True once the pod has been taken out of
+// service for this request, since its lastTransitionTime; its reason is the same word. It is
+// v1beta1's form of UnreadyAcquiredAnnotation.
 const PreRecreateGraceCondition = "PreRecreateGrace"
 
-// RestartOrderAnnotation on a ContainerRecreateRequest says which goes first, the new container or the end of the
-// old one: RestartOrderStopFirst, as without the annotation, or RestartOrderStartFirst. A request with any other
-// value is refused. It is read once, when the request is accepted.
+// RestartOrderAnnotation on a ContainerRecreateRequest says which goes first, the new container or
+// the end of the old one: RestartOrderStopFirst, as without the annotation, or
+// RestartOrderStartFirst. A request with any other value is refused. It is read once, when the
+// request is accepted.
 const RestartOrderAnnotation = "cri-proxy.io/restart-order"
 
 // Values of RestartOrderAnnotation.
 const (
 	// RestartOrderStopFirst stops the old container, then lets the new one run: never both.
 	RestartOrderStopFirst = "StopFirst"
-	// RestartOrderStartFirst starts the new container beside the old one, which is stopped when the new one has run for
-	// minStartedSeconds (at most 3600). It is for applications that share their ports (SO_REUSEPORT) or have none. A
-	// new container that ends before that fails the request and leaves the old one alone.
+	// RestartOrderStartFirst starts the new container beside the old one, which is stopped when the
+	// new one has run for minStartedSeconds (at most 3600). It is for applications that share their
+	// ports (SO_REUSEPORT) or have none. A new container that ends before that fails the request
+	// and leaves the old one alone.
 	RestartOrderStartFirst = "StartFirst"
 )
 
-// ParallelRecreateAnnotation on a ContainerRecreateRequest says whether containers are stopped at the same time: "true",
-// or "false", as without the annotation, for one after another. A container with orderedRecreate waits for those before it all the
-// same. A request with any other value is refused. It is read once, when the request is accepted.
+// ParallelRecreateAnnotation on a ContainerRecreateRequest says whether containers are stopped at
+// the same time: "true", or "false", as without the annotation, for one after another. A container
+// with orderedRecreate waits for those before it all the same. A request with any other value is
+// refused. It is read once, when the request is accepted.
 const ParallelRecreateAnnotation = "cri-proxy.io/parallel-recreate"
 
 // ContainerRecreateRequestFailurePolicyType says what a failed container means
@@ -344,7 +348,8 @@ type ContainerRecreateRequestStatus struct {
 	// +optional
 	ContainerStatusSnapshot []ContainerRecreateRequestSyncContainerStatus `json:"containerStatusSnapshot,omitempty"`
 
-	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody
+	// has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`

@@ -7,7 +7,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// TemplateHashLabel on an ImageListPullJob and its children is the hash of the template that the children are made from.
+// TemplateHashLabel on an ImageListPullJob and its children is the hash of the template that the
+// children are made from.
 const TemplateHashLabel = "controller-revision-hash"
 
 // ImageListPullJobSpec says which images to put on which nodes, and how.
@@ -57,7 +58,8 @@ type ImageListPullJobStatus struct {
 	// +optional
 	Succeeded int32 `json:"succeeded"`
 
-	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody
+	// has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
@@ -73,8 +75,8 @@ type ImageListPullJobStatus struct {
 	// +listType=atomic
 	// +optional
 	FailedImageStatuses []*FailedImageStatus `json:"failedImageStatuses,omitempty"`
-	// observedWork identifies the images and the template that this status is about. A job that has ended begins again
-	// when they are changed.
+	// observedWork identifies the images and the template that this status is about. A job that has
+	// ended begins again when they are changed.
 	//
 	// +optional
 	ObservedWork string `json:"observedWork,omitempty"`

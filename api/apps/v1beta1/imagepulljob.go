@@ -10,24 +10,26 @@ import (
 
 // Annotations of an ImagePullJob. An ImageListPullJob hands them on to its children.
 const (
-	// PinForAnnotation is how long after a pull kubelet's image garbage collection leaves the image alone: a
-	// duration such as 36h, at most 744h (31 days) and what the cluster allows (a week by default); 0s does not pin.
-	// Without it, 24h.
+	// PinForAnnotation is how long after a pull kubelet's image garbage collection leaves the image
+	// alone: a duration such as 36h, at most 744h (31 days) and what the cluster allows (a week by
+	// default); 0s does not pin. Without it, 24h.
 	PinForAnnotation = "cri-proxy.io/pin-for"
 	// BytesPerSecondAnnotation bounds the transfer on each node: a quantity such as 20Mi.
 	BytesPerSecondAnnotation = "cri-proxy.io/bytes-per-second"
 )
 
-// KeepPinsAnnotation is on a job that is about to be deleted because the time of its list is over: what was pulled is to be used.
+// KeepPinsAnnotation is on a job that is about to be deleted because the time of its list is over:
+// what was pulled is to be used.
 const KeepPinsAnnotation = "cri-proxy.io/keep-pins"
 
 // Finalizers of an ImagePullJob.
 const (
-	// PullFinalizer holds a job that is deleted before its end, until its pulls are cancelled and its pins released. A job that has
-	// ended holds nothing: the pins of one that is deleted are released if the controller is there, and end by themselves if not.
+	// PullFinalizer holds a job that is deleted before its end, until its pulls are cancelled and
+	// its pins released. A job that has ended holds nothing: the pins of one that is deleted are
+	// released if the controller is there, and end by themselves if not.
 	PullFinalizer = "cri-proxy.io/image-pull"
-	// DeletionProtectionFinalizer is OpenKruise's. It is never set here, but taken off: a job that was made under
-	// OpenKruise can be deleted.
+	// DeletionProtectionFinalizer is OpenKruise's. It is never set here, but taken off: a job that
+	// was made under OpenKruise can be deleted.
 	DeletionProtectionFinalizer = "apps.kruise.io/deletion-protection"
 )
 
@@ -35,14 +37,17 @@ const (
 const (
 	// ConditionComplete is True once the job has ended, well or not; its reason says how.
 	ConditionComplete = "Complete"
-	// ConditionSucceeded is set with ConditionComplete: True when there are nodes and all have the image.
+	// ConditionSucceeded is set with ConditionComplete: True when there are nodes and all have the
+	// image.
 	ConditionSucceeded = "Succeeded"
-	// ConditionPullSecretsFound is False when a secret is missing, cannot be used or has no credentials. It is there only for a job with
-	// secrets.
+	// ConditionPullSecretsFound is False when a secret is missing, cannot be used or has no
+	// credentials. It is there only for a job with secrets.
 	ConditionPullSecretsFound = "PullSecretsFound"
-	// ConditionPinned is there, and False, when the cluster bounds for how long the image is pinned, or a node has no room for its pin.
+	// ConditionPinned is there, and False, when the cluster bounds for how long the image is
+	// pinned, or a node has no room for its pin.
 	ConditionPinned = "Pinned"
-	// ConditionSpeedLimitKept is there, and False, when a node pulls, or has pulled, faster than it was told to.
+	// ConditionSpeedLimitKept is there, and False, when a node pulls, or has pulled, faster than it
+	// was told to.
 	ConditionSpeedLimitKept = "SpeedLimitKept"
 )
 
@@ -58,7 +63,8 @@ const (
 	Never CompletionPolicyType = "Never"
 )
 
-// ImagePullPolicy says whether the registry is asked for an image that is there. Any value but IfNotPresent is Always.
+// ImagePullPolicy says whether the registry is asked for an image that is there. Any value but
+// IfNotPresent is Always.
 type ImagePullPolicy string
 
 const (
@@ -86,8 +92,9 @@ type ImagePullJobSpec struct {
 // +kubebuilder:validation:XValidation:rule="(has(self.pullSecrets) ? self.pullSecrets : []) == (has(oldSelf.pullSecrets) ? oldSelf.pullSecrets : [])",message="pullSecrets is immutable: create another job, or change what is in the secrets"
 // +kubebuilder:validation:XValidation:rule="!has(self.completionPolicy.activeDeadlineSeconds) || self.completionPolicy.activeDeadlineSeconds >= (has(self.pullPolicy) && has(self.pullPolicy.timeoutSeconds) ? self.pullPolicy.timeoutSeconds : 600)",message="completionPolicy.activeDeadlineSeconds must not be less than pullPolicy.timeoutSeconds (600 unless set): raise the one or lower the other"
 type ImagePullJobTemplate struct {
-	// pullSecrets are secrets in the job's namespace, of type kubernetes.io/dockerconfigjson or kubernetes.io/dockercfg,
-	// tried together with the imagePullSecrets of the namespace's ServiceAccount default.
+	// pullSecrets are secrets in the job's namespace, of type kubernetes.io/dockerconfigjson or
+	// kubernetes.io/dockercfg, tried together with the imagePullSecrets of the namespace's
+	// ServiceAccount default.
 	//
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:MaxLength=253
@@ -100,13 +107,14 @@ type ImagePullJobTemplate struct {
 	// +optional
 	Selector *ImagePullJobNodeSelector `json:"selector,omitempty"`
 
-	// podSelector chooses the nodes of the active pods in the job's namespace with these labels. Empty is as if it were
-	// not there.
+	// podSelector chooses the nodes of the active pods in the job's namespace with these labels.
+	// Empty is as if it were not there.
 	//
 	// +optional
 	PodSelector *ImagePullJobPodSelector `json:"podSelector,omitempty"`
 
-	// parallelism is how many nodes pull at once: a number, or a percentage of the nodes, rounded up. 0 pauses the job.
+	// parallelism is how many nodes pull at once: a number, or a percentage of the nodes, rounded
+	// up. 0 pauses the job.
 	//
 	// +kubebuilder:default=1
 	// +kubebuilder:validation:XIntOrString
@@ -162,8 +170,8 @@ type PullPolicy struct {
 	// +kubebuilder:default=600
 	// +optional
 	TimeoutSeconds *int32 `json:"timeoutSeconds,omitempty"`
-	// backoffLimit is how many attempts may follow the first, whatever it has failed for: an image or a secret may come after the job.
-	// A negative number is 3.
+	// backoffLimit is how many attempts may follow the first, whatever it has failed for: an image
+	// or a secret may come after the job. A negative number is 3.
 	//
 	// +kubebuilder:default=3
 	// +optional
@@ -174,19 +182,21 @@ type PullPolicy struct {
 //
 // +kubebuilder:validation:XValidation:rule="!(has(self.type) && self.type == 'Never' && (has(self.activeDeadlineSeconds) || has(self.ttlSecondsAfterFinished)))",message="activeDeadlineSeconds and ttlSecondsAfterFinished can only work with type Always: a job of type Never has no end"
 type CompletionPolicy struct {
-	// type is Always, which ends the job when every node is done, and as a failure when half a minute after its start there is no node
-	// that matches; or Never, which serves nodes that join later.
+	// type is Always, which ends the job when every node is done, and as a failure when half a
+	// minute after its start there is no node that matches; or Never, which serves nodes that join
+	// later.
 	//
 	// +kubebuilder:default=Always
 	// +optional
 	Type CompletionPolicyType `json:"type,omitempty"`
-	// activeDeadlineSeconds is the time from startTime after which the job ends whatever its state: pulls that run are
-	// cancelled, and nodes without the image count as failed. Unset is no deadline.
+	// activeDeadlineSeconds is the time from startTime after which the job ends whatever its state:
+	// pulls that run are cancelled, and nodes without the image count as failed. Unset is no
+	// deadline.
 	//
 	// +optional
 	ActiveDeadlineSeconds *int64 `json:"activeDeadlineSeconds,omitempty"`
-	// ttlSecondsAfterFinished is the time from completionTime after which the job is deleted; its pins live on until
-	// they expire. Unset keeps the job for ever.
+	// ttlSecondsAfterFinished is the time from completionTime after which the job is deleted; its
+	// pins live on until they expire. Unset keeps the job for ever.
 	//
 	// +optional
 	TTLSecondsAfterFinished *int32 `json:"ttlSecondsAfterFinished,omitempty"`
@@ -235,7 +245,8 @@ type ImagePullJobStatus struct {
 	// +kubebuilder:default=0
 	// +optional
 	Failed int32 `json:"failed"`
-	// skipped is the number of nodes that are left out for now and tried again: not ready, or not to be reached.
+	// skipped is the number of nodes that are left out for now and tried again: not ready, or not
+	// to be reached.
 	//
 	// +kubebuilder:default=0
 	// +optional
@@ -255,7 +266,8 @@ type ImagePullJobStatus struct {
 	//
 	// +optional
 	Progress string `json:"progress,omitempty"`
-	// percent of the work done, by bytes: the mean over the nodes of how much of the image each has.
+	// percent of the work done, by bytes: the mean over the nodes of how much of the image each
+	// has.
 	//
 	// +kubebuilder:default=0
 	// +optional
@@ -265,8 +277,8 @@ type ImagePullJobStatus struct {
 	// +kubebuilder:default=0
 	// +optional
 	BytesDone int64 `json:"bytesDone"`
-	// bytesTotal is what bytesDone comes to in the end. A node that has not said how much it is counts as the mean of
-	// those that have.
+	// bytesTotal is what bytesDone comes to in the end. A node that has not said how much it is
+	// counts as the mean of those that have.
 	//
 	// +kubebuilder:default=0
 	// +optional
@@ -293,24 +305,26 @@ type ImagePullJobStatus struct {
 	// +optional
 	SkippedNodes []NodePullFailure `json:"skippedNodes,omitempty"`
 
-	// conditions are Complete, Succeeded, PullSecretsFound, Pinned and SpeedLimitKept; and Ready, Reconciling and Stalled, as kstatus
-	// reads them.
+	// conditions are Complete, Succeeded, PullSecretsFound, Pinned and SpeedLimitKept; and Ready,
+	// Reconciling and Stalled, as kstatus reads them.
 	//
 	// +listType=map
 	// +listMapKey=type
 	// +optional
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
-	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody
+	// has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
-	// observedWork identifies image, policy and selectors that this status is about. A job that has ended begins again
-	// when they are changed.
+	// observedWork identifies image, policy and selectors that this status is about. A job that has
+	// ended begins again when they are changed.
 	//
 	// +optional
 	ObservedWork string `json:"observedWork,omitempty"`
-	// observedEffort identifies parallelism, pullPolicy, completionPolicy (its TTL aside) and annotations that this status is
-	// about. A job that has failed begins again when they are changed.
+	// observedEffort identifies parallelism, pullPolicy, completionPolicy (its TTL aside) and
+	// annotations that this status is about. A job that has failed begins again when they are
+	// changed.
 	//
 	// +optional
 	ObservedEffort string `json:"observedEffort,omitempty"`
@@ -362,8 +376,9 @@ type NodePullFailure struct {
 	//
 	// +required
 	Node string `json:"node"`
-	// reason in one word: the node's, such as NotFound, Unauthorized, Timeout, DiskPressure; or NodeNotReady,
-	// NodeUnreachable, NoProxy, ProxyOutdated, NodeRefuses, NodeBusy, NoAddress, InvalidRequest, DeadlineExceeded.
+	// reason in one word: the node's, such as NotFound, Unauthorized, Timeout, DiskPressure; or
+	// NodeNotReady, NodeUnreachable, NoProxy, ProxyOutdated, NodeRefuses, NodeBusy, NoAddress,
+	// InvalidRequest, DeadlineExceeded.
 	//
 	// +required
 	Reason string `json:"reason"`

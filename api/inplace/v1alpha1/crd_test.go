@@ -24,7 +24,8 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// crd does with a manifest what the API server does with the CRD in deploy/crds, through the API server's own packages.
+// crd does with a manifest what the API server does with the CRD in deploy/crds, through the API
+// server's own packages.
 type crd struct {
 	crdtest.Schema
 	definition *apiextensionsv1.CustomResourceDefinition
@@ -48,7 +49,8 @@ func (c *crd) apply(t *testing.T, manifest string, before map[string]any) (map[s
 		t.Fatal(err)
 	}
 	var wrong []string
-	for _, path := range pruning.PruneWithOptions(object, c.Structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
+	for _, path := range pruning.PruneWithOptions(object, c.Structural, true,
+		schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
 		wrong = append(wrong, "unknown field "+path)
 	}
 	defaulting.Default(object, c.Structural)
@@ -82,25 +84,38 @@ func TestCreate(t *testing.T) {
 		{"least", head + "{target: {podName: p}, " + change + "}", ""},
 		{"selector", head + "{target: {selector: {matchLabels: {a: b}}}, " + change + "}", ""},
 		{"workload", head + "{target: {workloadRef: {kind: Deployment, name: d}}, " + change + "}", ""},
-		{"restart", head + "{target: {podName: p}, containers: [{name: app}, {name: b, image: 'r:5000/a/b@sha256:" + strings.Repeat("a", 64) + "'}]}", ""},
-		{"every field", with("maxUnavailable: 10%, partition: 0%, order: StartFirst, drainSeconds: 5, minReadySeconds: 3, progressDeadlineSeconds: 60, onFailure: Continue, terminationGracePeriodSeconds: 0"), ""},
+		{"restart", head + "{target: {podName: p}, containers: [{name: app}, {name: b, image: 'r:5000/a/b@sha256:" +
+			strings.Repeat("a", 64) + "'}]}", ""},
+		{"every field",
+			with("maxUnavailable: 10%, partition: 0%, order: StartFirst, drainSeconds: 5, minReadySeconds: 3, " +
+				"progressDeadlineSeconds: 60, onFailure: Continue, terminationGracePeriodSeconds: 0"), ""},
 		{"partition of 0", with("partition: 0, maxUnavailable: 1"), ""},
 
 		{"no target", head + "{target: {}, " + change + "}", "exactly one of podName, selector and workloadRef"},
-		{"two targets", head + "{target: {podName: p, workloadRef: {kind: Deployment, name: d}}, " + change + "}", "exactly one of podName, selector and workloadRef"},
-		{"a selector of everything", head + "{target: {selector: {}}, " + change + "}", "an empty one would choose every pod of the namespace"},
-		{"an unknown kind", head + "{target: {workloadRef: {kind: Job, name: d}}, " + change + "}", `supported values: "Deployment", "StatefulSet", "DaemonSet"`},
-		{"another group", head + "{target: {workloadRef: {apiVersion: apps.kruise.io/v1alpha1, kind: StatefulSet, name: d}}, " + change + "}", `supported values: "apps/v1"`},
+		{"two targets", head + "{target: {podName: p, workloadRef: {kind: Deployment, name: d}}, " + change + "}",
+			"exactly one of podName, selector and workloadRef"},
+		{"a selector of everything", head + "{target: {selector: {}}, " + change + "}",
+			"an empty one would choose every pod of the namespace"},
+		{"an unknown kind", head + "{target: {workloadRef: {kind: Job, name: d}}, " + change + "}",
+			`supported values: "Deployment", "StatefulSet", "DaemonSet"`},
+		{"another group", head + "{target: {workloadRef: {apiVersion: apps.kruise.io/v1alpha1, kind: StatefulSet, " +
+			"name: d}}, " + change + "}", `supported values: "apps/v1"`},
 		{"no containers", head + "{target: {podName: p}, containers: []}", "should have at least 1 items"},
-		{"a container twice", head + "{target: {podName: p}, containers: [{name: a}, {name: a, image: b}]}", "Duplicate value"},
-		{"an image that is none", head + "{target: {podName: p}, containers: [{name: a, image: 'A B'}]}", "image must be a reference as in a pod"},
-		{"maxUnavailable 0", with("maxUnavailable: 0"), "maxUnavailable must be a number from 1 or a percentage from 1% to 100%"},
-		{"maxUnavailable 0%", with("maxUnavailable: 0%"), "maxUnavailable must be a number from 1 or a percentage from 1% to 100%"},
+		{"a container twice", head + "{target: {podName: p}, containers: [{name: a}, {name: a, image: b}]}",
+			"Duplicate value"},
+		{"an image that is none", head + "{target: {podName: p}, containers: [{name: a, image: 'A B'}]}",
+			"image must be a reference as in a pod"},
+		{"maxUnavailable 0", with("maxUnavailable: 0"),
+			"maxUnavailable must be a number from 1 or a percentage from 1% to 100%"},
+		{"maxUnavailable 0%", with("maxUnavailable: 0%"),
+			"maxUnavailable must be a number from 1 or a percentage from 1% to 100%"},
 		{"partition -1", with("partition: -1"), "partition must be a number from 0 or a percentage from 0% to 100%"},
-		{"partition of words", with("partition: some"), "partition must be a number from 0 or a percentage from 0% to 100%"},
+		{"partition of words", with("partition: some"),
+			"partition must be a number from 0 or a percentage from 0% to 100%"},
 		{"an unknown order", with("order: Both"), `supported values: "StopFirst", "StartFirst"`},
 		{"an unknown policy", with("onFailure: Ignore"), `supported values: "Rollback", "Pause", "Continue"`},
-		{"too short a deadline", with("minReadySeconds: 50, drainSeconds: 10, progressDeadlineSeconds: 60"), "progressDeadlineSeconds must be greater than minReadySeconds and drainSeconds together"},
+		{"too short a deadline", with("minReadySeconds: 50, drainSeconds: 10, progressDeadlineSeconds: 60"),
+			"progressDeadlineSeconds must be greater than minReadySeconds and drainSeconds together"},
 		{"an unknown field", with("maxSurge: 1"), "unknown field spec.strategy.maxSurge"},
 	}
 	for _, tt := range tests {
@@ -123,14 +138,16 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := r.Spec.Strategy
-	if s.MaxUnavailable.IntValue() != 1 || s.Order != inplace.StopFirst || s.ProgressDeadlineSeconds != 600 || s.OnFailure != inplace.Rollback || r.Spec.Target.WorkloadRef.APIVersion != "apps/v1" {
+	if s.MaxUnavailable.IntValue() != 1 || s.Order != inplace.StopFirst || s.ProgressDeadlineSeconds != 600 ||
+		s.OnFailure != inplace.Rollback || r.Spec.Target.WorkloadRef.APIVersion != "apps/v1" {
 		t.Errorf("spec %+v", r.Spec)
 	}
 }
 
 func TestUpdate(t *testing.T) {
 	c := load(t)
-	pod, selector := head+"{target: {podName: p}, "+change+"}", head+"{target: {selector: {matchLabels: {a: b}}}, "+change+"}"
+	pod, selector := head+"{target: {podName: p}, "+change+"}",
+		head+"{target: {selector: {matchLabels: {a: b}}}, "+change+"}"
 	tests := []struct{ name, before, after, wrong string }{
 		{"the next image", pod, strings.Replace(pod, "app:2", "app:3", 1), ""},
 		{"a pause", pod, strings.Replace(pod, "spec: {", "spec: {paused: true, ", 1), ""},
@@ -181,7 +198,8 @@ func TestNamesAndColumns(t *testing.T) {
 	for _, c := range version.AdditionalPrinterColumns {
 		columns = append(columns, c.Name)
 	}
-	if got := strings.Join(columns, " "); got != "DESIRED UPDATED READY UNAVAILABLE FAILED STATE AGE CONTAINERS IMAGES MESSAGE" {
+	if got := strings.Join(columns, " "); got != "DESIRED UPDATED READY UNAVAILABLE FAILED STATE AGE CONTAINERS "+
+		"IMAGES MESSAGE" {
 		t.Errorf("columns %s", got)
 	}
 }

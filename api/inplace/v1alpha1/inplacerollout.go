@@ -16,7 +16,8 @@ type InPlaceRolloutSpec struct {
 	// +required
 	Target Target `json:"target"`
 
-	// containers are what changes: regular containers, and init containers with restartPolicy Always.
+	// containers are what changes: regular containers, and init containers with restartPolicy
+	// Always.
 	//
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=64
@@ -54,15 +55,16 @@ type Target struct {
 	// +optional
 	PodName string `json:"podName,omitempty"`
 
-	// selector is all pods with these labels in the rollout's namespace, but static pods, which kubelets make by
-	// themselves. What owns the pods is not changed: pods that it makes
-	// anew have the old images until the rollout changes them too. Use workloadRef for pods of a workload.
+	// selector is all pods with these labels in the rollout's namespace, but static pods, which
+	// kubelets make by themselves. What owns the pods is not changed: pods that it makes anew have
+	// the old images until the rollout changes them too. Use workloadRef for pods of a workload.
 	//
 	// +kubebuilder:validation:XValidation:rule="has(self.matchLabels) && size(self.matchLabels) > 0 || has(self.matchExpressions) && size(self.matchExpressions) > 0",message="the selector must name a label: an empty one would choose every pod of the namespace"
 	// +optional
 	Selector *metav1.LabelSelector `json:"selector,omitempty"`
 
-	// workloadRef is a workload in the rollout's namespace. Its template gets the images first, then its pods.
+	// workloadRef is a workload in the rollout's namespace. Its template gets the images first,
+	// then its pods.
 	//
 	// +optional
 	WorkloadRef *WorkloadRef `json:"workloadRef,omitempty"`
@@ -100,8 +102,9 @@ type ContainerChange struct {
 	// +required
 	Name string `json:"name"`
 
-	// image is the new image, a reference as in a pod. Without it the container is restarted only. Where a pod has the image already
-	// and imagePullPolicy Always, its tag is pulled again, and the container is restarted if the tag names another image by now.
+	// image is the new image, a reference as in a pod. Without it the container is restarted only.
+	// Where a pod has the image already and imagePullPolicy Always, its tag is pulled again, and
+	// the container is restarted if the tag names another image by now.
 	//
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=512
@@ -118,8 +121,9 @@ type Order string
 const (
 	// StopFirst never has both running.
 	StopFirst Order = "StopFirst"
-	// StartFirst starts the new container beside the old one, which is stopped when the new one has run for minReadySeconds. It is
-	// for applications that share their ports (SO_REUSEPORT) or have none.
+	// StartFirst starts the new container beside the old one, which is stopped when the new one has
+	// run for minReadySeconds. It is for applications that share their ports (SO_REUSEPORT) or have
+	// none.
 	StartFirst Order = "StartFirst"
 )
 
@@ -129,11 +133,14 @@ const (
 type FailurePolicy string
 
 const (
-	// Rollback puts the images of before back, in the template too. What is only restarted cannot be undone: then it is Pause.
+	// Rollback puts the images of before back, in the template too. What is only restarted cannot
+	// be undone: then it is Pause.
 	Rollback FailurePolicy = "Rollback"
-	// Pause begins no further pods, until the containers, the failure policy or RetryAnnotation are changed.
+	// Pause begins no further pods, until the containers, the failure policy or RetryAnnotation are
+	// changed.
 	Pause FailurePolicy = "Pause"
-	// Continue goes on with the other pods. Pods that have failed and are not available count against maxUnavailable.
+	// Continue goes on with the other pods. Pods that have failed and are not available count
+	// against maxUnavailable.
 	Continue FailurePolicy = "Continue"
 )
 
@@ -141,9 +148,9 @@ const (
 //
 // +kubebuilder:validation:XValidation:rule="(has(self.progressDeadlineSeconds) ? self.progressDeadlineSeconds : 600) > (has(self.minReadySeconds) ? self.minReadySeconds : 0) + (has(self.drainSeconds) ? self.drainSeconds : 0)",message="progressDeadlineSeconds must be greater than minReadySeconds and drainSeconds together: no pod could be in time"
 type Strategy struct {
-	// maxUnavailable is how many pods may be unavailable at once, whatever the cause: a number from 1, or a percentage of the
-	// pods, rounded down but at least one. PodDisruptionBudgets are kept as well. A pod that is not available anyway is changed
-	// first.
+	// maxUnavailable is how many pods may be unavailable at once, whatever the cause: a number from
+	// 1, or a percentage of the pods, rounded down but at least one. PodDisruptionBudgets are kept
+	// as well. A pod that is not available anyway is changed first.
 	//
 	// +kubebuilder:default=1
 	// +kubebuilder:validation:XIntOrString
@@ -151,8 +158,8 @@ type Strategy struct {
 	// +optional
 	MaxUnavailable *intstr.IntOrString `json:"maxUnavailable,omitempty"`
 
-	// partition is how many pods keep what they have: a number, or a percentage of the pods, rounded up. Of a StatefulSet those
-	// with the lowest ordinals keep it. Lower it to go on.
+	// partition is how many pods keep what they have: a number, or a percentage of the pods,
+	// rounded up. Of a StatefulSet those with the lowest ordinals keep it. Lower it to go on.
 	//
 	// +kubebuilder:validation:XIntOrString
 	// +kubebuilder:validation:XValidation:rule="type(self) == int ? self >= 0 : self.matches('^(100|[1-9]?[0-9])%$')",message="partition must be a number from 0 or a percentage from 0% to 100%"
@@ -165,8 +172,8 @@ type Strategy struct {
 	// +optional
 	Order Order `json:"order,omitempty"`
 
-	// drainSeconds is how long a pod with a readiness gate cri-proxy.io/in-place-ready (or OpenKruise's InPlaceUpdateReady)
-	// is out of service before its containers are stopped.
+	// drainSeconds is how long a pod with a readiness gate cri-proxy.io/in-place-ready (or
+	// OpenKruise's InPlaceUpdateReady) is out of service before its containers are stopped.
 	//
 	// +kubebuilder:default=0
 	// +kubebuilder:validation:Minimum=0
@@ -174,8 +181,9 @@ type Strategy struct {
 	// +optional
 	DrainSeconds int32 `json:"drainSeconds,omitempty"`
 
-	// minReadySeconds is how long a pod must have been ready to count as available. A container that ends before fails the pod.
-	// Of this and the minReadySeconds of the workload that owns the pods the greater counts.
+	// minReadySeconds is how long a pod must have been ready to count as available. A container
+	// that ends before fails the pod. Of this and the minReadySeconds of the workload that owns the
+	// pods the greater counts.
 	//
 	// +kubebuilder:default=0
 	// +kubebuilder:validation:Minimum=0
@@ -183,8 +191,9 @@ type Strategy struct {
 	// +optional
 	MinReadySeconds int32 `json:"minReadySeconds,omitempty"`
 
-	// progressDeadlineSeconds is how long a pod may take to get the image onto its node, and after that to become available.
-	// If the workload's own minReadySeconds leave no time, they are added.
+	// progressDeadlineSeconds is how long a pod may take to get the image onto its node, and after
+	// that to become available. If the workload's own minReadySeconds leave no time, they are
+	// added.
 	//
 	// +kubebuilder:default=600
 	// +kubebuilder:validation:Minimum=1
@@ -192,14 +201,15 @@ type Strategy struct {
 	// +optional
 	ProgressDeadlineSeconds int32 `json:"progressDeadlineSeconds,omitempty"`
 
-	// onFailure is Rollback, Pause or Continue. In any case no further pod is begun before the failure is dealt with.
+	// onFailure is Rollback, Pause or Continue. In any case no further pod is begun before the
+	// failure is dealt with.
 	//
 	// +kubebuilder:default=Rollback
 	// +optional
 	OnFailure FailurePolicy `json:"onFailure,omitempty"`
 
-	// terminationGracePeriodSeconds is the grace of containers that are restarted only. A container that gets a new image is
-	// stopped by kubelet, with the grace of the pod.
+	// terminationGracePeriodSeconds is the grace of containers that are restarted only. A container
+	// that gets a new image is stopped by kubelet, with the grace of the pod.
 	//
 	// +kubebuilder:validation:Minimum=0
 	// +optional
@@ -208,7 +218,8 @@ type Strategy struct {
 
 // InPlaceRolloutStatus is what has come of a rollout.
 type InPlaceRolloutStatus struct {
-	// observedGeneration is the generation of the spec that this is about; -1 before anybody has looked.
+	// observedGeneration is the generation of the spec that this is about; -1 before anybody has
+	// looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
@@ -260,7 +271,8 @@ type InPlaceRolloutStatus struct {
 	// +optional
 	Failures []PodFailure `json:"failures,omitempty"`
 
-	// currentImages are the images in the pods' specs, by container; where pods differ, that of most.
+	// currentImages are the images in the pods' specs, by container; where pods differ, that of
+	// most.
 	//
 	// +optional
 	CurrentImages map[string]string `json:"currentImages,omitempty"`
@@ -270,7 +282,8 @@ type InPlaceRolloutStatus struct {
 	// +optional
 	TargetImages map[string]string `json:"targetImages,omitempty"`
 
-	// previousImages are the images of before, by container: what a rollback puts back, and what to name to undo the rollout.
+	// previousImages are the images of before, by container: what a rollback puts back, and what to
+	// name to undo the rollout.
 	//
 	// +optional
 	PreviousImages map[string]string `json:"previousImages,omitempty"`
@@ -285,7 +298,8 @@ type InPlaceRolloutStatus struct {
 	// +optional
 	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
 
-	// lastSuccessTime is when the pods last all had what they were to get. A rollback undoes what was done after that.
+	// lastSuccessTime is when the pods last all had what they were to get. A rollback undoes what
+	// was done after that.
 	//
 	// +optional
 	LastSuccessTime *metav1.MicroTime `json:"lastSuccessTime,omitempty"`
@@ -295,7 +309,8 @@ type InPlaceRolloutStatus struct {
 	// +optional
 	Message string `json:"message,omitempty"`
 
-	// conditions are Complete, Progressing, Available and Degraded, and for kstatus Ready, Reconciling and Stalled.
+	// conditions are Complete, Progressing, Available and Degraded, and for kstatus Ready,
+	// Reconciling and Stalled.
 	//
 	// +listType=map
 	// +listMapKey=type
@@ -319,8 +334,8 @@ type PodFailure struct {
 	Message string `json:"message,omitempty"`
 }
 
-// InPlaceRollout changes images of running pods, or restarts containers, in place: the pods keep their names, addresses,
-// volumes and other containers.
+// InPlaceRollout changes images of running pods, or restarts containers, in place: the pods keep
+// their names, addresses, volumes and other containers.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:shortName=ipr

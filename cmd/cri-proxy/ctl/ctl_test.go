@@ -113,7 +113,9 @@ func (d *daemon) WatchOperation(r *opsv1.WatchOperationRequest, s grpc.ServerStr
 	return nil
 }
 
-func (d *daemon) ListOperations(_ context.Context, r *opsv1.ListOperationsRequest) (*opsv1.ListOperationsResponse, error) {
+func (d *daemon) ListOperations(
+	_ context.Context, r *opsv1.ListOperationsRequest,
+) (*opsv1.ListOperationsResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	l := &opsv1.ListOperationsResponse{}
@@ -138,11 +140,15 @@ func (d *daemon) CancelOperation(_ context.Context, r *opsv1.CancelOperationRequ
 func (d *daemon) NodeInfo(context.Context, *opsv1.NodeInfoRequest) (*opsv1.NodeInfoResponse, error) {
 	return &opsv1.NodeInfoResponse{
 		Version: "v1", NodeName: "node-1", StartTime: timestamppb.New(epoch), Listen: "/run/l.sock",
-		Runtime:         &opsv1.Runtime{Endpoint: "unix:///run/r.sock", State: "READY", Name: "containerd", Version: "v2"},
+		Runtime: &opsv1.Runtime{Endpoint: "unix:///run/r.sock", State: "READY", Name: "containerd",
+			Version: "v2"},
 		KubeletLastCall: timestamppb.New(epoch.Add(88 * time.Second)), KubeletUserAgent: "grpc-go/1",
-		ActiveSlots:    []*opsv1.ActiveSlot{{PodUid: "pod-uid", Container: "app", OperationUid: "op-2", Phase: opsv1.Phase_PHASE_STOPPING}},
-		Counters:       &opsv1.Counters{Calls: 10, CallErrors: 1, Intercepted: 2, InFlight: 3, OperationsSucceeded: 4, OperationsFailed: 5, RecordedContainers: 6},
-		RestartMethods: []*opsv1.RestartMethod{{Name: "gate", Reason: "CDI is off"}, {Name: "pidfd", Available: true}, {Name: "plain", Available: true}},
+		ActiveSlots: []*opsv1.ActiveSlot{{PodUid: "pod-uid", Container: "app", OperationUid: "op-2",
+			Phase: opsv1.Phase_PHASE_STOPPING}},
+		Counters: &opsv1.Counters{Calls: 10, CallErrors: 1, Intercepted: 2, InFlight: 3, OperationsSucceeded: 4,
+			OperationsFailed: 5, RecordedContainers: 6},
+		RestartMethods: []*opsv1.RestartMethod{{Name: "gate", Reason: "CDI is off"}, {Name: "pidfd", Available: true},
+			{Name: "plain", Available: true}},
 	}, nil
 }
 
@@ -150,20 +156,26 @@ func (d *daemon) NodeInfo(context.Context, *opsv1.NodeInfoRequest) (*opsv1.NodeI
 func operations() []*opsv1.Operation {
 	return []*opsv1.Operation{
 		{
-			Uid: "op-2", Kind: "Restart", Pod: &opsv1.PodRef{Namespace: "default", Name: "web", Uid: "pod-uid"}, Phase: opsv1.Phase_PHASE_STAGING,
+			Uid: "op-2", Kind: "Restart", Pod: &opsv1.PodRef{Namespace: "default", Name: "web", Uid: "pod-uid"},
+			Phase:     opsv1.Phase_PHASE_STAGING,
 			Requester: "ctl/me", CreateTime: timestamppb.New(epoch.Add(60 * time.Second)),
 			Containers: []*opsv1.ContainerOperation{
-				{Name: "app", Phase: opsv1.Phase_PHASE_STOPPING, IncumbentId: "0123456789abcdef", SuccessorId: "fedcba9876543210", Attempt: 4},
+				{Name: "app", Phase: opsv1.Phase_PHASE_STOPPING, IncumbentId: "0123456789abcdef",
+					SuccessorId: "fedcba9876543210", Attempt: 4},
 				{Name: "sidecar", Phase: opsv1.Phase_PHASE_STAGING, IncumbentId: "1111111111111111"},
 			},
 		},
 		{
-			Uid: "op-1", Kind: "Restart", Pod: &opsv1.PodRef{Namespace: "default", Name: "db"}, Phase: opsv1.Phase_PHASE_SUCCEEDED,
+			Uid: "op-1", Kind: "Restart", Pod: &opsv1.PodRef{Namespace: "default", Name: "db"},
+			Phase:      opsv1.Phase_PHASE_SUCCEEDED,
 			CreateTime: timestamppb.New(epoch), FinishTime: timestamppb.New(epoch.Add(1250 * time.Millisecond)),
 			Containers: []*opsv1.ContainerOperation{{
-				Name: "db", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: "a", SuccessorId: "b", Attempt: 1, ExitCode: 137,
-				StopTime: timestamppb.New(epoch.Add(time.Second)), StartTime: timestamppb.New(epoch.Add(1060 * time.Millisecond)), Gap: durationpb.New(60 * time.Millisecond),
-				Warnings: []string{"postStart failed:\nexit 1"},
+				Name: "db", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: "a", SuccessorId: "b", Attempt: 1,
+				ExitCode:  137,
+				StopTime:  timestamppb.New(epoch.Add(time.Second)),
+				StartTime: timestamppb.New(epoch.Add(1060 * time.Millisecond)),
+				Gap:       durationpb.New(60 * time.Millisecond),
+				Warnings:  []string{"postStart failed:\nexit 1"},
 			}},
 		},
 	}
@@ -173,7 +185,8 @@ func operations() []*opsv1.Operation {
 func phases(last string, ps ...opsv1.Phase) []*opsv1.Operation {
 	var course []*opsv1.Operation
 	for i, p := range ps {
-		op := &opsv1.Operation{Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p, CreateTime: timestamppb.New(epoch),
+		op := &opsv1.Operation{Uid: "op-2", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p,
+			CreateTime: timestamppb.New(epoch),
 			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: p}}}
 		if i == len(ps)-1 && p >= opsv1.Phase_PHASE_SUCCEEDED {
 			op.FinishTime = timestamppb.New(epoch)
@@ -300,7 +313,8 @@ func TestStructuredOutput(t *testing.T) {
 		into proto.Message
 		want proto.Message
 	}{
-		"list":   {[]string{"ops"}, &opsv1.ListOperationsResponse{}, &opsv1.ListOperationsResponse{Operations: operations()}},
+		"list": {[]string{"ops"}, &opsv1.ListOperationsResponse{},
+			&opsv1.ListOperationsResponse{Operations: operations()}},
 		"one":    {[]string{"ops", "op-1"}, &opsv1.Operation{}, operations()[1]},
 		"cancel": {[]string{"cancel", "op-1"}, &opsv1.Operation{}, operations()[1]},
 	} {
@@ -342,7 +356,8 @@ func TestStructuredOutput(t *testing.T) {
 // TestYAMLKeepsStrings has values that YAML would read as something else.
 func TestYAMLKeepsStrings(t *testing.T) {
 	d := newDaemon(t)
-	want := &opsv1.Operation{Uid: "0123", Kind: "true", Message: "a: b\n# c", Requester: "1e3", Pod: &opsv1.PodRef{Name: "null", Namespace: "2026-01-02"}}
+	want := &opsv1.Operation{Uid: "0123", Kind: "true", Message: "a: b\n# c", Requester: "1e3",
+		Pod: &opsv1.PodRef{Name: "null", Namespace: "2026-01-02"}}
 	d.ops = []*opsv1.Operation{want}
 	out, err := d.run(t, "ops", "0123", "-o", "yaml")
 	if err != nil {
@@ -372,19 +387,29 @@ func TestRestartRequest(t *testing.T) {
 		{[]string{"-c", "app"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app"}}}},
 		{
 			[]string{"-c", "b", "-c", "a", "--grace", "10s", "--ordered", "--force", "--uid", "u"},
-			&opsv1.RestartRequest{Uid: "u", Ordered: true, Force: true, Containers: []*opsv1.ContainerRestart{{Name: "b", GracePeriodSeconds: &grace}, {Name: "a", GracePeriodSeconds: &grace}}},
+			&opsv1.RestartRequest{Uid: "u", Ordered: true, Force: true,
+				Containers: []*opsv1.ContainerRestart{{Name: "b", GracePeriodSeconds: &grace},
+					{Name: "a", GracePeriodSeconds: &grace}}},
 		},
-		{[]string{"-c", "app", "--grace", "0s"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", GracePeriodSeconds: &zero}}}},
-		{[]string{"-c", "app", "--expect", "containerd://x"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: "containerd://x"}}}},
+		{[]string{"-c", "app", "--grace", "0s"},
+			&opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", GracePeriodSeconds: &zero}}}},
+		{[]string{"-c", "app", "--expect", "containerd://x"},
+			&opsv1.RestartRequest{
+				Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: "containerd://x"}}}},
 		{
 			[]string{"-c", "app", "--image", "r.io/app:v2", "--auth-file", auth, "--always"},
 			&opsv1.RestartRequest{
-				Containers:  []*opsv1.ContainerRestart{{Name: "app", Image: "r.io/app:v2", PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}},
+				Containers: []*opsv1.ContainerRestart{
+					{Name: "app", Image: "r.io/app:v2", PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}},
 				Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: "p"}},
 			},
 		},
-		{[]string{"-c", "a", "-c", "b", "--revert-image"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a", RevertImage: true}, {Name: "b", RevertImage: true}}}},
-		{[]string{"-c", "a", "-c", "b", "--expect", "b=y"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a"}, {Name: "b", ExpectedContainerId: "y"}}}},
+		{[]string{"-c", "a", "-c", "b", "--revert-image"},
+			&opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a", RevertImage: true},
+				{Name: "b", RevertImage: true}}}},
+		{[]string{"-c", "a", "-c", "b", "--expect", "b=y"},
+			&opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a"},
+				{Name: "b", ExpectedContainerId: "y"}}}},
 	} {
 		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
 			d := newDaemon(t)
@@ -451,7 +476,8 @@ func TestUsageErrors(t *testing.T) {
 			}
 		})
 	}
-	if _, err := d.run(t, "ops", "-o", "xml"); err == nil || !strings.Contains(err.Error(), "want json, yaml, table, wide") {
+	if _, err := d.run(t, "ops", "-o", "xml"); err == nil ||
+		!strings.Contains(err.Error(), "want json, yaml, table, wide") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -460,12 +486,14 @@ func TestDaemonErrors(t *testing.T) {
 	d := newDaemon(t)
 	d.refuse = status.Error(codes.FailedPrecondition, "container app is not running")
 	for _, args := range []string{"restart a/b -c app", "cancel op-1"} {
-		if _, err := d.run(t, strings.Fields(args)...); err == nil || err.Error() != "container app is not running" || status.Code(err) != codes.FailedPrecondition {
+		if _, err := d.run(t, strings.Fields(args)...); err == nil || err.Error() != "container app is not running" ||
+			status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("%s: %v", args, err)
 		}
 	}
 	for _, args := range []string{"ops none", "ops none --watch"} {
-		if _, err := d.run(t, strings.Fields(args)...); err == nil || err.Error() != "operation none is not known, or has expired" {
+		if _, err := d.run(t, strings.Fields(args)...); err == nil ||
+			err.Error() != "operation none is not known, or has expired" {
 			t.Errorf("%s: %v", args, err)
 		}
 	}
@@ -495,11 +523,13 @@ func TestDaemonNotThere(t *testing.T) {
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	for socket, want := range map[string]string{
-		none: "no cri-proxy at " + none + ": the socket does not exist; start the daemon (systemctl start cri-proxy.socket)",
+		none: "no cri-proxy at " + none + ": the socket does not exist; start the daemon (systemctl start " +
+			"cri-proxy.socket)",
 		dead: "no cri-proxy at " + dead + ": the daemon behind the socket is gone; start it",
 	} {
 		t.Setenv(opscli.SocketVariable, socket)
-		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "overrides", "set-image a/b -c c=i"} {
+		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c",
+			"overrides", "set-image a/b -c c=i"} {
 			err := command(io.Discard, strings.Fields(args)...).ExecuteContext(t.Context())
 			if err == nil || !strings.HasPrefix(err.Error(), want) {
 				t.Errorf("%s: got %v, want %s", args, err, want)
@@ -510,14 +540,17 @@ func TestDaemonNotThere(t *testing.T) {
 
 func TestWatch(t *testing.T) {
 	const (
-		staging, stopping, starting    = opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING
-		succeeded, failed, cancelledPh = opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED, opsv1.Phase_PHASE_CANCELLED
+		staging, stopping, starting = opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_STOPPING,
+			opsv1.Phase_PHASE_STARTING
+		succeeded, failed, cancelledPh = opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED,
+			opsv1.Phase_PHASE_CANCELLED
 	)
 	t.Run("lines", func(t *testing.T) {
 		d := newDaemon(t)
 		d.course = phases("", staging, stopping, stopping, succeeded)
 		out, err := d.run(t, "restart", "default/web", "-c", "app", "--watch")
-		if want := "03:05:35.000 default/web app Staging\n03:05:35.000 default/web app Stopping\n03:05:35.000 default/web app Succeeded\n"; err != nil || out != want {
+		if want := "03:05:35.000 default/web app Staging\n03:05:35.000 default/web app Stopping\n03:05:35.000 " +
+			"default/web app Succeeded\n"; err != nil || out != want {
 			t.Errorf("%v\n%s", err, out)
 		}
 	})
@@ -533,14 +566,16 @@ func TestWatch(t *testing.T) {
 		d := newDaemon(t)
 		d.course = phases("image is gone", starting, failed)
 		out, err := d.run(t, "restart", "default/web", "-c", "app", "--watch")
-		if err == nil || err.Error() != "operation op-2: image is gone" || !strings.Contains(out, "app Failed: image is gone\n") {
+		if err == nil || err.Error() != "operation op-2: image is gone" ||
+			!strings.Contains(out, "app Failed: image is gone\n") {
 			t.Errorf("%v\n%s", err, out)
 		}
 	})
 	t.Run("cancelled", func(t *testing.T) {
 		d := newDaemon(t)
 		d.course = phases("by me", staging, cancelledPh)
-		if _, err := d.run(t, "ops", "op-2", "--watch"); err == nil || err.Error() != "operation op-2 was cancelled: by me" {
+		if _, err := d.run(t, "ops", "op-2", "--watch"); err == nil ||
+			err.Error() != "operation op-2 was cancelled: by me" {
 			t.Error(err)
 		}
 	})
@@ -555,10 +590,13 @@ func TestWatch(t *testing.T) {
 	t.Run("timeout", func(t *testing.T) {
 		d := newDaemon(t)
 		d.course, d.hang = phases("", staging, stopping), true
-		// The time includes all that comes before, for which it may be too short on a machine with too much to do; then it gets more.
+		// The time includes all that comes before, for which it may be too short on a machine with
+		// too much to do; then it gets more.
 		for timeout := 300 * time.Millisecond; ; timeout *= 2 {
 			_, err := d.run(t, "restart", "default/web", "-c", "app", "--watch", "--timeout", timeout.String())
-			if err != nil && strings.HasPrefix(err.Error(), "gave up waiting while the operation is stopping; it goes on, see cri-proxy ctl ops ctl-") {
+			if err != nil &&
+				strings.HasPrefix(err.Error(),
+					"gave up waiting while the operation is stopping; it goes on, see cri-proxy ctl ops ctl-") {
 				return
 			}
 			if timeout > 30*time.Second {
@@ -626,7 +664,8 @@ func TestCompletion(t *testing.T) {
 	d := newDaemon(t)
 	d.overrides = imageOverrides()
 	for args, want := range map[string]string{
-		"ops":                                   "op-2\tRestart default/web Staging\nop-1\tRestart default/db Succeeded\n",
+		"ops": "op-2\tRestart default/web Staging\nop-1\tRestart default/db " +
+			"Succeeded\n",
 		"cancel":                                "op-2\tRestart default/web Staging\n",
 		"restart":                               ":4\n",
 		"restart --revert-image":                "default/web\tr.io/app:debug\nshop/cart-0\tcart\n:36\n",
@@ -638,7 +677,8 @@ func TestCompletion(t *testing.T) {
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetErr(io.Discard)
-		root.SetArgs(slices.Concat([]string{cobra.ShellCompRequestCmd, "ctl", "--admin-socket=" + d.socket}, strings.Fields(args), []string{""}))
+		root.SetArgs(slices.Concat([]string{cobra.ShellCompRequestCmd, "ctl", "--admin-socket=" + d.socket},
+			strings.Fields(args), []string{""}))
 		if err := root.ExecuteContext(t.Context()); err != nil {
 			t.Fatal(err)
 		}

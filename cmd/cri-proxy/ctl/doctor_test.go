@@ -19,7 +19,9 @@ import (
 func TestDoctorOutput(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yaml")
-	if err := os.WriteFile(file, []byte("listen: {path: /nowhere/cri.sock}\nstateDir: /nowhere\nruntimeEndpoint: /nowhere/rt.sock\nadminSocket: /nowhere/admin.sock\n"), 0o600); err != nil {
+	if err := os.WriteFile(file,
+		[]byte("listen: {path: /nowhere/cri.sock}\nstateDir: /nowhere\nruntimeEndpoint: "+
+			"/nowhere/rt.sock\nadminSocket: /nowhere/admin.sock\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	run := func(args ...string) string {
@@ -43,11 +45,14 @@ func TestDoctorOutput(t *testing.T) {
 		if f.Detail == "" || f.Status == doctor.Fail && f.Hint == "" {
 			t.Errorf("%+v says too little", f)
 		}
-		if !strings.Contains(text, f.Detail) || !strings.Contains(text, f.Hint) || !strings.Contains(yaml, "check: "+f.Check) {
+		if !strings.Contains(text, f.Detail) || !strings.Contains(text, f.Hint) ||
+			!strings.Contains(yaml, "check: "+f.Check) {
 			t.Errorf("%+v is not in all forms of the output", f)
 		}
 	}
-	if !regexp.MustCompile(`(?m)^FAIL  daemon +cri-proxy does not answer on /nowhere/admin.sock: .*\n +-> systemctl start`).MatchString(text) {
+	if !regexp.MustCompile(
+		`(?m)^FAIL  daemon +cri-proxy does not answer on /nowhere/admin.sock: .*\n +-> systemctl start`).
+		MatchString(text) {
 		t.Errorf("no daemon in\n%s", text)
 	}
 }

@@ -30,10 +30,12 @@ func (d *daemon) ListOverrides(context.Context, *opsv1.ListOverridesRequest) (*o
 func imageOverrides() []*opsv1.ImageOverride {
 	return []*opsv1.ImageOverride{
 		{
-			Pod: &opsv1.PodRef{Namespace: "default", Name: "web", Uid: "uid-1"}, Container: "app", Image: "r.io/app:debug", ImageId: "sha256:0123456789abcdef", SpecImage: "r.io/app:v1",
+			Pod: &opsv1.PodRef{Namespace: "default", Name: "web", Uid: "uid-1"}, Container: "app",
+			Image: "r.io/app:debug", ImageId: "sha256:0123456789abcdef", SpecImage: "r.io/app:v1",
 			Since: timestamppb.New(epoch), Requester: "ctl/alice", OperationUid: "ctl-1",
 		},
-		{Pod: &opsv1.PodRef{Namespace: "shop", Name: "cart-0", Uid: "uid-2"}, Container: "cart", Image: "cart", SpecImage: "cart:1", Since: timestamppb.New(epoch.Add(time.Minute))},
+		{Pod: &opsv1.PodRef{Namespace: "shop", Name: "cart-0", Uid: "uid-2"}, Container: "cart", Image: "cart",
+			SpecImage: "cart:1", Since: timestamppb.New(epoch.Add(time.Minute))},
 	}
 }
 
@@ -59,10 +61,12 @@ shop/cart-0   cart        cart             cart:1        30s                  ui
 	}
 	out, err := d.run(t, "overrides", "-o", "json")
 	got := &opsv1.ListOverridesResponse{}
-	if err != nil || protojson.Unmarshal([]byte(out), got) != nil || !proto.Equal(got, &opsv1.ListOverridesResponse{Overrides: imageOverrides()}) {
+	if err != nil || protojson.Unmarshal([]byte(out), got) != nil ||
+		!proto.Equal(got, &opsv1.ListOverridesResponse{Overrides: imageOverrides()}) {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if out, err = d.run(t, "overrides", "-o", "yaml"); err != nil || !strings.Contains(out, "\noverrides:\n  - pod:\n      namespace: default\n") {
+	if out, err = d.run(t, "overrides", "-o", "yaml"); err != nil ||
+		!strings.Contains(out, "\noverrides:\n  - pod:\n      namespace: default\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	d.overrides = nil
@@ -85,7 +89,8 @@ func authFile(t *testing.T) string {
 func TestOverrideDaemonRestarts(t *testing.T) {
 	d := newDaemon(t)
 	d.course, d.lose = phases("", opsv1.Phase_PHASE_PULLING, opsv1.Phase_PHASE_SUCCEEDED), 1
-	out, err := d.run(t, "restart", "default/web", "-c", "app", "--image", "r.io/app:v2", "--auth-file", authFile(t), "--watch")
+	out, err := d.run(t, "restart", "default/web", "-c", "app", "--image", "r.io/app:v2", "--auth-file",
+		authFile(t), "--watch")
 	if err != nil || !strings.HasSuffix(out, "Succeeded\n") {
 		t.Errorf("%v\n%s", err, out)
 	}

@@ -63,7 +63,8 @@ func (d *imageDaemon) Pull(_ context.Context, r *opsv1.PullRequest) (*opsv1.Pull
 	if d.refuse != nil {
 		return nil, d.refuse
 	}
-	return &opsv1.PullOperation{Uid: r.GetUid(), Image: r.GetImage(), Phase: opsv1.PullPhase_PULL_WAITING, Reason: "InQueue", CreateTime: timestamppb.New(epoch)}, nil
+	return &opsv1.PullOperation{Uid: r.GetUid(), Image: r.GetImage(), Phase: opsv1.PullPhase_PULL_WAITING,
+		Reason: "InQueue", CreateTime: timestamppb.New(epoch)}, nil
 }
 
 func (d *imageDaemon) GetPull(_ context.Context, r *opsv1.GetPullRequest) (*opsv1.PullOperation, error) {
@@ -98,7 +99,8 @@ func (d *imageDaemon) WatchPull(_ *opsv1.WatchPullRequest, s grpc.ServerStreamin
 	select {
 	case <-d.stop:
 		end := proto.Clone(course[len(course)-1]).(*opsv1.PullOperation)
-		end.Phase, end.Reason, end.Message, end.FinishTime = opsv1.PullPhase_PULL_CANCELLED, "Cancelled", d.cancelled.GetReason(), timestamppb.New(epoch)
+		end.Phase, end.Reason, end.Message, end.FinishTime = opsv1.PullPhase_PULL_CANCELLED, "Cancelled",
+			d.cancelled.GetReason(), timestamppb.New(epoch)
 		return s.Send(end)
 	case <-s.Context().Done():
 		return s.Context().Err()
@@ -124,7 +126,8 @@ func (d *imageDaemon) CancelPull(_ context.Context, r *opsv1.CancelPullRequest) 
 	if !d.deaf {
 		close(d.stop)
 	}
-	return &opsv1.PullOperation{Uid: r.GetUid(), Phase: opsv1.PullPhase_PULL_CANCELLED, CreateTime: timestamppb.New(epoch)}, nil
+	return &opsv1.PullOperation{Uid: r.GetUid(), Phase: opsv1.PullPhase_PULL_CANCELLED,
+		CreateTime: timestamppb.New(epoch)}, nil
 }
 
 func (d *imageDaemon) ListPins(context.Context, *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
@@ -143,14 +146,17 @@ func (d *imageDaemon) ReleasePins(_ context.Context, r *opsv1.ReleasePinsRequest
 // fetching is a pull of an image with three layers, so many percent of the way.
 func fetching(percent int64) *opsv1.PullOperation {
 	op := &opsv1.PullOperation{
-		Uid: "pull-1", Image: "nginx:1", Resolved: "docker.io/library/nginx:1", Owner: "ctl/alice", Phase: opsv1.PullPhase_PULL_FETCHING,
-		BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib, Attempt: 1, CreateTime: timestamppb.New(epoch),
+		Uid: "pull-1", Image: "nginx:1", Resolved: "docker.io/library/nginx:1", Owner: "ctl/alice",
+		Phase:     opsv1.PullPhase_PULL_FETCHING,
+		BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib, Attempt: 1,
+		CreateTime: timestamppb.New(epoch),
 	}
 	left := op.GetBytesDone()
 	for i, size := range []int64{50 * mib, 30 * mib, 20 * mib} {
 		done := min(left, size)
 		left -= done
-		op.Layers = append(op.Layers, &opsv1.LayerProgress{Digest: fmt.Sprintf("sha256:%d23456789abcdef", i), BytesDone: done, BytesTotal: size})
+		op.Layers = append(op.Layers, &opsv1.LayerProgress{Digest: fmt.Sprintf("sha256:%d23456789abcdef", i),
+			BytesDone: done, BytesTotal: size})
 	}
 	if percent == 100 {
 		op.Phase, op.BytesPerSecond = opsv1.PullPhase_PULL_UNPACKING, 0
@@ -160,7 +166,8 @@ func fetching(percent int64) *opsv1.PullOperation {
 
 func ended(phase opsv1.PullPhase, reason, message string) *opsv1.PullOperation {
 	op := fetching(100)
-	op.Phase, op.Reason, op.Message, op.FinishTime, op.ImageId = phase, reason, message, timestamppb.New(epoch.Add(time.Minute)), "sha256:fedcba9876543210"
+	op.Phase, op.Reason, op.Message, op.FinishTime, op.ImageId = phase, reason, message,
+		timestamppb.New(epoch.Add(time.Minute)), "sha256:fedcba9876543210"
 	return op
 }
 
@@ -175,7 +182,8 @@ func newImageDaemon(t *testing.T) *imageDaemon {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	d := &imageDaemon{socket: filepath.Join(dir, "admin.sock"), stop: make(chan struct{})}
 	waiting := fetching(0)
-	waiting.Uid, waiting.Image, waiting.Phase, waiting.Reason, waiting.Message = "pull-2", "busybox", opsv1.PullPhase_PULL_WAITING, "YieldsToKubelet", "kubelet is pulling"
+	waiting.Uid, waiting.Image, waiting.Phase, waiting.Reason, waiting.Message = "pull-2", "busybox",
+		opsv1.PullPhase_PULL_WAITING, "YieldsToKubelet", "kubelet is pulling"
 	waiting.BytesTotal, waiting.BytesPerSecond, waiting.Attempt = 0, 0, 0
 	failed := ended(opsv1.PullPhase_PULL_FAILED, "NotFound", "registry docker.io has no such image")
 	failed.Uid, failed.Image, failed.BytesTotal, failed.Resolved = "pull-0", "nope", 0, "docker.io/library/nope:latest"
@@ -183,9 +191,14 @@ func newImageDaemon(t *testing.T) *imageDaemon {
 	done.Uid, done.Owner = "pull-3", "ctl/bob"
 	d.pulls = []*opsv1.PullOperation{done, waiting, fetching(45), failed}
 	d.pins = []*opsv1.ImagePin{
-		{ImageId: "sha256:0123456789abcdef", Image: "docker.io/library/busybox:latest", Owner: "ImagePullJob/default/preheat/uid", ExpireTime: timestamppb.New(epoch.Add(24 * time.Hour)), SizeBytes: 2 * mib},
-		{ImageId: "sha256:fedcba9876543210", Image: "docker.io/library/nginx:1", Owner: "ctl/alice", ExpireTime: timestamppb.New(epoch), SizeBytes: 100 * mib},
-		{ImageId: "sha256:fedcba9876543210", Image: "docker.io/library/nginx:1", Owner: "ImagePullJob/default/preheat/uid", ExpireTime: timestamppb.New(epoch.Add(time.Hour)), SizeBytes: 100 * mib},
+		{ImageId: "sha256:0123456789abcdef", Image: "docker.io/library/busybox:latest",
+			Owner: "ImagePullJob/default/preheat/uid", ExpireTime: timestamppb.New(epoch.Add(24 * time.Hour)),
+			SizeBytes: 2 * mib},
+		{ImageId: "sha256:fedcba9876543210", Image: "docker.io/library/nginx:1", Owner: "ctl/alice",
+			ExpireTime: timestamppb.New(epoch), SizeBytes: 100 * mib},
+		{ImageId: "sha256:fedcba9876543210", Image: "docker.io/library/nginx:1",
+			Owner: "ImagePullJob/default/preheat/uid", ExpireTime: timestamppb.New(epoch.Add(time.Hour)),
+			SizeBytes: 100 * mib},
 	}
 	l, err := net.Listen("unix", d.socket)
 	if err != nil {
@@ -281,8 +294,10 @@ pull-9   nginx:1   Waiting   InQueue                        90s
 		d := newImageDaemon(t)
 		d.course = []*opsv1.PullOperation{fetching(10), pulled()}
 		for args, into := range map[string]proto.Message{
-			"pulls": &opsv1.ListPullsResponse{}, "images": &opsv1.ListPinsResponse{}, "pulls pull-1": &opsv1.PullOperation{},
-			"pull nginx:1": &opsv1.PullOperation{}, "pull nginx:1 --no-wait": &opsv1.PullOperation{}, "unpin ctl/alice": &opsv1.ReleasePinsResponse{},
+			"pulls": &opsv1.ListPullsResponse{}, "images": &opsv1.ListPinsResponse{},
+			"pulls pull-1": &opsv1.PullOperation{},
+			"pull nginx:1": &opsv1.PullOperation{}, "pull nginx:1 --no-wait": &opsv1.PullOperation{},
+			"unpin ctl/alice": &opsv1.ReleasePinsResponse{},
 		} {
 			out, err := d.run(t, append(strings.Fields(args), "-o", "json")...)
 			if err != nil {
@@ -298,22 +313,27 @@ pull-9   nginx:1   Waiting   InQueue                        90s
 func TestPullRequest(t *testing.T) {
 	t.Setenv("SUDO_USER", "alice")
 	auth := filepath.Join(t.TempDir(), "config.json")
-	if err := os.WriteFile(auth, []byte(`{"auths":{"r.io":{"auth":"`+base64.StdEncoding.EncodeToString([]byte("u:p:q"))+`"}}}`), 0o600); err != nil {
+	if err := os.WriteFile(auth,
+		[]byte(`{"auths":{"r.io":{"auth":"`+base64.StdEncoding.EncodeToString([]byte("u:p:q"))+`"}}}`),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	for args, want := range map[string]*opsv1.PullRequest{
 		"": {},
 		"--limit 20MiB/s --pin 24h --always --auth-file " + auth: {
-			BytesPerSecond: 20 * mib, PinFor: durationpb.New(24 * time.Hour), Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS,
+			BytesPerSecond: 20 * mib, PinFor: durationpb.New(24 * time.Hour),
+			Policy:      opsv1.PullPolicy_PULL_POLICY_ALWAYS,
 			Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: "p:q"}},
 		},
 		"--runtime-handler kata --attempts 2 --timeout 1m --deadline 1h --uid u": {
-			Uid: "u", RuntimeHandler: "kata", MaxAttempts: 2, AttemptTimeout: durationpb.New(time.Minute), Deadline: durationpb.New(time.Hour),
+			Uid: "u", RuntimeHandler: "kata", MaxAttempts: 2, AttemptTimeout: durationpb.New(time.Minute),
+			Deadline: durationpb.New(time.Hour),
 		},
 	} {
 		t.Run(args, func(t *testing.T) {
 			d := newImageDaemon(t)
-			if _, err := d.run(t, append([]string{"pull", "nginx:1", "--no-wait"}, strings.Fields(args)...)...); err != nil {
+			if _, err := d.run(t,
+				append([]string{"pull", "nginx:1", "--no-wait"}, strings.Fields(args)...)...); err != nil {
 				t.Fatal(err)
 			}
 			got := d.asked[0]
@@ -335,8 +355,10 @@ func TestPullLines(t *testing.T) {
 	d := newImageDaemon(t)
 	resolving, waiting := fetching(0), fetching(0)
 	resolving.Phase, resolving.BytesTotal = opsv1.PullPhase_PULL_RESOLVING, 0
-	waiting.Phase, waiting.Reason, waiting.Message = opsv1.PullPhase_PULL_WAITING, "BackOff", "attempt 2 of 4 in 1s: registry\ndown"
-	d.course = []*opsv1.PullOperation{resolving, waiting, resolving, fetching(0), fetching(3), fetching(12), fetching(19), fetching(55), fetching(100), pulled()}
+	waiting.Phase, waiting.Reason, waiting.Message = opsv1.PullPhase_PULL_WAITING, "BackOff",
+		"attempt 2 of 4 in 1s: registry\ndown"
+	d.course = []*opsv1.PullOperation{resolving, waiting, resolving, fetching(0), fetching(3), fetching(12),
+		fetching(19), fetching(55), fetching(100), pulled()}
 	out, err := d.run(t, "pull", "nginx:1")
 	const want = `03:05:35.000 nginx:1 Resolving
 03:05:35.000 nginx:1 Waiting (BackOff): attempt 2 of 4 in 1s: registry down
@@ -355,9 +377,11 @@ func TestPullLines(t *testing.T) {
 func TestPullOutcome(t *testing.T) {
 	for want, end := range map[string]*opsv1.PullOperation{
 		"": pulled(),
-		"NotFound: registry docker.io has no such image":    ended(opsv1.PullPhase_PULL_FAILED, "NotFound", "registry docker.io has no such image"),
-		"the pull of nginx:1 has failed: RuntimeError":      ended(opsv1.PullPhase_PULL_FAILED, "RuntimeError", ""),
-		"the pull of nginx:1 was cancelled: job is deleted": ended(opsv1.PullPhase_PULL_CANCELLED, "Cancelled", "job is deleted"),
+		"NotFound: registry docker.io has no such image": ended(opsv1.PullPhase_PULL_FAILED, "NotFound",
+			"registry docker.io has no such image"),
+		"the pull of nginx:1 has failed: RuntimeError": ended(opsv1.PullPhase_PULL_FAILED, "RuntimeError", ""),
+		"the pull of nginx:1 was cancelled: job is deleted": ended(opsv1.PullPhase_PULL_CANCELLED, "Cancelled",
+			"job is deleted"),
 	} {
 		d := newImageDaemon(t)
 		d.course = []*opsv1.PullOperation{end}
@@ -382,10 +406,12 @@ func TestPullDaemonRestarts(t *testing.T) {
 	needs.Phase, needs.Reason = opsv1.PullPhase_PULL_WAITING, "CredentialsNeeded"
 	d := newImageDaemon(t)
 	d.course, d.lose = []*opsv1.PullOperation{needs, needs, fetching(50), pulled()}, 1
-	if out, err := d.run(t, "pull", "nginx:1", "--auth-file", auth); err != nil || !strings.HasSuffix(out, "Succeeded (Pulled)\n") {
+	if out, err := d.run(t, "pull", "nginx:1", "--auth-file", auth); err != nil ||
+		!strings.HasSuffix(out, "Succeeded (Pulled)\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if n := len(d.asked); n < 2 || n > 3 || !proto.Equal(d.asked[0], d.asked[1]) || d.asked[1].GetCredentials()[0].GetPassword() != "p" {
+	if n := len(d.asked); n < 2 || n > 3 || !proto.Equal(d.asked[0], d.asked[1]) ||
+		d.asked[1].GetCredentials()[0].GetPassword() != "p" {
 		t.Errorf("asked %d times: %v", n, d.asked)
 	}
 }
@@ -401,7 +427,8 @@ func TestPullInterrupted(t *testing.T) {
 		d.course, d.hang = []*opsv1.PullOperation{fetching(20)}, true
 		out, over := &buffer{}, make(chan error, 1)
 		go func() {
-			over <- command(out, "pull", "nginx:1", "--uid", "u", "--admin-socket", d.socket).ExecuteContext(t.Context())
+			over <- command(out, "pull", "nginx:1", "--uid", "u", "--admin-socket", d.socket).
+				ExecuteContext(t.Context())
 		}()
 		out.await(t, "Fetching")
 		return out, over
@@ -440,9 +467,10 @@ func TestPullInterrupted(t *testing.T) {
 func TestUnpin(t *testing.T) {
 	const job = "ImagePullJob/default/preheat/uid"
 	for what, want := range map[string][]*opsv1.ReleasePinsRequest{
-		job:                                {{Owner: job}},
-		"ctl/alice":                        {{Owner: "ctl/alice"}},
-		"nginx:1":                          {{Owner: "ctl/alice", ImageId: "sha256:fedcba9876543210"}, {Owner: job, ImageId: "sha256:fedcba9876543210"}},
+		job:         {{Owner: job}},
+		"ctl/alice": {{Owner: "ctl/alice"}},
+		"nginx:1": {{Owner: "ctl/alice", ImageId: "sha256:fedcba9876543210"},
+			{Owner: job, ImageId: "sha256:fedcba9876543210"}},
 		"docker.io/library/busybox:latest": {{Owner: job, ImageId: "sha256:0123456789abcdef"}},
 		"0123456789ab":                     {{Owner: job, ImageId: "sha256:0123456789abcdef"}},
 		"sha256:0123456789abcdef":          {{Owner: job, ImageId: "sha256:0123456789abcdef"}},
@@ -453,13 +481,15 @@ func TestUnpin(t *testing.T) {
 			if err != nil || out != fmt.Sprintf("%d pins ended.\n", len(want)) {
 				t.Errorf("%v\n%s", err, out)
 			}
-			if !slices.EqualFunc(d.released, want, func(a, b *opsv1.ReleasePinsRequest) bool { return proto.Equal(a, b) }) {
+			if !slices.EqualFunc(d.released, want,
+				func(a, b *opsv1.ReleasePinsRequest) bool { return proto.Equal(a, b) }) {
 				t.Errorf("got %v, want %v", d.released, want)
 			}
 		})
 	}
 	for _, what := range []string{"nginx", "0123", "nobody"} {
-		if _, err := newImageDaemon(t).run(t, "unpin", what); err == nil || !strings.Contains(err.Error(), "nothing is pinned by or as") {
+		if _, err := newImageDaemon(t).run(t, "unpin", what); err == nil ||
+			!strings.Contains(err.Error(), "nothing is pinned by or as") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -493,7 +523,8 @@ func TestImageUsageErrors(t *testing.T) {
 			t.Errorf("%s: got %v, want %s", args, err, want)
 		}
 	}
-	if _, err := d.run(t, "pull", "a", "--limit", "fast"); err == nil || !strings.Contains(err.Error(), "want bytes a second, such as 20MiB/s") {
+	if _, err := d.run(t, "pull", "a", "--limit", "fast"); err == nil ||
+		!strings.Contains(err.Error(), "want bytes a second, such as 20MiB/s") {
 		t.Error(err)
 	}
 }
@@ -502,7 +533,8 @@ func TestImageCompletion(t *testing.T) {
 	d := newImageDaemon(t)
 	for args, want := range map[string]string{
 		"pulls": "pull-3\tnginx:1 Succeeded\npull-2\tbusybox Waiting\npull-1\tnginx:1 Fetching\npull-0\tnope Failed\n",
-		"unpin": "ImagePullJob/default/preheat/uid\towner\nctl/alice\towner\ndocker.io/library/busybox:latest\timage\ndocker.io/library/nginx:1\timage\n",
+		"unpin": "ImagePullJob/default/preheat/uid\towner\n" +
+			"ctl/alice\towner\ndocker.io/library/busybox:latest\timage\ndocker.io/library/nginx:1\timage\n",
 	} {
 		root := &cobra.Command{Use: "cri-proxy"}
 		root.AddCommand(ctl.Command(now))

@@ -29,8 +29,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/opscli"
 )
 
-// updatingDaemon has one upgrade: it gets as far as prepared by itself, then after a commit to committed, and after a change of the
-// pod to patched.
+// updatingDaemon has one upgrade: it gets as far as prepared by itself, then after a commit to
+// committed, and after a change of the pod to patched.
 type updatingDaemon struct {
 	opsv1.UnimplementedOpsServer
 	socket string
@@ -55,10 +55,12 @@ func newUpdatingDaemon(t *testing.T) *updatingDaemon {
 	d := &updatingDaemon{
 		socket: filepath.Join(dir, "admin.sock"), changed: make(chan struct{}),
 		prepared: []*opsv1.Operation{
-			state(opsv1.Phase_PHASE_PENDING), fetchingImage(20), fetchingImage(25), fetchingImage(70), state(opsv1.Phase_PHASE_STAGING), state(opsv1.Phase_PHASE_PREPARED),
+			state(opsv1.Phase_PHASE_PENDING), fetchingImage(20), fetchingImage(25), fetchingImage(70),
+			state(opsv1.Phase_PHASE_STAGING), state(opsv1.Phase_PHASE_PREPARED),
 		},
 		committed: []*opsv1.Operation{state(opsv1.Phase_PHASE_PREPARED), state(opsv1.Phase_PHASE_ARMED)},
-		patched:   []*opsv1.Operation{state(opsv1.Phase_PHASE_ARMED), state(opsv1.Phase_PHASE_STOPPING), state(opsv1.Phase_PHASE_ADOPTING), state(opsv1.Phase_PHASE_SUCCEEDED)},
+		patched: []*opsv1.Operation{state(opsv1.Phase_PHASE_ARMED), state(opsv1.Phase_PHASE_STOPPING),
+			state(opsv1.Phase_PHASE_ADOPTING), state(opsv1.Phase_PHASE_SUCCEEDED)},
 	}
 	l, err := net.Listen("unix", d.socket)
 	if err != nil {
@@ -78,8 +80,11 @@ func newUpdatingDaemon(t *testing.T) *updatingDaemon {
 // state is the upgrade in a phase.
 func state(p opsv1.Phase) *opsv1.Operation {
 	op := &opsv1.Operation{
-		Uid: "op-3", Kind: "Upgrade", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p, CreateTime: timestamppb.New(epoch), Requester: "ctl/me",
-		Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: p, Image: "app:v2", Pull: &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}}},
+		Uid: "op-3", Kind: "Upgrade", Pod: &opsv1.PodRef{Namespace: "default", Name: "web"}, Phase: p,
+		CreateTime: timestamppb.New(epoch), Requester: "ctl/me",
+		Containers: []*opsv1.ContainerOperation{
+			{Name: "app", Phase: p, Image: "app:v2",
+				Pull: &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}}},
 	}
 	if p == opsv1.Phase_PHASE_SUCCEEDED || p == opsv1.Phase_PHASE_FAILED || p == opsv1.Phase_PHASE_CANCELLED {
 		op.FinishTime = timestamppb.New(epoch.Add(time.Second))
@@ -89,7 +94,8 @@ func state(p opsv1.Phase) *opsv1.Operation {
 
 func fetchingImage(percent int64) *opsv1.Operation {
 	op := state(opsv1.Phase_PHASE_PULLING)
-	op.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FETCHING, BytesDone: percent * mib, BytesTotal: 100 * mib, BytesPerSecond: 20 * mib}
+	op.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FETCHING, BytesDone: percent * mib,
+		BytesTotal: 100 * mib, BytesPerSecond: 20 * mib}
 	return op
 }
 
@@ -131,8 +137,11 @@ func (d *updatingDaemon) AbortUpgrade(_ context.Context, r *opsv1.AbortUpgradeRe
 	return end, nil
 }
 
-// WatchOperation sends what there is for the upgrade as far as it is, and stays open unless it has ended.
-func (d *updatingDaemon) WatchOperation(_ *opsv1.WatchOperationRequest, s grpc.ServerStreamingServer[opsv1.Operation]) error {
+// WatchOperation sends what there is for the upgrade as far as it is, and stays open unless it has
+// ended.
+func (d *updatingDaemon) WatchOperation(
+	_ *opsv1.WatchOperationRequest, s grpc.ServerStreamingServer[opsv1.Operation],
+) error {
 	for {
 		d.mu.Lock()
 		course, changed := d.prepared, d.changed
@@ -197,7 +206,8 @@ Ready. Now change the pod, within 10m:
 func TestSetImageEnds(t *testing.T) {
 	const command = "set-image default/web -c app=app:v2 -c side=side:v3 --uid op-3"
 	kubelet := state(opsv1.Phase_PHASE_SUCCEEDED)
-	kubelet.Containers[0].Method, kubelet.Containers[0].Warnings = "kubelet", []string{"kubelet 1.30 hashes the whole spec"}
+	kubelet.Containers[0].Method, kubelet.Containers[0].Warnings = "kubelet",
+		[]string{"kubelet 1.30 hashes the whole spec"}
 	for _, tt := range []struct {
 		name, args string
 		prepare    func(d *updatingDaemon)
@@ -206,15 +216,21 @@ func TestSetImageEnds(t *testing.T) {
 	}{
 		{
 			name: "ready", committed: true,
-			tail: "Ready. Now change the pod, within 10m:\n  kubectl -n default set image pod/web app=app:v2 side=side:v3\nTo see what becomes of it: cri-proxy ctl ops op-3 --watch\n",
+			tail: "Ready. Now change the pod, within 10m:\n  kubectl -n default set image pod/web app=app:v2 " +
+				"side=side:v3\nTo see what becomes of it: cri-proxy ctl ops op-3 --watch\n",
 		},
 		{
 			name: "prepared", args: "--prepare-only --order StartFirst --min-ready 5s --commit-timeout 1h",
-			tail: "Prepared. To go on within 60m:\n  cri-proxy ctl set-image default/web -c app=app:v2 -c side=side:v3 --admin-socket=SOCKET --commit-timeout=1h0m0s --min-ready=5s --order=StartFirst --uid op-3\nTo take it back: cri-proxy ctl cancel op-3\n",
+			tail: "Prepared. To go on within 60m:\n  cri-proxy ctl set-image default/web -c app=app:v2 -c " +
+				"side=side:v3 --admin-socket=SOCKET --commit-timeout=1h0m0s --min-ready=5s --order=StartFirst --uid " +
+				"op-3\nTo take it back: cri-proxy ctl cancel op-3\n",
 		},
 		{
-			name: "kubelet does it", prepare: func(d *updatingDaemon) { d.committed = []*opsv1.Operation{kubelet} }, committed: true,
-			tail: "app Succeeded: warning: kubelet 1.30 hashes the whole spec\nThe images are on the node, and kubelet makes the new containers itself (see the warnings). Change the pod when you like:\n  kubectl -n default set image pod/web app=app:v2 side=side:v3\n",
+			name: "kubelet does it", prepare: func(d *updatingDaemon) { d.committed = []*opsv1.Operation{kubelet} },
+			committed: true,
+			tail: "app Succeeded: warning: kubelet 1.30 hashes the whole spec\nThe images are on the node, and " +
+				"kubelet makes the new containers itself (see the warnings). Change the pod when you like:\n  " +
+				"kubectl -n default set image pod/web app=app:v2 side=side:v3\n",
 		},
 		{
 			name: "no such image", prepare: func(d *updatingDaemon) {
@@ -224,9 +240,11 @@ func TestSetImageEnds(t *testing.T) {
 		},
 		{
 			name: "does not start", prepare: func(d *updatingDaemon) {
-				d.committed = append(d.committed[:1], endedWith(opsv1.Phase_PHASE_FAILED, "the new container has exited"))
+				d.committed = append(d.committed[:1],
+					endedWith(opsv1.Phase_PHASE_FAILED, "the new container has exited"))
 			},
-			err: "operation op-3: the new container has exited", tail: "app Failed: the new container has exited\n", committed: true,
+			err: "operation op-3: the new container has exited", tail: "app Failed: the new container has exited\n",
+			committed: true,
 		},
 		{
 			name: "taken back meanwhile", args: "--watch", prepare: func(d *updatingDaemon) {
@@ -235,7 +253,11 @@ func TestSetImageEnds(t *testing.T) {
 			err: "operation op-3 was cancelled: by another", tail: "app Cancelled: by another\n", committed: true,
 		},
 		{
-			name: "had succeeded", prepare: func(d *updatingDaemon) { d.prepared = []*opsv1.Operation{state(opsv1.Phase_PHASE_SUCCEEDED)} },
+			name: "had succeeded",
+			prepare: func(d *updatingDaemon) {
+				d.prepared = []*opsv1.Operation{
+					state(opsv1.Phase_PHASE_SUCCEEDED)}
+			},
 			tail: "app Succeeded\n",
 		},
 	} {
@@ -268,14 +290,18 @@ func TestSetImageRequest(t *testing.T) {
 		args []string
 		want *opsv1.PrepareUpgradeRequest
 	}{
-		{[]string{"-c", "app=app:v2"}, &opsv1.PrepareUpgradeRequest{Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "app:v2"}}}},
+		{[]string{"-c", "app=app:v2"},
+			&opsv1.PrepareUpgradeRequest{Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "app:v2"}}}},
 		{
-			[]string{"-c", "b=r.io:5000/x@sha256:0", "-c", "a=y", "--order", "StartFirst", "--min-ready", "5s", "--always", "--auth-file", auth, "--uid", "u"},
+			[]string{"-c", "b=r.io:5000/x@sha256:0", "-c", "a=y", "--order", "StartFirst", "--min-ready", "5s",
+				"--always", "--auth-file", auth, "--uid", "u"},
 			&opsv1.PrepareUpgradeRequest{
 				Uid: "u", Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: "p"}},
 				Containers: []*opsv1.ContainerUpgrade{
-					{Name: "b", Image: "r.io:5000/x@sha256:0", Order: opsv1.Order_ORDER_START_FIRST, MinReadySeconds: 5, PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS},
-					{Name: "a", Image: "y", Order: opsv1.Order_ORDER_START_FIRST, MinReadySeconds: 5, PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS},
+					{Name: "b", Image: "r.io:5000/x@sha256:0", Order: opsv1.Order_ORDER_START_FIRST, MinReadySeconds: 5,
+						PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS},
+					{Name: "a", Image: "y", Order: opsv1.Order_ORDER_START_FIRST, MinReadySeconds: 5,
+						PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS},
 				},
 			},
 		},
@@ -283,7 +309,8 @@ func TestSetImageRequest(t *testing.T) {
 			[]string{"-c", "app=i", "--pin", "1h", "--prepare-timeout", "2h", "--commit-timeout", "3h"},
 			&opsv1.PrepareUpgradeRequest{
 				Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "i"}},
-				PinFor:     durationpb.New(time.Hour), PrepareTimeout: durationpb.New(2 * time.Hour), HoldTimeout: durationpb.New(3 * time.Hour),
+				PinFor:     durationpb.New(time.Hour), PrepareTimeout: durationpb.New(2 * time.Hour),
+				HoldTimeout: durationpb.New(3 * time.Hour),
 			},
 		},
 	} {
@@ -315,10 +342,12 @@ func TestSetImageDaemonRestarts(t *testing.T) {
 	}
 	d := newUpdatingDaemon(t)
 	d.lose = 1
-	if out, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2", "--auth-file", auth, "--watch"); err != nil || !strings.HasSuffix(out, "Succeeded\n") {
+	if out, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2", "--auth-file", auth,
+		"--watch"); err != nil || !strings.HasSuffix(out, "Succeeded\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if len(d.asked) != 2 || !proto.Equal(d.asked[0], d.asked[1]) || d.asked[1].GetCredentials()[0].GetPassword() != "p" {
+	if len(d.asked) != 2 || !proto.Equal(d.asked[0], d.asked[1]) ||
+		d.asked[1].GetCredentials()[0].GetPassword() != "p" {
 		t.Errorf("asked %d times: %v", len(d.asked), d.asked)
 	}
 }
@@ -326,7 +355,8 @@ func TestSetImageDaemonRestarts(t *testing.T) {
 func TestSetImageRefused(t *testing.T) {
 	d := newUpdatingDaemon(t)
 	d.refuse = status.Error(codes.FailedPrecondition, "container app is not running")
-	if _, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2"); err == nil || err.Error() != "container app is not running" || status.Code(err) != codes.FailedPrecondition {
+	if _, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2"); err == nil ||
+		err.Error() != "container app is not running" || status.Code(err) != codes.FailedPrecondition {
 		t.Error(err)
 	}
 }
@@ -339,7 +369,9 @@ func TestSetImageInterrupted(t *testing.T) {
 		t.Cleanup(cancel)
 		over := make(chan error, 1)
 		go func() {
-			over <- command(out, append([]string{"set-image", "default/web", "-c", "app=app:v2", "--admin-socket", d.socket}, args...)...).ExecuteContext(ctx)
+			over <- command(out,
+				append([]string{"set-image", "default/web", "-c", "app=app:v2", "--admin-socket", d.socket},
+					args...)...).ExecuteContext(ctx)
 		}()
 		return over
 	}
@@ -380,7 +412,9 @@ func TestSetImageInterrupted(t *testing.T) {
 		over := start(t, d, out, "--watch")
 		out.await(t, "app Stopping")
 		interrupt(t)
-		if err := <-over; err == nil || !strings.HasPrefix(err.Error(), "interrupted while the operation is stopping; it goes on, see cri-proxy ctl ops ctl-") {
+		if err := <-over; err == nil ||
+			!strings.HasPrefix(err.Error(),
+				"interrupted while the operation is stopping; it goes on, see cri-proxy ctl ops ctl-") {
 			t.Errorf("%v\n%s", err, out)
 		}
 		if d.aborted != nil {
@@ -393,11 +427,13 @@ func TestSetImageOutput(t *testing.T) {
 	armed := state(opsv1.Phase_PHASE_ARMED)
 	armed.Containers[0].IncumbentId, armed.Containers[0].Method = "0123456789abcdef", "gate"
 	armed.Containers = append(armed.Containers, &opsv1.ContainerOperation{
-		Name: "side", Phase: opsv1.Phase_PHASE_SUCCEEDED, Image: "side:v3", Method: "kubelet", Warnings: []string{"left to kubelet"},
+		Name: "side", Phase: opsv1.Phase_PHASE_SUCCEEDED, Image: "side:v3", Method: "kubelet",
+		Warnings: []string{"left to kubelet"},
 	})
 	waits := fetchingImage(0)
 	waits.Uid = "op-4"
-	waits.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_WAITING, Reason: "BackOff", Message: "attempt 2 of 4"}
+	waits.Containers[0].Pull = &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_WAITING, Reason: "BackOff",
+		Message: "attempt 2 of 4"}
 	busy := fetchingImage(45)
 	busy.Uid = "op-5"
 	for _, tt := range []struct {

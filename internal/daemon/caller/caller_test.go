@@ -59,7 +59,8 @@ func (c dialler) write(file, text string) {
 	}
 }
 
-// called has another process connect to the listener, which has a name of its own in the test's procfs.
+// called has another process connect to the listener, which has a name of its own in the test's
+// procfs.
 func called(t *testing.T, proc string, l net.Listener, name string) dialler {
 	t.Helper()
 	exe, err := os.Executable()
@@ -132,8 +133,8 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	if all.KubeletsEnviron() != nil {
 		t.Error("an environment of nobody")
 	}
-	stranger := called(t, proc, l, "crictl")
-	stranger.write("environ", "WHO=stranger\x00")
+	other := called(t, proc, l, "crictl")
+	other.write("environ", "WHO=other\x00")
 	unknown()
 
 	k := called(t, proc, l, "kubelet")
@@ -141,10 +142,12 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	k.write("cmdline", "/usr/bin/kubelet\x00--config="+config+"\x00")
 	k.write("environ", "WHO=kubelet\x00HTTPS_PROXY=http://proxy\x00")
 	called(t, proc, l, "crictl")
-	if got := all.Environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) || !slices.Equal(got, all.KubeletsEnviron()) {
+	if got := all.Environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) ||
+		!slices.Equal(got, all.KubeletsEnviron()) {
 		t.Errorf("%v", got)
 	}
-	for text, want := range map[string]int{"": 85, "imageGCHighThresholdPercent: 70\n": 70, "imageGCHighThresholdPercent: 100\n": 100, "imageGCHighThresholdPercent: x\n": 85} {
+	for text, want := range map[string]int{"": 85, "imageGCHighThresholdPercent: 70\n": 70,
+		"imageGCHighThresholdPercent: 100\n": 100, "imageGCHighThresholdPercent: x\n": 85} {
 		if err := os.WriteFile(config, []byte("kind: KubeletConfiguration\n"+text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -171,7 +174,8 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 // TestListenerWithoutDeadlines: one that cannot be interrupted says so.
 func TestListenerWithoutDeadlines(t *testing.T) {
 	l := caller.New(t.TempDir(), logrus.New()).Watch(struct{ net.Listener }{})
-	if err := l.(interface{ SetDeadline(t time.Time) error }).SetDeadline(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
+	if err := l.(interface{ SetDeadline(t time.Time) error }).
+		SetDeadline(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
 }

@@ -103,7 +103,8 @@ func clearStale(path string) error {
 		if errors.Is(err, fs.ErrPermission) {
 			return fmt.Errorf("listen path %s: %w", path, explain(err))
 		}
-		return fmt.Errorf("listen path %s seems to be in use: stop the process that holds it or choose another path: %w",
+		return fmt.Errorf("listen path %s seems to be in use: stop the process that holds it or choose "+
+			"another path: %w",
 			path, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -21,7 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 	"github.com/cri-proxy/cri-proxy/internal/backoff"
 	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
@@ -285,7 +285,7 @@ func (p *Path) eachStaged(ctx context.Context) error {
 		}
 	}
 	for _, c := range list.GetContainers() {
-		token := c.GetAnnotations()[interceptors.StagedAnnotation]
+		token := c.GetAnnotations()[view.StagedAnnotation]
 		if token == "" || strings.ContainsAny(token, "/.") {
 			continue
 		}

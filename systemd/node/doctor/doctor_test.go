@@ -28,7 +28,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/daemon"
 	"github.com/cri-proxy/cri-proxy/internal/mtls/mtlstest"
@@ -61,7 +61,8 @@ func kubelet(socket string) error {
 		return err
 	}
 	defer conn.Close()
-	if _, err := runtimeapi.NewRuntimeServiceClient(conn).Version(context.Background(), &runtimeapi.VersionRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := runtimeapi.NewRuntimeServiceClient(conn).Version(context.Background(), &runtimeapi.VersionRequest{},
+		grpc.WaitForReady(true)); err != nil {
 		return err
 	}
 	fmt.Println("connected")
@@ -91,24 +92,33 @@ func (r *runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtime
 
 func (r *runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
 	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
-		{Type: "RuntimeReady", Status: true}, {Type: "NetworkReady", Status: !r.noNetwork, Reason: "NetworkPluginNotReady", Message: "no CNI"},
+		{Type: "RuntimeReady", Status: true},
+		{Type: "NetworkReady", Status: !r.noNetwork, Reason: "NetworkPluginNotReady", Message: "no CNI"},
 	}}}, nil
 }
 
-func (r *runtime) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+func (r *runtime) ListContainers(
+	context.Context, *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return &runtimeapi.ListContainersResponse{Containers: r.containers}, nil
 }
 
-func (r *runtime) ListPodSandbox(context.Context, *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+func (r *runtime) ListPodSandbox(
+	context.Context, *runtimeapi.ListPodSandboxRequest,
+) (*runtimeapi.ListPodSandboxResponse, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return &runtimeapi.ListPodSandboxResponse{Items: r.sandboxes}, nil
 }
 
-func (r *runtime) ImageFsInfo(context.Context, *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
-	return &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.images}}}}, nil
+func (r *runtime) ImageFsInfo(
+	context.Context, *runtimeapi.ImageFsInfoRequest,
+) (*runtimeapi.ImageFsInfoResponse, error) {
+	return &runtimeapi.ImageFsInfoResponse{
+		ImageFilesystems: []*runtimeapi.FilesystemUsage{
+			{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.images}}}}, nil
 }
 
 // node is one in a directory, which a test makes wrong somewhere.
@@ -155,7 +165,8 @@ func (n *node) link() string            { return n.path("run/kubelet.sock") }
 // configure writes the file, with more in it.
 func (n *node) configure(more string) {
 	n.t.Helper()
-	text := fmt.Sprintf("nodeName: node\nlisten: {path: %s}\nadminSocket: %s\nstateDir: %s\nruntimeEndpoint: %s\ndrainTimeout: 1s\n%s",
+	text := fmt.Sprintf("nodeName: node\nlisten: {path: %s}\nadminSocket: %s\nstateDir: %s\nruntimeEndpoint: "+
+		"%s\ndrainTimeout: 1s\n%s",
 		n.path("run/cri.sock"), n.path("run/admin.sock"), n.path("state"), n.path("rt.sock"), more)
 	if !strings.Contains(more, "images:") {
 		text += "images: {maxDiskPercent: 0}\n" // whatever the disk of this machine
@@ -269,7 +280,9 @@ func (n *node) wrong() []string {
 }
 
 func (n *node) files(cert, key, ca string) {
-	n.configure(fmt.Sprintf("ops: {address: \"127.0.0.1:0\", certFile: %s, keyFile: %s, clientCAFile: %s, allowedClients: [c]}\n", cert, key, ca))
+	n.configure(
+		fmt.Sprintf("ops: {address: \"127.0.0.1:0\", certFile: %s, keyFile: %s, clientCAFile: %s, allowedClients: "+
+			"[c]}\n", cert, key, ca))
 }
 
 func TestDoctor(t *testing.T) {
@@ -286,10 +299,12 @@ func TestDoctor(t *testing.T) {
 		{name: "the daemon is down", make: func(n *node) {
 			n.startRuntime()
 			n.startKubelet(n.path("rt.sock"), "--container-runtime-endpoint", "unix://"+n.link())
-		}, want: []string{"fail daemon: cri-proxy does not answer", "fail sockets: stat", "fail sockets: stat", "fail kubelet: kubelet (pid", "fail state: stat"}},
+		}, want: []string{"fail daemon: cri-proxy does not answer", "fail sockets: stat", "fail sockets: stat",
+			"fail kubelet: kubelet (pid", "fail state: stat"}},
 		{name: "OpenKruise's daemon runs beside it", make: func(n *node) {
 			n.runtime.sandboxes = []*runtimeapi.PodSandbox{
-				{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "kruise-system", Name: "kruise-controller-manager-x"}},
+				{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "kruise-system",
+					Name: "kruise-controller-manager-x"}},
 				{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "kruise-system", Name: "kruise-daemon-x7"}},
 			}
 			n.whole()
@@ -321,16 +336,19 @@ func TestDoctor(t *testing.T) {
 		{name: "bypassed", make: func(n *node) {
 			n.startRuntime()
 			n.startDaemon()
-			n.do(os.WriteFile(n.path("state/bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`), 0o600))
+			n.do(os.WriteFile(n.path("state/bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`),
+				0o600))
 			n.do(os.Remove(n.link()))
 			n.do(os.Symlink(n.path("rt.sock"), n.link()))
 			n.startKubelet(n.link(), "--container-runtime-endpoint=unix://"+n.link())
 		}, want: []string{"warn bypass: on, since"}},
 		{name: "a bypass that was asked for and not carried out", make: func(n *node) {
 			n.whole()
-			n.do(os.WriteFile(n.path("state/bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`), 0o600))
+			n.do(os.WriteFile(n.path("state/bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`),
+				0o600))
 		}, want: []string{"fail bypass: asked for since"}},
-		{name: "crashes", make: func(n *node) { n.whole(); n.do(os.WriteFile(n.path("run/crashes"), []byte("12\n15\n"), 0o600)) },
+		{name: "crashes",
+			make: func(n *node) { n.whole(); n.do(os.WriteFile(n.path("run/crashes"), []byte("12\n15\n"), 0o600)) },
 			want: []string{"warn bypass: cri-proxy has ended 2 times"}},
 		{name: "sockets are open to all", make: func(n *node) {
 			n.whole()
@@ -351,17 +369,27 @@ func TestDoctor(t *testing.T) {
 			n.startRuntime()
 			n.startDaemon()
 			n.do(os.MkdirAll(n.path("kubelet.conf.d"), 0o755))
-			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\ncontainerRuntimeEndpoint: unix://"+n.path("rt.sock")+"\n"), 0o600))
-			n.do(os.WriteFile(n.path("kubelet.conf.d/10.conf"), []byte("containerRuntimeEndpoint: "+n.link()+"\nimageServiceEndpoint: unix://"+n.path("rt.sock")+"\n"), 0o600))
+			n.do(os.WriteFile(n.path("kubelet.yaml"),
+				[]byte("kind: KubeletConfiguration\ncontainerRuntimeEndpoint: unix://"+n.path("rt.sock")+"\n"), 0o600))
+			n.do(os.WriteFile(n.path("kubelet.conf.d/10.conf"),
+				[]byte("containerRuntimeEndpoint: "+n.link()+"\nimageServiceEndpoint: unix://"+n.path("rt.sock")+"\n"),
+				0o600))
 			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"), "--config-dir", n.path("kubelet.conf.d"))
-		}, want: []string{"another endpoint for images", "warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and kubelet asks for images elsewhere"}},
-		{name: "private images for every pod", make: func(n *node) { n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n"); n.whole() },
-			want: []string{"warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and images.verifyAccess is false: images that were pulled ahead of time with secrets may be run by every pod"}},
+		}, want: []string{"another endpoint for images",
+			"warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and kubelet asks for " +
+				"images elsewhere"}},
+		{name: "private images for every pod",
+			make: func(n *node) { n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n"); n.whole() },
+			want: []string{"warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and " +
+				"images.verifyAccess is false: images that were pre-pulled with secrets may be run by " +
+				"every pod"}},
 		{name: "private images that kubelet verifies in any case", make: func(n *node) {
 			n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n")
 			n.startRuntime()
 			n.startDaemon()
-			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\nimagePullCredentialsVerificationPolicy: AlwaysVerify\ncontainerRuntimeEndpoint: "+n.link()+"\n"), 0o600))
+			n.do(os.WriteFile(n.path("kubelet.yaml"),
+				[]byte("kind: KubeletConfiguration\nimagePullCredentialsVerificationPolicy: "+
+					"AlwaysVerify\ncontainerRuntimeEndpoint: "+n.link()+"\n"), 0o600))
 			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"))
 		}},
 		{name: "no kubelet", make: func(n *node) { n.startRuntime(); n.startDaemon() },
@@ -370,26 +398,33 @@ func TestDoctor(t *testing.T) {
 			want: []string{"fail kubelet: no kubelet runs here", "no call from kubelet yet", "fail runtime: "}},
 		{name: "the runtime is not ready", make: func(n *node) { n.runtime.noNetwork = true; n.whole() },
 			want: []string{"warn runtime: NetworkReady is not so: NetworkPluginNotReady no CNI"}},
-		{name: "containerd's settings of registries are not known", make: func(n *node) { n.runtime.name = "containerd"; n.whole() },
-			want: []string{"warn registries: how containerd reaches them is not known, so speed limits may not be kept: "}},
+		{name: "containerd's settings of registries are not known",
+			make: func(n *node) { n.runtime.name = "containerd"; n.whole() },
+			want: []string{"warn registries: how containerd reaches them is not known, so speed limits may not be " +
+				"kept: "}},
 		{name: "a staged container is left", make: func(n *node) {
 			n.whole()
 			n.runtime.mu.Lock()
 			defer n.runtime.mu.Unlock()
 			n.runtime.containers = []*runtimeapi.Container{{
-				Id: "0123456789abcdef", Annotations: map[string]string{interceptors.StagedAnnotation: "t"},
-				Labels: map[string]string{"io.kubernetes.container.name": "app", "io.kubernetes.pod.namespace": "ns", "io.kubernetes.pod.name": "pod", "io.kubernetes.pod.uid": "u"},
+				Id: "0123456789abcdef", Annotations: map[string]string{view.StagedAnnotation: "t"},
+				Labels: map[string]string{"io.kubernetes.container.name": "app", "io.kubernetes.pod.namespace": "ns",
+					"io.kubernetes.pod.name": "pod", "io.kubernetes.pod.uid": "u"},
 			}}
-		}, want: []string{"warn containers: made by an operation and not started, though no operation is under way: 0123456789abc (app of ns/pod)"}},
-		{name: "the disk is too full for pulls", make: func(n *node) { n.configure("images: {maxDiskPercent: 0.0001}\n"); n.whole() },
+		}, want: []string{"warn containers: made by an operation and not started, though no operation is under way: " +
+			"0123456789abc (app of ns/pod)"}},
+		{name: "the disk is too full for pulls",
+			make: func(n *node) { n.configure("images: {maxDiskPercent: 0.0001}\n"); n.whole() },
 			want: []string{"warn images: "}},
 		{name: "pulls are refused where kubelet does not make room yet", make: func(n *node) {
 			n.configure("images: {maxDiskPercent: 98.5}\n")
 			n.startRuntime()
 			n.startDaemon()
-			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\nimageGCHighThresholdPercent: 99\ncontainerRuntimeEndpoint: "+n.link()+"\n"), 0o600))
+			n.do(os.WriteFile(n.path("kubelet.yaml"),
+				[]byte("kind: KubeletConfiguration\nimageGCHighThresholdPercent: 99\ncontainerRuntimeEndpoint: "+
+					""+n.link()+"\n"), 0o600))
 			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"))
-		}, want: []string{"pulls ahead of time are refused from 98.5 % on, and kubelet makes room only from 99 % on"}},
+		}, want: []string{"pre-pulls are refused from 98.5 % on, and kubelet makes room only from 99 % on"}},
 		{name: "the state directory is open", make: func(n *node) { n.whole(); n.do(os.Chmod(n.path("state"), 0o755)) },
 			want: []string{"has mode 0755: it holds the environment"}},
 		{name: "the state directory is full", make: func(n *node) {
@@ -400,7 +435,8 @@ func TestDoctor(t *testing.T) {
 				n.t.Fatal(err)
 			}
 			n.startRuntime()
-		}, want: []string{"fail daemon: ", "fail sockets: ", "fail sockets: ", "fail kubelet: ", "no space left on device"}},
+		}, want: []string{"fail daemon: ", "fail sockets: ", "fail sockets: ", "fail kubelet: ",
+			"no space left on device"}},
 		{name: "a good certificate", make: func(n *node) {
 			ca := mtlstest.NewCA(n.t, "ca")
 			cert, key := ca.Issue(n.dir, "node", named)
@@ -418,7 +454,8 @@ func TestDoctor(t *testing.T) {
 		{name: "a certificate that ends soon and is of another node", make: func(n *node) {
 			ca := mtlstest.NewCA(n.t, "ca")
 			cert, key := ca.Issue(n.dir, "node", x509.Certificate{
-				DNSNames: []string{"other"}, NotBefore: time.Now().Add(-3 * time.Hour), NotAfter: time.Now().Add(time.Hour),
+				DNSNames: []string{"other"}, NotBefore: time.Now().Add(-3 * time.Hour), NotAfter: time.Now().
+						Add(time.Hour),
 			})
 			n.files(cert, key, ca.File)
 			n.whole()
@@ -537,10 +574,12 @@ func TestEnrolledCertificate(t *testing.T) {
 			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Hour),
 		}, "warn it was to be renewed at ", true},
 		{"renewal fails", &opsv1.Identity{
-			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Minute), Problem: "nobody signs", Since: in(-time.Minute),
+			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Minute), Problem: "nobody signs",
+			Since: in(-time.Minute),
 		}, "warn it serves until ", true},
 		{"renewal has failed", &opsv1.Identity{
-			ExpireTime: in(-time.Hour), RenewTime: in(-20 * time.Hour), Problem: "nobody signs", Since: in(-20 * time.Hour),
+			ExpireTime: in(-time.Hour), RenewTime: in(-20 * time.Hour), Problem: "nobody signs",
+			Since: in(-20 * time.Hour),
 		}, "fail it ended 1h0m0s ago", true},
 		{"none yet", &opsv1.Identity{Problem: "nobody signs", Since: in(-time.Minute)}, "fail there is none yet", true},
 	} {

@@ -56,12 +56,15 @@ func (x *examination) kubelet() {
 	for _, k := range kubelets(x.o.Proc) {
 		endpoint, images, err := x.endpoint(k)
 		if err != nil {
-			if args, readErr := os.ReadFile(filepath.Join(x.o.Proc, strconv.Itoa(k.pid), "cmdline")); readErr == nil && len(args) > 0 { // it still runs
+			// it still runs
+			if args, readErr := os.ReadFile(filepath.Join(x.o.Proc, strconv.Itoa(k.pid), "cmdline")); readErr == nil &&
+				len(args) > 0 {
 				x.warn(check, "", "%s: %v", k, err)
 			}
 			continue
 		}
-		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
+		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid ||
+			past >= 0 && toRuntime[past].pid == k.pid) {
 			told++
 			if high, err := x.settings(k).ImageGCHighThreshold(); err == nil {
 				x.high = float64(high)
@@ -96,7 +99,7 @@ func (x *examination) toldWhere(check string, k process, endpoint string, images
 	}
 	if !images {
 		x.warn(check, "remove imageServiceEndpoint", "%s has another endpoint for images: "+
-			"pulls ahead of time do not give way to its own", k)
+			"pre-pulls do not yield to its own pulls", k)
 	}
 	return true
 }
@@ -117,18 +120,18 @@ func (x *examination) access(k process, images bool) {
 			"every pod may run every image that is on the node, private ones too")
 	case policy == "AlwaysVerify":
 		x.ok(check, "imagePullCredentialsVerificationPolicy is AlwaysVerify: "+
-			"private images that were pulled ahead of time are verified too (kubelet 1.35)")
+			"private images that were pre-pulled are verified too (kubelet 1.35)")
 	case !images:
 		x.warn(check, "remove imageServiceEndpoint, or set the policy to AlwaysVerify; "+see,
 			"imagePullCredentialsVerificationPolicy is %s, and kubelet asks for images elsewhere: "+
-				"those that were pulled ahead of time with secrets may be run by every pod", policy)
+				"those that were pre-pulled with secrets may be run by every pod", policy)
 	case !verify:
 		x.warn(check, "set images.verifyAccess: true, or the policy to AlwaysVerify; "+see,
 			"imagePullCredentialsVerificationPolicy is %s, and images.verifyAccess is false: "+
-				"images that were pulled ahead of time with secrets may be run by every pod", policy)
+				"images that were pre-pulled with secrets may be run by every pod", policy)
 	default:
 		x.ok(check, "imagePullCredentialsVerificationPolicy is %s: "+
-			"images that were pulled ahead of time with secrets are verified when a pod first wants them", policy)
+			"images that were pre-pulled with secrets are verified when a pod first wants them", policy)
 	}
 }
 

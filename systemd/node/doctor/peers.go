@@ -99,7 +99,8 @@ func unixSockets() ([]unixSocket, error) {
 			case unix.NLMSG_DONE:
 				return all, nil
 			case unix.NLMSG_ERROR:
-				return nil, unix.Errno(-int32(native.Uint32(msg[unix.SizeofNlMsghdr:]))) //nolint:gosec // it is a negative errno
+				negative := int32(native.Uint32(msg[unix.SizeofNlMsghdr:])) //nolint:gosec // it is an errno
+				return nil, unix.Errno(-negative)
 			case sockDiagByFamily:
 				all = append(all, parseSocket(msg[unix.SizeofNlMsghdr:size]))
 			}

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
@@ -110,7 +110,7 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 	var left []string
 	for _, c := range list.GetContainers() {
 		slot := c.GetLabels()["io.kubernetes.pod.uid"] + "/" + c.GetLabels()["io.kubernetes.container.name"]
-		if c.GetAnnotations()[interceptors.StagedAnnotation] != "" && !busy[slot] {
+		if c.GetAnnotations()[view.StagedAnnotation] != "" && !busy[slot] {
 			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(),
 				c.GetLabels()["io.kubernetes.container.name"],
 				c.GetLabels()["io.kubernetes.pod.namespace"], c.GetLabels()["io.kubernetes.pod.name"]))
@@ -174,10 +174,10 @@ func (x *examination) images(ctx context.Context, images runtimeapi.ImageService
 		case limit > 0 && used >= limit:
 			x.warn(check, "make room, or raise images.maxDiskPercent; "+
 				"kubelet removes images from its imageGCHighThresholdPercent on",
-				"%s is %.0f %% full: pulls ahead of time are refused from %g %% on", dir, used, limit)
+				"%s is %.0f %% full: pre-pulls are refused from %g %% on", dir, used, limit)
 		case limit > 0 && limit < x.high:
 			x.warn(check, "leave out images.maxDiskPercent, unless that is meant",
-				"%s is %.0f %% full; pulls ahead of time are refused from %g %% on, "+
+				"%s is %.0f %% full; pre-pulls are refused from %g %% on, "+
 					"and kubelet makes room only from %g %% on", dir, used, limit, x.high)
 		default:
 			x.ok(check, "%s is %.0f %% full", dir, used)

@@ -79,7 +79,8 @@ func TestMerge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{"# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\n", "  address: \":10260\"\n", "  allowedClients: [\"a\",\"b\"]\n", "images:\n  parallel: 3\n", "listen:\n  mode: \"0660\"\n"} {
+	for _, line := range []string{"# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\n", "  address: \":10260\"\n",
+		"  allowedClients: [\"a\",\"b\"]\n", "images:\n  parallel: 3\n", "listen:\n  mode: \"0660\"\n"} {
 		if !strings.Contains(string(got), line) {
 			t.Errorf("no %q in\n%s", line, got)
 		}
@@ -140,7 +141,8 @@ func TestUnitChanges(t *testing.T) {
 	}
 }
 
-// TestPrefix: with another one nothing that is written names the default, and what comes later finds it.
+// TestPrefix: with another one nothing that is written names the default, and what comes later
+// finds it.
 func TestPrefix(t *testing.T) {
 	for prefix, record := range map[update.Prefix]string{"/opt": "/opt\n", update.DefaultPrefix: ""} {
 		files, err := nodeFiles(config.Default(), nil, prefix)
@@ -149,7 +151,8 @@ func TestPrefix(t *testing.T) {
 		}
 		named := 0
 		for _, f := range files {
-			if prefix != update.DefaultPrefix && (bytes.Contains(f.content, []byte("/usr/local")) || strings.HasPrefix(f.path, "/usr/local")) {
+			if prefix != update.DefaultPrefix && (bytes.Contains(f.content, []byte("/usr/local")) ||
+				strings.HasPrefix(f.path, "/usr/local")) {
 				t.Errorf("%s names the default:\n%s", f.path, f.content)
 			}
 			named += bytes.Count(f.content, []byte(prefix.LibDir())) + bytes.Count(f.content, []byte(prefix.BinLink()))
@@ -160,7 +163,8 @@ func TestPrefix(t *testing.T) {
 		if named < 4 { // the service, its guard, what that calls, and the socket
 			t.Errorf("%s is named %d times", prefix, named)
 		}
-		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) || !slices.Contains(own, guardFile(prefix)) || slices.Contains(own, update.PrefixFile) {
+		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) ||
+			!slices.Contains(own, guardFile(prefix)) || slices.Contains(own, update.PrefixFile) {
 			t.Errorf("uninstall removes %q, and not last of all what says where they are", own)
 		}
 	}
@@ -191,14 +195,16 @@ func TestChoosePrefix(t *testing.T) {
 			}
 			i := &installer{Options: Options{Prefix: update.Prefix(tt.flag)}}
 			err := i.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(i.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+			if tt.err == "" && (err != nil || string(i.Prefix) != tt.want) ||
+				tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
 				t.Errorf("%s, %v", i.Prefix, err)
 			}
 		})
 	}
 }
 
-// TestUninstallTakesThePrefix: what an installation was told may be left over in the arguments of an uninstall.
+// TestUninstallTakesThePrefix: what an installation was told may be left over in the arguments of
+// an uninstall.
 func TestUninstallTakesThePrefix(t *testing.T) {
 	dir := t.TempDir()
 	installed := filepath.Join(dir, "installed")
@@ -222,7 +228,8 @@ func TestUninstallTakesThePrefix(t *testing.T) {
 			}
 			u := &uninstaller{UninstallOptions: UninstallOptions{Prefix: update.Prefix(tt.flag)}}
 			err := u.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(u.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+			if tt.err == "" && (err != nil || string(u.Prefix) != tt.want) ||
+				tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
 				t.Errorf("%s, %v", u.Prefix, err)
 			}
 		})
@@ -247,14 +254,16 @@ func TestNoProgramsRunThere(t *testing.T) {
 		if uerr := unix.Unmount(dir, 0); uerr != nil {
 			t.Error(uerr)
 		}
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--prefix, such as /opt") {
+		if err == nil || !strings.Contains(err.Error(), want) ||
+			!strings.Contains(err.Error(), "--prefix, such as /opt") {
 			t.Errorf("%s: %v", option, err)
 		}
 	}
 }
 
 func TestNumbers(t *testing.T) {
-	for version, want := range map[string][2]int{"v1.37.2": {1, 37}, "2.4.2+unknown": {2, 4}, "1.7.0-rc.1": {1, 7}, "v1.30-eks": {1, 30}, "1.6": {1, 6}} {
+	for version, want := range map[string][2]int{"v1.37.2": {1, 37}, "2.4.2+unknown": {2, 4}, "1.7.0-rc.1": {1, 7},
+		"v1.30-eks": {1, 30}, "1.6": {1, 6}} {
 		major, minor, ok := numbers(version)
 		if !ok || [2]int{major, minor} != want {
 			t.Errorf("%s: %d, %d, %v", version, major, minor, ok)
@@ -282,8 +291,10 @@ func TestNodeReady(t *testing.T) {
 	defer a.Close()
 	for _, c := range []struct{ name, conditions, want string }{
 		{"ready", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:05Z"}`, ""},
-		{"not since", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:04Z"}`, "has not reported"},
-		{"not ready", `{"type":"DiskPressure","status":"False"},{"type":"Ready","status":"False","reason":"KubeletNotReady","message":"why","lastHeartbeatTime":"2026-01-02T03:04:06Z"}`, "node n1 is not ready: KubeletNotReady: why"},
+		{"not since", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:04Z"}`,
+			"has not reported"},
+		{"not ready",
+			`{"type":"DiskPressure","status":"False"},{"type":"Ready","status":"False","reason":"KubeletNotReady","message":"why","lastHeartbeatTime":"2026-01-02T03:04:06Z"}`, "node n1 is not ready: KubeletNotReady: why"},
 		{"nothing", ``, "no Ready condition"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -323,7 +334,8 @@ func TestConfigFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if to, err := os.Readlink(link); err != nil || to != target || fi.Mode().Perm() != 0o600 || contentOf(t, link) != step.want {
+		if to, err := os.Readlink(link); err != nil || to != target || fi.Mode().Perm() != 0o600 ||
+			contentOf(t, link) != step.want {
 			t.Errorf("%s (%v) %s %q", to, err, fi.Mode(), contentOf(t, link))
 		}
 	}
@@ -364,13 +376,15 @@ func TestRefuse(t *testing.T) {
 		{"told elsewhere", "loaded", &record.Record{}, "more: 1\n", down, false, true},
 		{"told elsewhere, the file is gone", "loaded", &record.Record{}, "(none)", down, false, true},
 		{"told elsewhere, not installed any more", "loaded", &record.Record{}, "(none)", down, true, false},
-		{"told elsewhere, and systemd does not say", "loaded", &record.Record{}, "(none)", errors.New("x"), false, false},
+		{"told elsewhere, and systemd does not say", "loaded", &record.Record{}, "(none)", errors.New("x"),
+			false, false},
 		{"not installed", "loaded", &record.Record{}, "", down, true, false},
 		{"something else", "loaded", &record.Record{}, "", errors.New("x"), false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
-			if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho LoadState="+tt.state+"\n"), 0o700); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho LoadState="+tt.state+"\n"),
+				0o700); err != nil {
 				t.Fatal(err)
 			}
 			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
@@ -384,7 +398,8 @@ func TestRefuse(t *testing.T) {
 			if tt.now != "" {
 				path := filepath.Join(dir, "flags")
 				tt.record.Dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"
-				if err := tt.record.Keep([]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
+				if err := tt.record.Keep(
+					[]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
 					t.Fatal(err)
 				}
 				if tt.now != "(none)" {

@@ -47,15 +47,18 @@ func TestPrefix(t *testing.T) {
 
 func keepAll(args []string) (kept, leftOver []string) { return args, nil }
 
-// A container that ends would be started again, so one that could not do its work stays, and is not ready.
+// A container that ends would be started again, so one that could not do its work stays, and is not
+// ready.
 func TestFailureStays(t *testing.T) {
-	for action, stays := range map[string]bool{installer.Check: false, installer.Install: true, installer.Uninstall: true} {
+	for action, stays := range map[string]bool{installer.Check: false, installer.Install: true,
+		installer.Uninstall: true} {
 		t.Run(action, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			r, w := io.Pipe()
 			done := filepath.Join(t.TempDir(), "done")
-			o := installer.Options{Action: action, Host: t.TempDir(), Done: done, LeftOver: keepAll, Out: w} // a node without systemd
+			// a node without systemd
+			o := installer.Options{Action: action, Host: t.TempDir(), Done: done, LeftOver: keepAll, Out: w}
 			result := make(chan error, 1)
 			go func() {
 				result <- installer.Run(ctx, o)
@@ -81,7 +84,8 @@ func TestFailureStays(t *testing.T) {
 	}
 }
 
-// Another pod comes where cri-proxy has been taken off a node whose /usr is read-only, and where it was has gone with it.
+// Another pod comes where cri-proxy has been taken off a node whose /usr is read-only, and where it
+// was has gone with it.
 func TestUninstalledAlready(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting is for root")

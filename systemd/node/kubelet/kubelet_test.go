@@ -51,45 +51,58 @@ func TestPoint(t *testing.T) {
 			name: "flag in kubeadm's file, and what kubeadm puts back",
 			args: "--config=DIR/config.yaml --root-dir DIR --container-runtime-endpoint=" + containerd,
 			files: map[string]string{
-				"kubeadm-flags.env":    "KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=" + containerd + " --pod-infra-container-image=pause:3.10\"\n",
+				"kubeadm-flags.env": "KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=" + containerd +
+					" --pod-infra-container-image=pause:3.10\"\n",
 				"config.yaml":          head + "containerRuntimeEndpoint: \"\"\n",
 				"instance-config.yaml": "containerRuntimeEndpoint: \"" + containerd + "\"\n",
 			},
 			env: []string{"kubeadm-flags.env", "is-not-there.env"},
 			want: map[string]string{
-				"kubeadm-flags.env":    "KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=" + ours + " --pod-infra-container-image=pause:3.10\"\n",
+				"kubeadm-flags.env": "KUBELET_KUBEADM_ARGS=\"--container-runtime-endpoint=" + ours +
+					" --pod-infra-container-image=pause:3.10\"\n",
 				"instance-config.yaml": "containerRuntimeEndpoint: \"" + ours + "\"\n",
 			},
 		},
 		{
-			name:  "flag in the unit, with the images' endpoint",
-			args:  "--container-runtime-endpoint " + containerd + " --image-service-endpoint=" + containerd,
-			files: map[string]string{"unit": "[Service]\nExecStart=/bin/false\nExecStart=\nExecStart=/usr/bin/kubelet \\\n  --container-runtime-endpoint " + containerd + " \\\n  --image-service-endpoint=" + containerd + "\n"},
+			name: "flag in the unit, with the images' endpoint",
+			args: "--container-runtime-endpoint " + containerd + " --image-service-endpoint=" + containerd,
+			files: map[string]string{
+				"unit": "[Service]\nExecStart=/bin/false\nExecStart=\nExecStart=/usr/bin/kubelet \\\n  " +
+					"--container-runtime-endpoint " + containerd + " \\\n" +
+					"  --image-service-endpoint=" + containerd + "\n"},
 			units: []string{"unit"},
-			want: map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead + "[Service]\nExecStart=\nExecStart=/usr/bin/kubelet    --container-runtime-endpoint " + ours + "    --image-service-endpoint=" + containerd +
-				"\nExecStart=\nExecStart=/usr/bin/kubelet    --container-runtime-endpoint " + ours + "    --image-service-endpoint=" + ours + "\n"},
+			want: map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead +
+				"[Service]\nExecStart=\nExecStart=/usr/bin/kubelet    --container-runtime-endpoint " + ours +
+				"    --image-service-endpoint=" + containerd +
+				"\nExecStart=\nExecStart=/usr/bin/kubelet    --container-runtime-endpoint " + ours +
+				"    --image-service-endpoint=" + ours + "\n"},
 		},
 		{
 			name: "flag in a variable of the unit",
 			args: "--container-runtime-endpoint=" + containerd,
 			files: map[string]string{
-				"unit":        "[Service]\nExecStart=/usr/bin/kubelet $ARGS\n",
-				"unit.d/10-x": "[Service]\nEnvironment=\"ARGS=--v=2 --container-runtime-endpoint=" + containerd + "\"\n",
+				"unit": "[Service]\nExecStart=/usr/bin/kubelet $ARGS\n",
+				"unit.d/10-x": "[Service]\nEnvironment=\"ARGS=--v=2 --container-runtime-endpoint=" + containerd +
+					"\"\n",
 			},
 			units: []string{"unit", "unit.d/10-x"},
-			want:  map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead + "[Service]\nEnvironment=\"ARGS=--v=2 --container-runtime-endpoint=" + ours + "\"\n"},
+			want: map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead +
+				"[Service]\nEnvironment=\"ARGS=--v=2 --container-runtime-endpoint=" + ours + "\"\n"},
 		},
 		{
-			name:  "drop-in directory",
-			args:  "--config DIR/config.yaml --config-dir=DIR/conf.d",
-			files: map[string]string{"config.yaml": head, "conf.d/10-a.conf": head + "containerRuntimeEndpoint: " + containerd + "\nimageServiceEndpoint: unix:///var/run/containerd/containerd.sock\n"},
-			want:  map[string]string{"conf.d/99-cri-proxy.conf": dropInHead + head + "containerRuntimeEndpoint: " + ours + "\nimageServiceEndpoint: " + ours + "\n"},
+			name: "drop-in directory",
+			args: "--config DIR/config.yaml --config-dir=DIR/conf.d",
+			files: map[string]string{"config.yaml": head, "conf.d/10-a.conf": head + "containerRuntimeEndpoint: " +
+				containerd + "\nimageServiceEndpoint: unix:///var/run/containerd/containerd.sock\n"},
+			want: map[string]string{"conf.d/99-cri-proxy.conf": dropInHead + head + "containerRuntimeEndpoint: " +
+				ours + "\nimageServiceEndpoint: " + ours + "\n"},
 		},
 		{
 			name:  "drop-in directory, a late one",
 			args:  "--config-dir=DIR/conf.d",
 			files: map[string]string{"conf.d/99-local.conf": head + "containerRuntimeEndpoint: " + containerd + "\n"},
-			want:  map[string]string{"conf.d/zz-cri-proxy.conf": dropInHead + head + "containerRuntimeEndpoint: " + ours + "\n"},
+			want: map[string]string{"conf.d/zz-cri-proxy.conf": dropInHead + head + "containerRuntimeEndpoint: " +
+				ours + "\n"},
 		},
 		{
 			name:  "drop-in directory, the last one",
@@ -98,40 +111,48 @@ func TestPoint(t *testing.T) {
 			want:  map[string]string{"conf.d/zzz.conf": head + "containerRuntimeEndpoint: " + ours + "\n"},
 		},
 		{
-			name:  "configuration file",
-			args:  "--config=DIR/config.yaml",
-			files: map[string]string{"config.yaml": head + "# the runtime\ncontainerRuntimeEndpoint: " + containerd + " # here\n\nmaxPods: 7\n"},
-			want:  map[string]string{"config.yaml": head + "# the runtime\ncontainerRuntimeEndpoint: " + ours + " # here\n\nmaxPods: 7\n"},
+			name: "configuration file",
+			args: "--config=DIR/config.yaml",
+			files: map[string]string{"config.yaml": head + "# the runtime\ncontainerRuntimeEndpoint: " + containerd +
+				" # here\n\nmaxPods: 7\n"},
+			want: map[string]string{"config.yaml": head + "# the runtime\ncontainerRuntimeEndpoint: " + ours +
+				" # here\n\nmaxPods: 7\n"},
 		},
 		{
 			name:  "configuration file in JSON, without the field",
 			args:  "--config=DIR/config.json",
 			files: map[string]string{"config.json": "{\n  \"kind\": \"KubeletConfiguration\"\n}\n"},
-			want:  map[string]string{"config.json": "{\n  \"containerRuntimeEndpoint\": \"" + ours + "\",\n  \"kind\": \"KubeletConfiguration\"\n}\n"},
+			want: map[string]string{"config.json": "{\n  \"containerRuntimeEndpoint\": \"" + ours +
+				"\",\n  \"kind\": \"KubeletConfiguration\"\n}\n"},
 		},
 		{
 			name:  "nothing but flags",
 			args:  "--v=2",
 			files: map[string]string{"unit": "[Unit]\nX=1\n[Service]\nExecStart=/usr/bin/kubelet --v=2\n"},
 			units: []string{"unit"},
-			want:  map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead + "[Service]\nExecStart=\nExecStart=/usr/bin/kubelet --v=2 --container-runtime-endpoint=" + ours + "\n"},
+			want: map[string]string{"unit.d/zz-cri-proxy.conf": dropInHead +
+				"[Service]\nExecStart=\nExecStart=/usr/bin/kubelet --v=2 --container-runtime-endpoint=" + ours + "\n"},
 		},
 		{
 			name:  "another registry of images stays",
 			args:  "--config=DIR/config.yaml",
 			files: map[string]string{"config.yaml": "imageServiceEndpoint: unix:///run/other.sock\n"},
-			want:  map[string]string{"config.yaml": "imageServiceEndpoint: unix:///run/other.sock\ncontainerRuntimeEndpoint: " + ours + "\n"},
+			want: map[string]string{
+				"config.yaml": "imageServiceEndpoint: unix:///run/other.sock\ncontainerRuntimeEndpoint: " + ours +
+					"\n"},
 		},
 		{
-			name:  "as it should be",
-			args:  "--config=DIR/config.yaml",
-			files: map[string]string{"config.yaml": "containerRuntimeEndpoint: " + strings.TrimPrefix(ours, "unix://") + "\n"},
-			want:  map[string]string{},
+			name: "as it should be",
+			args: "--config=DIR/config.yaml",
+			files: map[string]string{"config.yaml": "containerRuntimeEndpoint: " + strings.TrimPrefix(ours, "unix://") +
+				"\n"},
+			want: map[string]string{},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := tree(t, c.files)
-			k := &kubelet.Kubelet{Unit: "unit", Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir)), UnitDir: filepath.Join(dir, "unit.d")}
+			k := &kubelet.Kubelet{Unit: "unit", Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir)),
+				UnitDir: filepath.Join(dir, "unit.d")}
 			for _, f := range c.env {
 				k.EnvFiles = append(k.EnvFiles, filepath.Join(dir, f))
 			}
@@ -149,7 +170,8 @@ func TestPoint(t *testing.T) {
 					t.Fatal(err)
 				}
 				got[name] = string(e.After)
-				if before, ok := c.files[name]; ok != (e.Before != nil) || ok && (string(e.Before) != before || e.Mode != 0o640) {
+				if before, ok := c.files[name]; ok != (e.Before != nil) ||
+					ok && (string(e.Before) != before || e.Mode != 0o640) {
 					t.Errorf("%s: before %q, mode %o", name, e.Before, e.Mode)
 				}
 			}
@@ -168,7 +190,8 @@ func TestPoint(t *testing.T) {
 
 func TestPointNowhere(t *testing.T) {
 	dir := tree(t, map[string]string{"unit": "[Service]\nExecStart=/opt/start-kubelet.sh\n"})
-	k := &kubelet.Kubelet{Unit: "unit", Args: []string{"--container-runtime-endpoint=" + containerd}, UnitFiles: []string{filepath.Join(dir, "unit")}, UnitDir: filepath.Join(dir, "unit.d")}
+	k := &kubelet.Kubelet{Unit: "unit", Args: []string{"--container-runtime-endpoint=" + containerd},
+		UnitFiles: []string{filepath.Join(dir, "unit")}, UnitDir: filepath.Join(dir, "unit.d")}
 	if edits, err := k.Point(ours); err == nil || !strings.Contains(err.Error(), "set it to "+ours) {
 		t.Errorf("%v, %v", edits, err)
 	}
@@ -179,7 +202,10 @@ func TestPointNowhere(t *testing.T) {
 }
 
 func TestDials(t *testing.T) {
-	dir := tree(t, map[string]string{"config.yaml": "containerRuntimeEndpoint: unix:///run/cri-proxy/cri.sock\nimageServiceEndpoint: unix:///run/containerd/containerd.sock\nhealthzPort: 1\n"})
+	dir := tree(t,
+		map[string]string{
+			"config.yaml": "containerRuntimeEndpoint: unix:///run/cri-proxy/cri.sock\nimageServiceEndpoint: " +
+				"unix:///run/containerd/containerd.sock\nhealthzPort: 1\n"})
 	for _, c := range []struct {
 		name, args, socket string
 		containers, images bool
@@ -188,8 +214,10 @@ func TestDials(t *testing.T) {
 		{"default, through /var", "", "/var/run/containerd/containerd.sock", true, true},
 		{"file", "--config DIR/config.yaml", "/run/cri-proxy/cri.sock", true, false},
 		{"file, images", "--config DIR/config.yaml", "/run/containerd/containerd.sock", false, true},
-		{"flag over file", "--config DIR/config.yaml --container-runtime-endpoint=/run/x.sock", "/run/x.sock", true, false},
-		{"the last flag", "--container-runtime-endpoint=/run/a.sock --container-runtime-endpoint /run/x.sock", "/run/x.sock", true, true},
+		{"flag over file", "--config DIR/config.yaml --container-runtime-endpoint=/run/x.sock", "/run/x.sock",
+			true, false},
+		{"the last flag", "--container-runtime-endpoint=/run/a.sock --container-runtime-endpoint /run/x.sock",
+			"/run/x.sock", true, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k := &kubelet.Kubelet{Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir))}
@@ -220,7 +248,8 @@ func TestFindUnit(t *testing.T) {
 	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
 	// The kernel tells of the new program a moment before it tells its arguments.
 	for late := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
-		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); strings.HasPrefix(string(b), "kubelet\x00") {
+		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); strings.HasPrefix(string(b),
+			"kubelet\x00") {
 			break
 		}
 		if time.Now().After(late) {

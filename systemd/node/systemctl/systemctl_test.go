@@ -29,7 +29,8 @@ esac
 		t.Errorf("%v, %v", got, err)
 	}
 	err = systemctl.Run(t.Context(), "start", "y.service")
-	if err == nil || !strings.Contains(err.Error(), "systemctl start y.service: exit status 5: Unit y.service not found.") {
+	if err == nil ||
+		!strings.Contains(err.Error(), "systemctl start y.service: exit status 5: Unit y.service not found.") {
 		t.Error(err)
 	}
 }

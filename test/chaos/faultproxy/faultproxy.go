@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -29,9 +29,11 @@ const (
 type Fault struct {
 	// PodUID and Container name the slot.
 	PodUID, Container string
-	// Incumbent is the ID of the slot's container; those that a restart creates are noticed as they come.
+	// Incumbent is the ID of the slot's container; those that a restart creates are noticed as they
+	// come.
 	Incumbent string
-	// Methods are the short names of the calls to hit, such as StopContainer. Empty: every call that changes a container.
+	// Methods are the short names of the calls to hit, such as StopContainer. Empty: every call
+	// that changes a container.
 	Methods []string
 	// Times is how many calls fail; they pass afterwards.
 	Times int
@@ -93,7 +95,8 @@ func (p *Proxy) Disarm() []string {
 	return slices.Clone(p.hits)
 }
 
-// Watch says which slot the next Arm will be about, so that what is created in it until then is known.
+// Watch says which slot the next Arm will be about, so that what is created in it until then is
+// known.
 func (p *Proxy) Watch(podUID, container string) {
 	p.Arm(Fault{PodUID: podUID, Container: container})
 }
@@ -160,7 +163,7 @@ func (p *Proxy) mine(name string, req []byte) (bool, error) {
 		defer p.mu.Unlock()
 		labels := m.GetConfig().GetLabels()
 		return labels[labelPodUID] == p.fault.PodUID && labels[labelContainer] == p.fault.Container &&
-			m.GetConfig().GetAnnotations()[interceptors.StagedAnnotation] != "", err
+			m.GetConfig().GetAnnotations()[view.StagedAnnotation] != "", err
 	case "StartContainer":
 		id = &runtimeapi.StartContainerRequest{}
 	case "StopContainer":

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // runtime counts what reaches it. A real one would add nothing here: the matrix has it.
@@ -39,16 +39,22 @@ func (r *runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtime
 	return &runtimeapi.VersionResponse{Version: "1"}, nil
 }
 
-func (r *runtime) CreateContainer(context.Context, *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
+func (r *runtime) CreateContainer(
+	context.Context, *runtimeapi.CreateContainerRequest,
+) (*runtimeapi.CreateContainerResponse, error) {
 	return &runtimeapi.CreateContainerResponse{ContainerId: fmt.Sprintf("c%d", r.note("create"))}, nil
 }
 
-func (r *runtime) StopContainer(_ context.Context, m *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+func (r *runtime) StopContainer(
+	_ context.Context, m *runtimeapi.StopContainerRequest,
+) (*runtimeapi.StopContainerResponse, error) {
 	r.note("stop " + m.GetContainerId())
 	return &runtimeapi.StopContainerResponse{}, nil
 }
 
-func (r *runtime) StartContainer(_ context.Context, m *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
+func (r *runtime) StartContainer(
+	_ context.Context, m *runtimeapi.StartContainerRequest,
+) (*runtimeapi.StartContainerResponse, error) {
 	r.note("start " + m.GetContainerId())
 	return &runtimeapi.StartContainerResponse{}, nil
 }
@@ -73,7 +79,8 @@ func start(t *testing.T) (*Proxy, runtimeapi.RuntimeServiceClient, *runtime) {
 			t.Error(err)
 		}
 	})
-	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "p.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "p.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,9 +93,10 @@ func start(t *testing.T) (*Proxy, runtimeapi.RuntimeServiceClient, *runtime) {
 }
 
 func create(pod string, staged bool) *runtimeapi.CreateContainerRequest {
-	c := &runtimeapi.ContainerConfig{Labels: map[string]string{labelPodUID: pod, labelContainer: "app"}, Annotations: map[string]string{}}
+	c := &runtimeapi.ContainerConfig{Labels: map[string]string{labelPodUID: pod, labelContainer: "app"},
+		Annotations: map[string]string{}}
 	if staged {
-		c.Annotations[interceptors.StagedAnnotation] = "token"
+		c.Annotations[view.StagedAnnotation] = "token"
 	}
 	return &runtimeapi.CreateContainerRequest{Config: c}
 }
@@ -133,7 +141,8 @@ func TestOnlyTheRestartIsHit(t *testing.T) {
 
 func TestLostAnswer(t *testing.T) {
 	p, client, rt := start(t)
-	p.Arm(Fault{PodUID: "pod", Container: "app", Incumbent: "c0", Methods: []string{"CreateContainer"}, Times: 1, Code: codes.Unavailable, Lost: true})
+	p.Arm(Fault{PodUID: "pod", Container: "app", Incumbent: "c0", Methods: []string{"CreateContainer"}, Times: 1,
+		Code: codes.Unavailable, Lost: true})
 	_, err := client.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: "c0"})
 	want(t, err, codes.OK)
 	_, err = client.CreateContainer(t.Context(), create("pod", true))

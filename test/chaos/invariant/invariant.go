@@ -43,32 +43,39 @@ type Status struct {
 type Facts struct {
 	// PodUID, PodIP and Phase are the API server's.
 	PodUID, PodIP, Phase string
-	// Runtime and Proxy are the slot's containers, as the runtime lists them and as the proxy shows them.
+	// Runtime and Proxy are the slot's containers, as the runtime lists them and as the proxy shows
+	// them.
 	Runtime, Proxy []Container
-	// API is the slot in the pod's status, Neighbours are the other containers of this pod and of the witness pods, by pod/name.
+	// API is the slot in the pod's status, Neighbours are the other containers of this pod and of
+	// the witness pods, by pod/name.
 	API        Status
 	Neighbours map[string]Status
 
-	// Gates is what the state directory's gates/ holds, CDI the file names in the CDI directory, Fifos the named pipes below the state directory.
+	// Gates is what the state directory's gates/ holds, CDI the file names in the CDI directory,
+	// Fifos the named pipes below the state directory.
 	Gates, CDI, Fifos []string
-	// Processes are the pod's processes that no running container accounts for, or that a runtime left half-started.
+	// Processes are the pod's processes that no running container accounts for, or that a runtime
+	// left half-started.
 	Processes []string
 	// Leases and Mounts are the runtime's.
 	Leases, Mounts []string
-	// Logs are the attempts of which there is a log file, Links the container IDs that log shippers' links name.
+	// Logs are the attempts of which there is a log file, Links the container IDs that log
+	// shippers' links name.
 	Logs  []uint32
 	Links []string
 
-	// Starts is how often the application has been started in the slot, Overlaps how often it found another instance alive.
+	// Starts is how often the application has been started in the slot, Overlaps how often it found
+	// another instance alive.
 	Starts, Overlaps int
 	// Created are the attempts that kubelet itself created in the slot.
 	Created []uint32
 
-	// Operation is the restart, nil before; Again the answer to the same command sent again. Of an upgrade it is the last operation that the
-	// pod was changed with, nil if it was not.
+	// Operation is the restart, nil before; Again the answer to the same command sent again. Of an
+	// upgrade it is the last operation that the pod was changed with, nil if it was not.
 	Operation, Again *opsv1.Operation
 
-	// Image is the slot's in the pod's spec, Rollout the reason for which the rollout of an upgrade ended.
+	// Image is the slot's in the pod's spec, Rollout the reason for which the rollout of an upgrade
+	// ended.
 	Image, Rollout string
 	// Active are the operations on the node that have not ended, Pins what keeps images on it.
 	Active, Pins []string
@@ -102,7 +109,8 @@ type Expect struct {
 	Lost bool
 }
 
-// Check returns what does not hold, in sentences; none is what a test wants. before is from before the command.
+// Check returns what does not hold, in sentences; none is what a test wants. before is from before
+// the command.
 func Check(before, after *Facts, want Expect) []string {
 	c := &check{before: before, after: after, want: want}
 	c.slot()
@@ -144,19 +152,22 @@ func (c *check) slot() {
 		c.add("the runtime has not exactly one running container of the slot: %v", c.after.Runtime)
 	}
 	for _, x := range c.after.Runtime {
-		if x.State == runtimeapi.ContainerState_CONTAINER_CREATED || x.State == runtimeapi.ContainerState_CONTAINER_UNKNOWN {
+		if x.State == runtimeapi.ContainerState_CONTAINER_CREATED ||
+			x.State == runtimeapi.ContainerState_CONTAINER_UNKNOWN {
 			c.add("a container was left %v", x)
 		}
 	}
 	byID := func(a, b Container) int { return strings.Compare(a.ID, b.ID) }
-	direct, proxied := slices.SortedFunc(slices.Values(c.after.Runtime), byID), slices.SortedFunc(slices.Values(c.after.Proxy), byID)
+	direct, proxied := slices.SortedFunc(slices.Values(c.after.Runtime), byID),
+		slices.SortedFunc(slices.Values(c.after.Proxy), byID)
 	if !slices.Equal(direct, proxied) {
 		c.add("the proxy shows %v, the runtime has %v", proxied, direct)
 	}
 	if live != nil && (c.after.API.ID != live.ID || !c.after.API.Running) {
 		c.add("the pod's status has %+v, %v runs", c.after.API, *live)
 	}
-	if live != nil && c.after.API.ID == live.ID && c.after.API.Restarts != int32(live.Attempt) { //nolint:gosec // attempts are small numbers
+	if live != nil && c.after.API.ID == live.ID &&
+		c.after.API.Restarts != int32(live.Attempt) { //nolint:gosec // attempts are small numbers
 		c.add("the pod's status counts %d restarts, attempt %d runs", c.after.API.Restarts, live.Attempt)
 	}
 }
@@ -177,7 +188,8 @@ func (c *check) pod() {
 }
 
 func (c *check) leaks() {
-	for what, found := range map[string][]string{"gates": c.after.Gates, "named pipes": c.after.Fifos, "processes": c.after.Processes} {
+	for what, found := range map[string][]string{"gates": c.after.Gates, "named pipes": c.after.Fifos,
+		"processes": c.after.Processes} {
 		if len(found) > 0 {
 			c.add("%s are left: %q", what, found)
 		}
@@ -272,8 +284,10 @@ func (c *check) succeeded(one *opsv1.ContainerOperation, was, live *Container) {
 	if one.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || one.GetReason() != "" {
 		c.add("the operation succeeded, but the container's part of it did not: %v", one)
 	}
-	if live.ID == was.ID || live.ID != one.GetSuccessorId() || one.GetIncumbentId() != was.ID || live.Attempt != one.GetAttempt() {
-		c.add("%v runs in place of %v, the operation says %s in place of %s, attempt %d", *live, *was, short(one.GetSuccessorId()), short(one.GetIncumbentId()), one.GetAttempt())
+	if live.ID == was.ID || live.ID != one.GetSuccessorId() || one.GetIncumbentId() != was.ID ||
+		live.Attempt != one.GetAttempt() {
+		c.add("%v runs in place of %v, the operation says %s in place of %s, attempt %d", *live, *was,
+			short(one.GetSuccessorId()), short(one.GetIncumbentId()), one.GetAttempt())
 	}
 	if n := len(without(c.after.Created, c.before.Created)); n > 0 {
 		c.add("the operation succeeded, but kubelet created attempts %v", c.after.Created)
@@ -313,7 +327,8 @@ func (c *check) application() {
 	if c.after.Overlaps > 0 && !c.want.Overlap {
 		c.add("the application ran twice at a time")
 	}
-	if live, was := running(c.after.Runtime), running(c.before.Runtime); live != nil && was != nil && live.ID != was.ID && c.after.Starts <= c.before.Starts {
+	if live, was := running(c.after.Runtime), running(c.before.Runtime); live != nil && was != nil &&
+		live.ID != was.ID && c.after.Starts <= c.before.Starts {
 		c.add("another container runs, but the application was not started in it")
 	}
 }

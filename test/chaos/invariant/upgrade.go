@@ -13,8 +13,9 @@ const (
 	RolledBack = "RolledBack"
 )
 
-// CheckUpgrade is [Check] for the rollout of an image to one pod. It succeeds when the pod has the new image, and fails when it has been
-// rolled back. How often a node was asked for it is left to the controller.
+// CheckUpgrade is [Check] for the rollout of an image to one pod. It succeeds when the pod has the
+// new image, and fails when it has been rolled back. How often a node was asked for it is left to
+// the controller.
 func CheckUpgrade(before, after *Facts, want Expect) []string {
 	c := &check{before: before, after: after, want: want}
 	c.slot()
@@ -28,8 +29,8 @@ func CheckUpgrade(before, after *Facts, want Expect) []string {
 	return c.bad
 }
 
-// held: nothing on the node waits for the rollout, or is kept for it. All is done but kubelet's part once an operation waits for kubelet to
-// adopt the container.
+// held: nothing on the node waits for the rollout, or is kept for it. All is done but kubelet's
+// part once an operation waits for kubelet to adopt the container.
 func (c *check) held() {
 	if len(c.after.Active) > 0 {
 		c.add("operations go on: %q", c.after.Active)
@@ -92,8 +93,10 @@ func (c *check) rolledOut(was, live *Container) {
 	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || len(op.GetContainers()) != 1 {
 		return
 	}
-	if one := op.GetContainers()[0]; one.GetMethod() != "kubelet" && (one.GetSuccessorId() != live.ID || one.GetIncumbentId() != was.ID) {
-		c.add("%v runs in place of %v, the operation says %s in place of %s", *live, *was, short(one.GetSuccessorId()), short(one.GetIncumbentId()))
+	if one := op.GetContainers()[0]; one.GetMethod() != "kubelet" && (one.GetSuccessorId() != live.ID ||
+		one.GetIncumbentId() != was.ID) {
+		c.add("%v runs in place of %v, the operation says %s in place of %s", *live, *was, short(one.GetSuccessorId()),
+			short(one.GetIncumbentId()))
 	}
 }
 

@@ -31,8 +31,8 @@ import (
 
 const gate = "\n  readinessGates: [{conditionType: cri-proxy.io/in-place-ready}]"
 
-// deny makes a policy of the namespace that denies an image of a resource, under the path of its pod
-// spec, and waits until it is in force.
+// deny makes a policy of the namespace that denies an image of a resource, under the path of its
+// pod spec, and waits until it is in force.
 func deny(t testing.TB, ns, group, resource, spec, image, probe string) {
 	t.Helper()
 	name := ns + "-" + resource
@@ -106,7 +106,8 @@ func target(kind, name string) string {
 func assertDenied(t testing.TB, ns, name, reason, text string) {
 	t.Helper()
 	r := ended(t, ns, name)
-	if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != reason || !strings.Contains(r.Status.Failures[0].Message, text) {
+	if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != reason ||
+		!strings.Contains(r.Status.Failures[0].Message, text) {
 		t.Errorf("rollout %s: %+v", name, r.Status)
 	}
 	eventuallySaying(t, "an event says why", func() string { return events(t, ns, name) }, func() bool {
@@ -133,7 +134,8 @@ func TestPolicyDenies(t *testing.T) {
 	for _, name := range []string{"stop", "start", "deploy", "sts"} {
 		assertDenied(t, ns, name, inplace.ReasonDenied, "the image is not signed")
 	}
-	eventually(t, "the gated pod's rollout has stopped", func() bool { return len(getRollout(t, ns, "gated").Status.Failures) > 0 })
+	eventually(t, "the gated pod's rollout has stopped",
+		func() bool { return len(getRollout(t, ns, "gated").Status.Failures) > 0 })
 	assertUntouched(t, ns, before)
 	for _, name := range []string{"stop", "start", "gated"} {
 		if ops := operations(t, ns, name); len(ops) > 0 {
@@ -146,8 +148,8 @@ func TestPolicyDenies(t *testing.T) {
 	assertResumed(t, ns, "deploy", one)
 }
 
-// TestPolicyDeniesLate has a policy that comes when the new image is ready on the node and the pod is
-// out of service: the pod is back with what it had.
+// TestPolicyDeniesLate has a policy that comes when the new image is ready on the node and the pod
+// is out of service: the pod is back with what it had.
 func TestPolicyDeniesLate(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -183,8 +185,8 @@ func assertUntouched(t testing.TB, ns string, before map[string]*corev1.Pod) {
 	}
 }
 
-// allMade waits until there are n pods in the namespace and all are ready: a StatefulSet makes one after
-// the other.
+// allMade waits until there are n pods in the namespace and all are ready: a StatefulSet makes one
+// after the other.
 func allMade(t testing.TB, ns string, n int) map[string]*corev1.Pod {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d pods are there", n), func() bool {
@@ -201,7 +203,8 @@ func assertResumed(t testing.TB, ns, name, image string) {
 	kubectl(t, "-n", ns, "rollout", "status", "deployment/"+name, "--timeout=60s")
 	d := &appsv1.Deployment{}
 	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, d))
-	if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" || d.Spec.Template.Spec.Containers[0].Image != image {
+	if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" ||
+		d.Spec.Template.Spec.Containers[0].Image != image {
 		t.Errorf("Deployment %s: paused %v, annotations %v, image %s", name, d.Spec.Paused, d.Annotations,
 			d.Spec.Template.Spec.Containers[0].Image)
 	}
@@ -245,7 +248,8 @@ func writes(t testing.TB, ns string) (stop func() map[string]int) {
 	var watches []watch.Interface
 	var wg sync.WaitGroup
 	for _, list := range []client.ObjectList{
-		&corev1.PodList{}, &appsv1.DeploymentList{}, &appsv1.ReplicaSetList{}, &appsv1.StatefulSetList{}, &inplace.InPlaceRolloutList{},
+		&corev1.PodList{}, &appsv1.DeploymentList{}, &appsv1.ReplicaSetList{}, &appsv1.StatefulSetList{},
+		&inplace.InPlaceRolloutList{},
 	} {
 		w, err := watcher.Watch(context.WithoutCancel(t.Context()), list, client.InNamespace(ns))
 		must(t, err)
@@ -307,8 +311,10 @@ func TestPolicyRewrites(t *testing.T) {
 				switch was := before[name]; {
 				case was == nil || was.UID != p.UID:
 					t.Errorf("pod %s is another one", name)
-				case p.Spec.Containers[0].Image != pinned || container(t, p, "app").RestartCount != 1 || p.Generation != was.Generation+1:
-					t.Errorf("pod %s: image %s, generation %d, then %d; %s", name, p.Spec.Containers[0].Image, was.Generation,
+				case p.Spec.Containers[0].Image != pinned || container(t, p, "app").RestartCount != 1 ||
+					p.Generation != was.Generation+1:
+					t.Errorf("pod %s: image %s, generation %d, then %d; %s", name, p.Spec.Containers[0].Image,
+						was.Generation,
 						p.Generation, states(p))
 				}
 			}
@@ -360,7 +366,8 @@ spec: {policyName: %[1]s}
 	dropAfter(t, "mutatingadmissionpolicybinding", name)
 	dropAfter(t, "mutatingadmissionpolicy", name)
 	eventually(t, "the policy is in force", func() bool {
-		return strings.Contains(kubectl(t, "-n", ns, "set", "image", probe, "app="+image, "--dry-run=server", "-o", "yaml"), become)
+		return strings.Contains(kubectl(t, "-n", ns, "set", "image", probe, "app="+image, "--dry-run=server", "-o",
+			"yaml"), become)
 	})
 }
 
@@ -401,7 +408,8 @@ func newHook(t testing.TB, become func(asked int64, image string) string) *hook 
 			if got := become(h.asked.Add(1), image); got != image {
 				kind := admissionv1.PatchTypeJSONPatch
 				review.Response.PatchType = &kind
-				review.Response.Patch = fmt.Appendf(nil, `[{"op": "replace", "path": "%s/0/image", "value": %q}]`, path, got)
+				review.Response.Patch = fmt.Appendf(nil, `[{"op": "replace", "path": "%s/0/image", "value": %q}]`, path,
+					got)
 			}
 		}
 		_ = json.NewEncoder(w).Encode(review)
@@ -458,8 +466,8 @@ func freeAddress(t testing.TB) string {
 }
 
 // testWebhookRewritesAnew has a webhook that makes another image of the one that is asked for each
-// time, in one namespace of pods' and in one of Deployments'. The rollouts fail with a text, no pod is
-// touched, and nobody writes again and again.
+// time, in one namespace of pods' and in one of Deployments'. The rollouts fail with a text, no pod
+// is touched, and nobody writes again and again.
 func testWebhookRewritesAnew(t *testing.T) {
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
 	cases := []struct {
@@ -489,10 +497,12 @@ func testWebhookRewritesAnew(t *testing.T) {
 		h.serve(t, address)
 		register(t, tt.ns, tt.group, tt.resource, address, authority())
 		eventually(t, "the webhook is asked", func() bool {
-			return strings.Contains(kubectl(t, "-n", tt.ns, "set", "image", tt.probe, "app="+two, "--dry-run=server", "-o", "yaml"), two+"-")
+			return strings.Contains(kubectl(t, "-n", tt.ns, "set", "image", tt.probe, "app="+two, "--dry-run=server",
+				"-o", "yaml"), two+"-")
 		})
 		for _, name := range tt.names {
-			apply(t, rollout(tt.ns, name, target(map[string]string{"p": "Pod", "deploy": "Deployment"}[name], name), two, ""))
+			apply(t, rollout(tt.ns, name, target(map[string]string{"p": "Pod", "deploy": "Deployment"}[name], name),
+				two, ""))
 		}
 	}
 	var counts []func() map[string]int
@@ -546,7 +556,8 @@ func TestWebhookAway(t *testing.T) {
 			return fmt.Sprintf("%+v\n%s", r.Status, events(t, ns, name))
 		}, func() bool {
 			r = getRollout(t, ns, name)
-			return strings.Contains(r.Status.Message, "images.example.com") && strings.Contains(events(t, ns, name), "images.example.com")
+			return strings.Contains(r.Status.Message, "images.example.com") &&
+				strings.Contains(events(t, ns, name), "images.example.com")
 		})
 	}
 	assertUntouched(t, ns, before)

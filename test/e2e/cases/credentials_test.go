@@ -63,8 +63,9 @@ func pullJob(t testing.TB, ns, name string) string {
 	return strings.TrimSpace(strings.TrimPrefix(out, "True "))
 }
 
-// TestMirrorPodIsSentNothing: a node makes a mirror pod in a namespace whose pods it has never had, with kubelet's credentials and the
-// labels that a job of that namespace selects. The job, which has pull secrets, leaves it alone.
+// TestMirrorPodIsSentNothing: a node makes a mirror pod in a namespace whose pods it has never had,
+// with kubelet's credentials and the labels that a job of that namespace selects. The job, which
+// has pull secrets, leaves it alone.
 func TestMirrorPodIsSentNothing(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -75,8 +76,9 @@ func TestMirrorPodIsSentNothing(t *testing.T) {
 	must(t, as(t, kubeconfig).Create(t.Context(), &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: ns, Name: "mirror-" + thief.Name, Labels: map[string]string{"app": "web"},
-			Annotations:     map[string]string{corev1.MirrorPodAnnotationKey: "x", "kubernetes.io/config.hash": "x"},
-			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: thief.Name, UID: thief.UID, Controller: &controls}},
+			Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x", "kubernetes.io/config.hash": "x"},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: thief.Name, UID: thief.UID,
+				Controller: &controls}},
 		},
 		Spec: corev1.PodSpec{NodeName: thief.Name, Containers: []corev1.Container{{Name: "app", Image: "any"}}},
 	}))
@@ -99,9 +101,11 @@ stringData: {.dockerconfigjson: '{"auths":{"elsewhere.example":{"username":"u","
 	if got := pullJob(t, ns, "mirror"); got != "NoMatchingNodes" && got != "NoMatchingNodes 0" {
 		t.Errorf("the job with a mirror pod: %s", got)
 	}
-	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "mirror-" + thief.Name}, &corev1.Pod{})) // it was there all the time
+	// it was there all the time
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "mirror-" + thief.Name}, &corev1.Pod{}))
 	// A pod of a user's is another matter.
-	apply(t, podWith(ns, "web", "Always", "0", "\n  containers: [{name: app, image: \""+bed.Image("busybox:1.0")+"\", command: [sleep, '1000']}]"))
+	apply(t, podWith(ns, "web", "Always", "0",
+		"\n  containers: [{name: app, image: \""+bed.Image("busybox:1.0")+"\", command: [sleep, '1000']}]"))
 	kubectl(t, "-n", ns, "label", "pod", "web", "app=web")
 	ready(t, ns, "web")
 	apply(t, job("both"))
@@ -110,8 +114,9 @@ stringData: {.dockerconfigjson: '{"auths":{"elsewhere.example":{"username":"u","
 	}
 }
 
-// TestPrivateImageIsVerified: an image that an ImagePullJob has pulled with a secret does not run in a pod that could not pull it, before and
-// after one that can has had it. kubelet's policy is its default.
+// TestPrivateImageIsVerified: an image that an ImagePullJob has pulled with a secret does not run
+// in a pod that could not pull it, before and after one that can has had it. kubelet's policy is
+// its default.
 func TestPrivateImageIsVerified(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -149,19 +154,23 @@ stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password
 		t.Fatal(got)
 	}
 	pod := func(ns, name, secrets string) string {
-		return podWith(ns, name, "Always", "0", fmt.Sprintf("\n  imagePullSecrets: [%s]\n  containers: [{name: app, image: %q, imagePullPolicy: IfNotPresent, command: [sleep, '1000']}]", secrets, image))
+		return podWith(ns, name, "Always", "0",
+			fmt.Sprintf("\n  imagePullSecrets: [%s]\n  containers: [{name: app, image: %q, imagePullPolicy: "+
+				"IfNotPresent, command: [sleep, '1000']}]", secrets, image))
 	}
 	refused := func(name string) {
 		t.Helper()
 		var p *corev1.Pod
-		eventuallySaying(t, name+" is refused its image", func() string { return states(p) + "\n" + events(t, other, name) }, func() bool {
-			p = getPod(t, other, name)
-			s := statusOf(p, "app")
-			if s != nil && s.State.Running != nil {
-				t.Fatalf("%s runs an image that it cannot pull\n%s", name, events(t, other, name))
-			}
-			return s != nil && s.State.Waiting != nil && (s.State.Waiting.Reason == "ErrImagePull" || s.State.Waiting.Reason == "ImagePullBackOff")
-		})
+		eventuallySaying(t, name+" is refused its image",
+			func() string { return states(p) + "\n" + events(t, other, name) }, func() bool {
+				p = getPod(t, other, name)
+				s := statusOf(p, "app")
+				if s != nil && s.State.Running != nil {
+					t.Fatalf("%s runs an image that it cannot pull\n%s", name, events(t, other, name))
+				}
+				return s != nil && s.State.Waiting != nil && (s.State.Waiting.Reason == "ErrImagePull" ||
+					s.State.Waiting.Reason == "ImagePullBackOff")
+			})
 	}
 	apply(t, pod(other, "before", ""))
 	refused("before")
@@ -172,12 +181,14 @@ stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password
 	}
 	apply(t, pod(other, "after", "")+pod(ns, "second", "{name: key}"))
 	ready(t, ns, "second")
-	if told := events(t, ns, "second"); !strings.Contains(told, "already present on machine and can be accessed by the pod") {
+	if told := events(t, ns, "second"); !strings.Contains(told,
+		"already present on machine and can be accessed by the pod") {
 		t.Errorf("kubelet's record is not that of a pull of its own\n%s", told)
 	}
 	refused("after")
 	refused("before")
-	// An upgrade in place prepares the image with the pod's secrets; kubelet pulls it for itself when it comes to the container, which runs by then.
+	// An upgrade in place prepares the image with the pod's secrets; kubelet pulls it for itself
+	// when it comes to the container, which runs by then.
 	crane(t, "mutate", bed.Image("busybox:2.0"), "--label", "for="+t.Name(), "--tag", bed.Image("verified:2"))
 	next := host + "/verified:2"
 	apply(t, rollout(ns, "private", "{podName: first}", next, "progressDeadlineSeconds: 60"))
@@ -197,7 +208,8 @@ stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password
 	image = next
 	apply(t, pod(other, "upgraded", ""))
 	refused("upgraded")
-	// It was pulled ahead of time, and the registry is away when kubelet wants to ask: what has been upgraded serves on.
+	// It was pre-pulled, and the registry is away when kubelet wants to ask: what has
+	// been upgraded serves on.
 	crane(t, "mutate", bed.Image("busybox:1.0"), "--label", "last="+t.Name(), "--tag", bed.Image("verified:3"))
 	next = host + "/verified:3"
 	apply(t, job("ahead", next))
@@ -217,7 +229,8 @@ stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password
 	t.Log(events(t, ns, "first"))
 }
 
-// TestPinsAreBounded: a job that asks for a month gets what the controller allows, on the node, and says so.
+// TestPinsAreBounded: a job that asks for a month gets what the controller allows, on the node, and
+// says so.
 func TestPinsAreBounded(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -252,7 +265,8 @@ spec: {image: "%s", selector: {names: [%s]}, completionPolicy: {}}
 	}
 }
 
-// TestInstallerToken: the token of the installer's pod changes one label and one annotation of its own node, and nothing else.
+// TestInstallerToken: the token of the installer's pod changes one label and one annotation of its
+// own node, and nothing else.
 func TestInstallerToken(t *testing.T) {
 	t.Parallel()
 	root, err := testbed.SourceDir("")
@@ -264,10 +278,13 @@ func TestInstallerToken(t *testing.T) {
 		kubectl(t, "apply", "-f", filepath.Join(root, "deploy/installer", f))
 	}
 	t.Cleanup(func() {
-		_, _ = bed.Kubectl(context.Background(), "delete", "--ignore-not-found", "-f", filepath.Join(root, "deploy/installer/policy.yaml"))
+		_, _ = bed.Kubectl(context.Background(), "delete", "--ignore-not-found", "-f",
+			filepath.Join(root, "deploy/installer/policy.yaml"))
 	})
-	apply(t, podWith(ns, "installer", "Always", "0", fmt.Sprintf("\n  serviceAccountName: %s\n  nodeName: %s\n  containers: [{name: app, image: %q, command: [sleep, '1000']}]",
-		account, bed.NodeName, bed.Image("busybox:1.0"))))
+	apply(t, podWith(ns, "installer", "Always", "0",
+		fmt.Sprintf("\n  serviceAccountName: %s\n  nodeName: %s\n  containers: [{name: app, image: %q, command: "+
+			"[sleep, '1000']}]",
+			account, bed.NodeName, bed.Image("busybox:1.0"))))
 	ready(t, ns, "installer")
 	other := otherNode(t, "not-the-installers")
 	token := func(bound ...string) client.Client {
@@ -279,10 +296,12 @@ func TestInstallerToken(t *testing.T) {
 	}
 	pods, free := token("--bound-object-kind=Pod", "--bound-object-name=installer"), token()
 	patch := func(c client.Client, node, body string, o ...client.PatchOption) error {
-		return c.Patch(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, client.RawPatch(types.StrategicMergePatchType, []byte(body)), o...)
+		return c.Patch(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}},
+			client.RawPatch(types.StrategicMergePatchType, []byte(body)), o...)
 	}
 	const good = `{"metadata":{"labels":{"cri-proxy.io/installed":"true"},"annotations":{"cri-proxy.io/installed-version":"v1"}}}`
-	eventually(t, "the policy is in force", func() bool { return apierrors.IsForbidden(patch(pods, other.Name, good, client.DryRunAll)) })
+	eventually(t, "the policy is in force",
+		func() bool { return apierrors.IsForbidden(patch(pods, other.Name, good, client.DryRunAll)) })
 	for _, tt := range []struct {
 		name, node, body, say string
 		by                    client.Client
@@ -290,23 +309,30 @@ func TestInstallerToken(t *testing.T) {
 		{"another node", other.Name, good, "the node that its pod runs on (" + bed.NodeName + "), and no other", pods},
 		{"a token of no pod", bed.NodeName, good, "the node that its pod runs on (none)", free},
 		{"another label", bed.NodeName, `{"metadata":{"labels":{"pool":"gold"}}}`, "may set no label but", pods},
-		{"another value", bed.NodeName, `{"metadata":{"labels":{"cri-proxy.io/installed":"gold"}}}`, "may set no label but", pods},
-		{"a label taken away", bed.NodeName, `{"metadata":{"labels":{"kubernetes.io/hostname":null}}}`, "may set no label but", pods},
-		{"another annotation", bed.NodeName, `{"metadata":{"annotations":{"cri-proxy.io/ops-address":"192.0.2.1:1"}}}`, "may set no annotation but", pods},
-		{"a taint", bed.NodeName, `{"spec":{"taints":[{"key":"k","effect":"NoExecute"}]}}`, "nothing of a node but", pods},
+		{"another value", bed.NodeName, `{"metadata":{"labels":{"cri-proxy.io/installed":"gold"}}}`,
+			"may set no label but", pods},
+		{"a label taken away", bed.NodeName, `{"metadata":{"labels":{"kubernetes.io/hostname":null}}}`,
+			"may set no label but", pods},
+		{"another annotation", bed.NodeName, `{"metadata":{"annotations":{"cri-proxy.io/ops-address":"192.0.2.1:1"}}}`,
+			"may set no annotation but", pods},
+		{"a taint", bed.NodeName, `{"spec":{"taints":[{"key":"k","effect":"NoExecute"}]}}`,
+			"nothing of a node but", pods},
 		{"cordon", bed.NodeName, `{"spec":{"unschedulable":true}}`, "nothing of a node but", pods},
 		{"a finalizer", bed.NodeName, `{"metadata":{"finalizers":["cri-proxy.io/x"]}}`, "nothing of a node but", pods},
 	} {
-		if err := patch(tt.by, tt.node, tt.body); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), tt.say) {
+		if err := patch(tt.by, tt.node, tt.body); !apierrors.IsForbidden(err) ||
+			!strings.Contains(err.Error(), tt.say) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
 	must(t, patch(pods, bed.NodeName, good))
 	// And what uninstall does.
-	must(t, patch(pods, bed.NodeName, `{"metadata":{"labels":{"cri-proxy.io/installed":null},"annotations":{"cri-proxy.io/installed-version":null}}}`))
+	must(t, patch(pods, bed.NodeName,
+		`{"metadata":{"labels":{"cri-proxy.io/installed":null},"annotations":{"cri-proxy.io/installed-version":null}}}`))
 }
 
-// TestUserRoles: who has Kubernetes' own role edit or view in a namespace has it for the custom resources, and in that namespace only.
+// TestUserRoles: who has Kubernetes' own role edit or view in a namespace has it for the custom
+// resources, and in that namespace only.
 func TestUserRoles(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -325,14 +351,16 @@ func TestUserRoles(t *testing.T) {
 		must(t, api.Create(t.Context(), review))
 		return review.Status.Allowed
 	}
-	for _, resource := range []string{"containerrecreaterequests.apps.kruise.io", "imagepulljobs.apps.kruise.io", "imagelistpulljobs.apps.kruise.io", "inplacerollouts.cri-proxy.io"} {
+	for _, resource := range []string{"containerrecreaterequests.apps.kruise.io", "imagepulljobs.apps.kruise.io",
+		"imagelistpulljobs.apps.kruise.io", "inplacerollouts.cri-proxy.io"} {
 		for _, verb := range []string{"create", "delete", "patch", "list"} {
 			eventually(t, "edit has "+verb+" "+resource, func() bool { return can("edit", ns, verb, resource) })
 			if got := can("view", ns, verb, resource); got != (verb == "list") {
 				t.Errorf("view: %s %s is %v", verb, resource, got)
 			}
 		}
-		if can("edit", "default", "create", resource) || can("edit", ns, "patch", strings.Replace(resource, ".", "/status.", 1)) {
+		if can("edit", "default", "create", resource) ||
+			can("edit", ns, "patch", strings.Replace(resource, ".", "/status.", 1)) {
 			t.Errorf("edit may too much: %s", resource)
 		}
 	}

@@ -20,8 +20,8 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// workloadOf is a workload of two containers, of which app has the image and ends at once when that is version 3.0; annotations
-// are its own, spec is what it has beyond its template.
+// workloadOf is a workload of two containers, of which app has the image and ends at once when that
+// is version 3.0; annotations are its own, spec is what it has beyond its template.
 func workloadOf(kind, ns, name, image, annotations, spec string) string {
 	return fmt.Sprintf(`
 apiVersion: apps/v1
@@ -46,30 +46,33 @@ spec:
 const (
 	inPlaceOn = `cri-proxy.io/in-place: "true"`
 	onDelete  = "updateStrategy: {type: OnDelete}"
-	// endsAtOnce is for workloads that get version 3.0: kubelet shows its container as running, and without a readinessProbe as
-	// ready, until kubelet has noticed the end, a second later.
+	// endsAtOnce is for workloads that get version 3.0: kubelet shows its container as running, and
+	// without a readinessProbe as ready, until kubelet has noticed the end, a second later.
 	endsAtOnce = "\n  minReadySeconds: 3"
 )
 
-// readyPods waits until n pods of a workload are ready, and all of its pods, and returns them by name.
+// readyPods waits until n pods of a workload are ready, and all of its pods, and returns them by
+// name.
 func readyPods(t testing.TB, ns, name string, n int) map[string]*corev1.Pod {
 	t.Helper()
 	var pods map[string]*corev1.Pod
-	eventuallySaying(t, fmt.Sprintf("%d pods of %s are ready", n, name), func() string { return fmt.Sprint(len(pods)) }, func() bool {
-		list := &corev1.PodList{}
-		must(t, api.List(t.Context(), list, client.InNamespace(ns), client.MatchingLabels{"app": name}))
-		pods = map[string]*corev1.Pod{}
-		for i := range list.Items {
-			if p := &list.Items[i]; isReady(p) {
-				pods[p.Name] = p
+	eventuallySaying(t, fmt.Sprintf("%d pods of %s are ready", n, name), func() string { return fmt.Sprint(len(pods)) },
+		func() bool {
+			list := &corev1.PodList{}
+			must(t, api.List(t.Context(), list, client.InNamespace(ns), client.MatchingLabels{"app": name}))
+			pods = map[string]*corev1.Pod{}
+			for i := range list.Items {
+				if p := &list.Items[i]; isReady(p) {
+					pods[p.Name] = p
+				}
 			}
-		}
-		return len(pods) == n && len(list.Items) == n
-	})
+			return len(pods) == n && len(list.Items) == n
+		})
 	return pods
 }
 
-// samePods says that the pods are those of before, and that their containers were restarted so often meanwhile.
+// samePods says that the pods are those of before, and that their containers were restarted so
+// often meanwhile.
 func samePods(t testing.TB, before, after map[string]*corev1.Pod, image string, app, side int32) {
 	t.Helper()
 	for name, was := range before {
@@ -82,7 +85,8 @@ func samePods(t testing.TB, before, after map[string]*corev1.Pod, image string, 
 		if a.Image != image || a.RestartCount-container(t, was, "app").RestartCount != app ||
 			s.RestartCount-container(t, was, "side").RestartCount != side {
 			t.Errorf("pod %s runs %s, restarts %d and %d more; want %s, %d and %d more", name, a.Image,
-				a.RestartCount-container(t, was, "app").RestartCount, s.RestartCount-container(t, was, "side").RestartCount,
+				a.RestartCount-container(t, was, "app").RestartCount, s.RestartCount-container(t, was, "side").
+					RestartCount,
 				image, app, side)
 		}
 	}
@@ -100,15 +104,17 @@ func reason(r *inplace.InPlaceRollout) string {
 func untilReason(t testing.TB, ns, name, want string) *inplace.InPlaceRollout {
 	t.Helper()
 	r := &inplace.InPlaceRollout{}
-	eventuallySaying(t, "rollout "+name+" is "+want, func() string { return fmt.Sprintf("%+v\n%s", r.Status, events(t, ns, name)) }, func() bool {
-		err := api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, r)
-		return err == nil && reason(r) == want
-	})
+	eventuallySaying(t, "rollout "+name+" is "+want,
+		func() string { return fmt.Sprintf("%+v\n%s", r.Status, events(t, ns, name)) }, func() bool {
+			err := api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, r)
+			return err == nil && reason(r) == want
+		})
 	return r
 }
 
-// TestWhatUsersDoToAHeldDeployment changes Deployments that a rollout has paused halfway. What is more than a number ends the
-// rollout, and the Deployment goes on from there: kubectl rollout status ends.
+// TestWhatUsersDoToAHeldDeployment changes Deployments that a rollout has paused halfway. What is
+// more than a number ends the rollout, and the Deployment goes on from there: kubectl rollout
+// status ends.
 func TestWhatUsersDoToAHeldDeployment(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -119,8 +125,10 @@ func TestWhatUsersDoToAHeldDeployment(t *testing.T) {
 		goes  bool // on
 		image string
 	}{
-		{name: "env", image: two, do: func(name string) { kubectl(t, "-n", ns, "set", "env", "deploy/"+name, "SETTING=changed") }},
-		{name: "apply", image: one, do: func(name string) { apply(t, workloadOf("Deployment", ns, name, one, "", "replicas: 2")) }},
+		{name: "env", image: two,
+			do: func(name string) { kubectl(t, "-n", ns, "set", "env", "deploy/"+name, "SETTING=changed") }},
+		{name: "apply", image: one,
+			do: func(name string) { apply(t, workloadOf("Deployment", ns, name, one, "", "replicas: 2")) }},
 		{name: "replace", image: one, do: func(name string) {
 			kubectl(t, "-n", ns, "patch", "deploy", name, "--type=json", "-p",
 				`[{"op":"remove","path":"/metadata/annotations"},{"op":"remove","path":"/spec/paused"},
@@ -130,7 +138,8 @@ func TestWhatUsersDoToAHeldDeployment(t *testing.T) {
 			kubectl(t, "-n", ns, "rollout", "resume", "deploy/"+name) // as kubectl asks for
 			kubectl(t, "-n", ns, "rollout", "restart", "deploy/"+name)
 		}},
-		{name: "scale", image: two, goes: true, do: func(name string) { kubectl(t, "-n", ns, "scale", "deploy/"+name, "--replicas=3") }},
+		{name: "scale", image: two, goes: true,
+			do: func(name string) { kubectl(t, "-n", ns, "scale", "deploy/"+name, "--replicas=3") }},
 	}
 	for _, c := range cases {
 		apply(t, workloadOf("Deployment", ns, c.name, one, "", "replicas: 2"))
@@ -155,14 +164,16 @@ func TestWhatUsersDoToAHeldDeployment(t *testing.T) {
 		kubectl(t, "-n", ns, "rollout", "status", "deploy/"+c.name, "--timeout=60s")
 		d := &appsv1.Deployment{}
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: c.name}, d))
-		if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" || d.Spec.Template.Spec.Containers[0].Image != c.image {
-			t.Errorf("%s: paused %v, annotations %v, image %s", c.name, d.Spec.Paused, d.Annotations, d.Spec.Template.Spec.Containers[0].Image)
+		if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" ||
+			d.Spec.Template.Spec.Containers[0].Image != c.image {
+			t.Errorf("%s: paused %v, annotations %v, image %s", c.name, d.Spec.Paused, d.Annotations,
+				d.Spec.Template.Spec.Containers[0].Image)
 		}
 	}
 }
 
-// TestUndoOfADeployment undoes a Deployment that was rolled in place: it goes one revision back. What is rolled in place after that
-// keeps its pods, also if another ReplicaSet has the image.
+// TestUndoOfADeployment undoes a Deployment that was rolled in place: it goes one revision back.
+// What is rolled in place after that keeps its pods, also if another ReplicaSet has the image.
 func TestUndoOfADeployment(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -190,7 +201,8 @@ func TestUndoOfADeployment(t *testing.T) {
 	// The first ReplicaSet has the image and is older than that with the pods.
 	before = readyPods(t, ns, "web", 2)
 	kubectl(t, "-n", ns, "annotate", "ipr", "web", "cri-proxy.io/retry=again")
-	eventually(t, "the rollout has begun again", func() bool { return getRollout(t, ns, "web").Status.CompletionTime == nil || image() == two })
+	eventually(t, "the rollout has begun again",
+		func() bool { return getRollout(t, ns, "web").Status.CompletionTime == nil || image() == two })
 	if f := complete(ended(t, ns, "web")); f != "" {
 		t.Fatal(f)
 	}
@@ -204,13 +216,15 @@ func TestUndoOfADeployment(t *testing.T) {
 	t.Log(kubectl(t, "-n", ns, "rollout", "history", "deploy/web"))
 }
 
-// TestRestartInPlace has workloads restarted that follow their template in place: kubectl rollout restart, set image and undo leave the
-// pods where they are, and the workload counts them as updated.
+// TestRestartInPlace has workloads restarted that follow their template in place: kubectl rollout
+// restart, set image and undo leave the pods where they are, and the workload counts them as
+// updated.
 func TestRestartInPlace(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
-	apply(t, workloadOf("StatefulSet", ns, "set", one, inPlaceOn, onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"))
+	apply(t, workloadOf("StatefulSet", ns, "set", one, inPlaceOn,
+		onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"))
 	apply(t, workloadOf("DaemonSet", ns, "agent", one, inPlaceOn, onDelete))
 	for _, w := range []struct {
 		kind, name string
@@ -269,16 +283,18 @@ func git(ctx context.Context, file string, force bool) error {
 	return err
 }
 
-// TestFieldsAreGivenBack rolls an image back, after which those whose workload it is can apply it on the server's side again without
-// force. The good image that they apply is a goal, and is reached. The strategy is theirs, too.
+// TestFieldsAreGivenBack rolls an image back, after which those whose workload it is can apply it
+// on the server's side again without force. The good image that they apply is a goal, and is
+// reached. The strategy is theirs, too.
 func TestFieldsAreGivenBack(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	one, two, bad := bed.Image("busybox:1.0"), bed.Image("busybox:2.0"), bed.Image("busybox:3.0")
 	file := scratchDir(t) + "/set.yaml"
 	manifest := func(image, strategy string) string {
-		writeFile(t, file, workloadOf("StatefulSet", ns, "set", image, inPlaceOn+", cri-proxy.io/in-place-strategy: '"+strategy+"'",
-			onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"+endsAtOnce))
+		writeFile(t, file,
+			workloadOf("StatefulSet", ns, "set", image, inPlaceOn+", cri-proxy.io/in-place-strategy: '"+strategy+"'",
+				onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"+endsAtOnce))
 		return file
 	}
 	must(t, git(t.Context(), manifest(one, `{"maxUnavailable": 0}`), false))
@@ -287,7 +303,8 @@ func TestFieldsAreGivenBack(t *testing.T) {
 		return strings.Contains(events(t, ns, "set"), "maxUnavailable must be a number from 1")
 	})
 	must(t, git(t.Context(), manifest(one, `{"maxUnavailable": 2, "progressDeadlineSeconds": 90}`), false))
-	if r := untilReason(t, ns, "statefulset-set", inplace.ReasonRolledOut); r.Spec.Strategy.ProgressDeadlineSeconds != 90 {
+	if r := untilReason(t, ns, "statefulset-set",
+		inplace.ReasonRolledOut); r.Spec.Strategy.ProgressDeadlineSeconds != 90 {
 		t.Errorf("strategy %+v", r.Spec.Strategy)
 	}
 	kubectl(t, "-n", ns, "set", "image", "sts/set", "app="+bad)
@@ -295,7 +312,8 @@ func TestFieldsAreGivenBack(t *testing.T) {
 		r := getRollout(t, ns, "statefulset-set")
 		return reason(r) == inplace.ReasonRolledBack && r.Status.CompletionTime != nil
 	})
-	if got := kubectl(t, "-n", ns, "get", "sts", "set", "-o", "jsonpath={.spec.template.spec.containers[0].image}"); got != one {
+	if got := kubectl(t, "-n", ns, "get", "sts", "set", "-o",
+		"jsonpath={.spec.template.spec.containers[0].image}"); got != one {
 		t.Errorf("the template has %s", got)
 	}
 	must(t, git(t.Context(), manifest(two, `{"maxUnavailable": 2, "progressDeadlineSeconds": 90}`), false))
@@ -318,8 +336,9 @@ func TestFights(t *testing.T) {
 	wg.Wait()
 }
 
-// testFightWithGitOps has an image that fails applied each 5 seconds for two minutes. It is tried once, rolled back once, and then left: the
-// objects are not written any more. The good image, applied in the end, is a goal.
+// testFightWithGitOps has an image that fails applied each 5 seconds for two minutes. It is tried
+// once, rolled back once, and then left: the objects are not written any more. The good image,
+// applied in the end, is a goal.
 func testFightWithGitOps(t *testing.T) {
 	ns := namespace(t)
 	one, bad := bed.Image("busybox:1.0"), bed.Image("busybox:3.0")
@@ -356,7 +375,8 @@ func testFightWithGitOps(t *testing.T) {
 	}
 	after := readyPods(t, ns, "set", 2)
 	for name, p := range after {
-		if a := container(t, p, "app"); p.UID != before[name].UID || a.Image != one || a.RestartCount != restarts[name] {
+		if a := container(t, p, "app"); p.UID != before[name].UID || a.Image != one ||
+			a.RestartCount != restarts[name] {
 			t.Errorf("pod %s: %s; it had %d restarts after a minute", name, states(p), restarts[name])
 		}
 	}
@@ -370,8 +390,8 @@ func testFightWithGitOps(t *testing.T) {
 	kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "ipr/statefulset-set", "--timeout=60s")
 }
 
-// watchWrites counts the writes of the rollouts, StatefulSets and pods of a namespace, by whomever, and returns a function that says
-// how many there were.
+// watchWrites counts the writes of the rollouts, StatefulSets and pods of a namespace, by whomever,
+// and returns a function that says how many there were.
 func watchWrites(t *testing.T, ns string) func() map[string]int {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", bed.Kubeconfig)
@@ -380,7 +400,8 @@ func watchWrites(t *testing.T, ns string) func() map[string]int {
 	must(t, err)
 	var mu sync.Mutex
 	counts := map[string]int{}
-	for _, list := range []client.ObjectList{&corev1.PodList{}, &appsv1.StatefulSetList{}, &inplace.InPlaceRolloutList{}} {
+	for _, list := range []client.ObjectList{&corev1.PodList{}, &appsv1.StatefulSetList{},
+		&inplace.InPlaceRolloutList{}} {
 		w, err := watcher.Watch(t.Context(), list, client.InNamespace(ns))
 		must(t, err)
 		var wg sync.WaitGroup

@@ -23,8 +23,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// TestKruisePodReady: the pods of a Deployment whose template has OpenKruise's gate are Ready, are taken out of service by a request with
-// unreadyGracePeriodSeconds and come back. What another writer keeps out of service stays so, through a drain too.
+// TestKruisePodReady: the pods of a Deployment whose template has OpenKruise's gate are Ready, are
+// taken out of service by a request with unreadyGracePeriodSeconds and come back. What another
+// writer keeps out of service stays so, through a drain too.
 func TestKruisePodReady(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -64,7 +65,8 @@ spec:
 	}
 	is("True , Ready true")
 	drained := func(name, seconds string) string {
-		return recreate(ns, name, pod, "strategy: {unreadyGracePeriodSeconds: "+seconds+"}\n  containers: [{name: app}]")
+		return recreate(ns, name, pod,
+			"strategy: {unreadyGracePeriodSeconds: "+seconds+"}\n  containers: [{name: app}]")
 	}
 	mine := func(name string) string {
 		return fmt.Sprintf(`{"userAgent":"ContainerRecreateRequest","key":"%s/%s"}`, ns, name)
@@ -87,20 +89,23 @@ spec:
 	// Another writer, and a request past whose finalizer somebody goes.
 	const other = `{"userAgent":"Lifecycle","key":"x"}`
 	kubectl(t, "-n", ns, "patch", "pod", pod, "--subresource=status", "-p",
-		`{"status":{"conditions":[{"type":"KruisePodReady","status":"False","message":"[`+strings.ReplaceAll(other, `"`, `\"`)+`]"}]}}`)
+		`{"status":{"conditions":[{"type":"KruisePodReady","status":"False","message":"[`+strings.ReplaceAll(other, `"`,
+			`\"`)+`]"}]}}`)
 	apply(t, drained("other", "1"))
 	if out := outcome(completed(t, ns, "other")); out != "" {
 		t.Error(out)
 	}
 	is("False [" + other + "], Ready false")
 	kubectl(t, "-n", ns, "patch", "pod", pod, "--subresource=status", "-p",
-		`{"status":{"conditions":[{"type":"KruisePodReady","status":"False","message":"[`+strings.ReplaceAll(mine("never-was"), `"`, `\"`)+`]"}]}}`)
+		`{"status":{"conditions":[{"type":"KruisePodReady","status":"False","message":"[`+strings.ReplaceAll(
+			mine("never-was"), `"`, `\"`)+`]"}]}}`)
 	is("True , Ready true")
 }
 
-// TestOneAfterAnother: containers of a request are stopped one after another, in their order, and at the same time where the request
-// says so. Their preStop hooks write down when they are: with a hook each that ends only when both have begun, at the same time is the
-// only way for them to end well.
+// TestOneAfterAnother: containers of a request are stopped one after another, in their order, and
+// at the same time where the request says so. Their preStop hooks write down when they are: with a
+// hook each that ends only when both have begun, at the same time is the only way for them to end
+// well.
 func TestOneAfterAnother(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -113,7 +118,8 @@ func TestOneAfterAnother(t *testing.T) {
     lifecycle: {preStop: {exec: {command: [sh, -c, '%[4]s']}}}`, name, bed.Image("busybox:1.0"), loop, strings.ReplaceAll(hook, "NAME", name))
 	}
 	pod := func(name, hook string) string {
-		return podWith(ns, name, "Always", "30", "\n  volumes: [{name: work, emptyDir: {}}]\n  containers:"+with("one", hook)+with("two", hook)+with("three", hook))
+		return podWith(ns, name, "Always", "30", "\n  volumes: [{name: work, emptyDir: {}}]\n  containers:"+with("one",
+			hook)+with("two", hook)+with("three", hook))
 	}
 	const lines = "echo begin NAME >> /work/log; sleep 1; echo end NAME >> /work/log"
 	apply(t, pod("orderly", lines))
@@ -123,8 +129,9 @@ func TestOneAfterAnother(t *testing.T) {
 
 	const rest = "containers: [{name: three}, {name: one}, {name: two}]"
 	apply(t, recreate(ns, "orderly", "orderly", rest))
-	apply(t, strings.Replace(recreate(ns, "together", "together", rest), "name: together}", "name: together, annotations: {"+
-		appsv1alpha1.ParallelRecreateAnnotation+`: "true"}}`, 1))
+	apply(t, strings.Replace(recreate(ns, "together", "together", rest), "name: together}",
+		"name: together, annotations: {"+
+			appsv1alpha1.ParallelRecreateAnnotation+`: "true"}}`, 1))
 	for _, name := range []string{"orderly", "together"} {
 		crr := completed(t, ns, name)
 		if out := outcome(crr); out != "" {
@@ -134,24 +141,29 @@ func TestOneAfterAnother(t *testing.T) {
 			t.Errorf("%s: a hook was cut off:\n%s", name, told)
 		}
 	}
-	log := strings.ReplaceAll(kubectl(t, "-n", ns, "exec", "orderly", "-c", "one", "--", "cat", "/work/log"), "\n", ", ")
+	log := strings.ReplaceAll(kubectl(t, "-n", ns, "exec", "orderly", "-c", "one", "--", "cat", "/work/log"), "\n",
+		", ")
 	if want := "begin three, end three, begin one, end one, begin two, end two"; log != want {
 		t.Errorf("hooks: %s; want %s", log, want)
 	}
-	// The container itself has ended too before the next hook begins; its successor need not have begun.
+	// The container itself has ended too before the next hook begins; its successor need not have
+	// begun.
 	ends, begins := map[string]int64{}, map[string]int64{}
 	for _, op := range operations(t, ns, "orderly") {
 		c := op.GetContainers()[0]
-		begins[c.GetName()], ends[c.GetName()] = op.GetCreateTime().AsTime().UnixNano(), c.GetStopTime().AsTime().UnixNano()
+		begins[c.GetName()], ends[c.GetName()] = op.GetCreateTime().AsTime().UnixNano(), c.GetStopTime().
+			AsTime().UnixNano()
 	}
 	if len(ends) != 3 || begins["one"] < ends["three"] || begins["two"] < ends["one"] {
 		t.Errorf("operations began %v, containers ended %v", begins, ends)
 	}
 }
 
-// TestSchedule does what the pod of deploy/examples/prepull-schedule.yaml does, with its ServiceAccount's token, its arguments and its
-// list: each run is a list of its own that is carried out and goes by itself, and the account may do nothing else. The image is not in
-// this bed, and no pod reaches the API server: the pod is only shown to the API server, in a namespace as strict as there is.
+// TestSchedule does what the pod of deploy/examples/prepull-schedule.yaml does, with its
+// ServiceAccount's token, its arguments and its list: each run is a list of its own that is carried
+// out and goes by itself, and the account may do nothing else. The image is not in this bed, and no
+// pod reaches the API server: the pod is only shown to the API server, in a namespace as strict as
+// there is.
 func TestSchedule(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -165,7 +177,8 @@ func TestSchedule(t *testing.T) {
 	cron, list := &batchv1.CronJob{}, &corev1.ConfigMap{}
 	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "prepull"}, cron))
 	template := cron.Spec.JobTemplate.Spec.Template
-	must(t, api.Create(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "try"}, Spec: template.Spec}, client.DryRunAll))
+	must(t, api.Create(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "try"},
+		Spec: template.Spec}, client.DryRunAll))
 	pod := template.Spec.Containers[0]
 	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: template.Spec.Volumes[0].ConfigMap.Name}, list))
 	dir := scratchDir(t)
@@ -180,7 +193,8 @@ func TestSchedule(t *testing.T) {
 	config, err := clientcmd.LoadFromFile(bed.Kubeconfig)
 	must(t, err)
 	for name := range config.AuthInfos {
-		config.AuthInfos[name] = &clientcmdapi.AuthInfo{Token: kubectl(t, "-n", ns, "create", "token", template.Spec.ServiceAccountName)}
+		config.AuthInfos[name] = &clientcmdapi.AuthInfo{Token: kubectl(t, "-n", ns, "create", "token",
+			template.Spec.ServiceAccountName)}
 	}
 	for _, c := range config.Contexts {
 		c.Namespace = ns // as in a pod
@@ -201,7 +215,8 @@ func TestSchedule(t *testing.T) {
 	}
 	const lists = "imagelistpulljobs.v1beta1.apps.kruise.io"
 	eventually(t, "both runs have put two images on the node", func() bool {
-		return kubectl(t, "-n", ns, "get", lists, "-l", "schedule=prepull", "-o", "jsonpath={range .items[*]}{.status.succeeded}/{.status.completed} {end}") == "2/2 2/2"
+		return kubectl(t, "-n", ns, "get", lists, "-l", "schedule=prepull", "-o",
+			"jsonpath={range .items[*]}{.status.succeeded}/{.status.completed} {end}") == "2/2 2/2"
 	})
 	for _, args := range [][]string{
 		{"get", lists}, {"delete", lists, "--all"}, {"get", "secrets"}, {"get", "pods"},
@@ -213,7 +228,8 @@ func TestSchedule(t *testing.T) {
 	}
 	// The time of a run is over.
 	for _, name := range strings.Fields(kubectl(t, "-n", ns, "get", lists, "-o", "name")) {
-		kubectl(t, "-n", ns, "patch", name, "--type=merge", "-p", `{"spec":{"completionPolicy":{"ttlSecondsAfterFinished":1}}}`)
+		kubectl(t, "-n", ns, "patch", name, "--type=merge", "-p",
+			`{"spec":{"completionPolicy":{"ttlSecondsAfterFinished":1}}}`)
 	}
 	eventually(t, "no run is left", func() bool {
 		return kubectl(t, "-n", ns, "get", lists+",imagepulljobs.v1beta1.apps.kruise.io", "-o", "name") == ""

@@ -109,7 +109,8 @@ spec:
 				t.Errorf("the Job is %+v", job.Status)
 			}
 			was, is := container(t, pods[c.name], "app"), container(t, p, "app")
-			if p.Status.Phase != corev1.PodRunning || is.RestartCount != done || done == 0 && is.ContainerID != was.ContainerID {
+			if p.Status.Phase != corev1.PodRunning || is.RestartCount != done ||
+				done == 0 && is.ContainerID != was.ContainerID {
 				t.Errorf("%s; %d requests have succeeded", states(p), done)
 			}
 		})

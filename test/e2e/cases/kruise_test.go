@@ -66,7 +66,8 @@ type hookMux struct{ *http.ServeMux }
 
 func (m hookMux) Register(path string, hook http.Handler) { m.Handle(path, hook) }
 
-// serveWebhooks serves the controller's webhooks in this process and registers them as deploy/webhook does, for some namespaces.
+// serveWebhooks serves the controller's webhooks in this process and registers them as
+// deploy/webhook does, for some namespaces.
 func serveWebhooks(t *testing.T, name string, namespaces ...string) {
 	t.Helper()
 	scheme, err := scheme.New()
@@ -115,7 +116,10 @@ func serveWebhooks(t *testing.T, name string, namespaces ...string) {
 	dropAfter(t, "validatingwebhookconfiguration", name)
 	for _, ns := range namespaces {
 		eventually(t, "the webhooks are asked", func() bool {
-			err := applyIn(t, ns, strings.Replace(recreate(ns, "x", "x", "containers: [{name: x, statusContext: {containerID: x, restartCount: 1}}]"), "---", "", 1), "--dry-run=server")
+			err := applyIn(t, ns,
+				strings.Replace(recreate(ns, "x", "x",
+					"containers: [{name: x, statusContext: {containerID: x, restartCount: 1}}]"), "---", "", 1),
+				"--dry-run=server")
 			return err != nil && strings.Contains(err.Error(), "default.containerrecreaterequest.cri-proxy.io") &&
 				applyIn(t, ns, recreate(ns, "x", "x", "containers: [{name: x}]"), "--dry-run=server") != nil
 		})
@@ -131,23 +135,27 @@ func applyIn(t testing.TB, ns, manifest string, more ...string) error {
 	return err
 }
 
-// inService says that nothing keeps the pod out of service, as OpenKruise's controller for the gate does.
+// inService says that nothing keeps the pod out of service, as OpenKruise's controller for the gate
+// does.
 func inService(t testing.TB, ns, name string) *corev1.Pod {
 	t.Helper()
-	eventuallySaying(t, "the containers of pod "+name+" run", func() string { return states(getPod(t, ns, name)) }, func() bool {
-		p := getPod(t, ns, name)
-		for _, s := range p.Status.ContainerStatuses {
-			if s.State.Running == nil {
-				return false
+	eventuallySaying(t, "the containers of pod "+name+" run", func() string { return states(getPod(t, ns, name)) },
+		func() bool {
+			p := getPod(t, ns, name)
+			for _, s := range p.Status.ContainerStatuses {
+				if s.State.Running == nil {
+					return false
+				}
 			}
-		}
-		return len(p.Status.ContainerStatuses) == len(p.Spec.Containers)
-	})
-	kubectl(t, "-n", ns, "patch", "pod", name, "--subresource=status", "-p", `{"status":{"conditions":[{"type":"KruisePodReady","status":"True"}]}}`)
+			return len(p.Status.ContainerStatuses) == len(p.Spec.Containers)
+		})
+	kubectl(t, "-n", ns, "patch", "pod", name, "--subresource=status", "-p",
+		`{"status":{"conditions":[{"type":"KruisePodReady","status":"True"}]}}`)
 	return ready(t, ns, name)
 }
 
-// TestKruiseClients uses the kinds with OpenKruise's Go types, in each version, on an API server with the webhooks.
+// TestKruiseClients uses the kinds with OpenKruise's Go types, in each version, on an API server
+// with the webhooks.
 func TestKruiseClients(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -164,7 +172,9 @@ func TestKruiseClients(t *testing.T) {
 		t.Parallel()
 		crr := useRequests[kruiseapi.V1alpha1](t, config, ns, kruiseapi.GroupV1alpha1,
 			func(s *kruiseapi.RequestStatusV1alpha1) *kruiseapi.RequestStatusV1alpha1 { return s })
-		if crr.Annotations["crr.apps.kruise.io/unready-acquired"] == "" || !strings.Contains(crr.Annotations["crr.apps.kruise.io/sync-container-statuses"], `"name":"sidecar","ready":true`) {
+		if crr.Annotations["crr.apps.kruise.io/unready-acquired"] == "" ||
+			!strings.Contains(crr.Annotations["crr.apps.kruise.io/sync-container-statuses"],
+				`"name":"sidecar","ready":true`) {
 			t.Errorf("annotations %v", crr.Annotations)
 		}
 	})
@@ -175,45 +185,59 @@ func TestKruiseClients(t *testing.T) {
 				return &s.RequestStatusV1alpha1
 			})
 		c := meta.FindStatusCondition(crr.Status.Conditions, "PreRecreateGrace")
-		if c == nil || c.Status != metav1.ConditionTrue || c.LastTransitionTime.UTC().Format(time.RFC3339) != crr.Annotations["crr.apps.kruise.io/unready-acquired"] {
+		if c == nil || c.Status != metav1.ConditionTrue || c.LastTransitionTime.UTC().
+			Format(time.RFC3339) != crr.Annotations["crr.apps.kruise.io/unready-acquired"] {
 			t.Errorf("condition %+v; annotations %v", c, crr.Annotations)
 		}
 		p := getPod(t, ns, "v1beta1")
-		if s := crr.Status.ContainerStatusSnapshot; len(s) != 2 || s[0].ContainerID != container(t, p, "app").ContainerID || !s[0].Ready || s[0].RestartCount != 1 {
+		if s := crr.Status.ContainerStatusSnapshot; len(s) != 2 || s[0].ContainerID != container(t, p, "app").
+			ContainerID || !s[0].Ready || s[0].RestartCount != 1 {
 			t.Errorf("snapshot %+v of %s", s, states(p))
 		}
 	})
 	t.Run("image jobs", func(t *testing.T) {
 		t.Parallel()
 		template := kruiseapi.PullTemplate{
-			PullSecrets: []string{"none"}, Selector: &kruiseapi.NodeSelector{Names: []string{"none"}}, SandboxConfig: &kruiseapi.SandboxConfig{Labels: map[string]string{"a": "b"}},
-			ImagePullPolicy: "IfNotPresent", CompletionPolicy: kruiseapi.CompletionPolicy{Type: "Always", TTLSecondsAfterFinished: new(int32(600))},
+			PullSecrets: []string{"none"}, Selector: &kruiseapi.NodeSelector{Names: []string{"none"}},
+			SandboxConfig:    &kruiseapi.SandboxConfig{Labels: map[string]string{"a": "b"}},
+			ImagePullPolicy:  "IfNotPresent",
+			CompletionPolicy: kruiseapi.CompletionPolicy{Type: "Always", TTLSecondsAfterFinished: new(int32(600))},
 		}
 		job := kruiseapi.JobSpec{Image: "nginx:1.9.1", PullTemplate: template}
 		list := kruiseapi.ListJobSpec{Images: []string{"nginx:1.9.1", "busybox:1.29.2"}, PullTemplate: template}
-		useJobs[kruiseapi.JobSpec, kruiseapi.JobStatus, kruiseapi.V1alpha1](t, config, ns, kruiseapi.GroupV1alpha1, "ImagePullJob", job)
-		useJobs[kruiseapi.JobSpec, kruiseapi.JobStatus, kruiseapi.V1beta1](t, config, ns, kruiseapi.GroupV1beta1, "ImagePullJob", job)
-		useJobs[kruiseapi.ListJobSpec, kruiseapi.ListJobStatus, kruiseapi.V1alpha1](t, config, ns, kruiseapi.GroupV1alpha1, "ImageListPullJob", list)
-		useJobs[kruiseapi.ListJobSpec, kruiseapi.ListJobStatus, kruiseapi.V1beta1](t, config, ns, kruiseapi.GroupV1beta1, "ImageListPullJob", list)
+		useJobs[kruiseapi.JobSpec, kruiseapi.JobStatus, kruiseapi.V1alpha1](t, config, ns, kruiseapi.GroupV1alpha1,
+			"ImagePullJob", job)
+		useJobs[kruiseapi.JobSpec, kruiseapi.JobStatus, kruiseapi.V1beta1](t, config, ns, kruiseapi.GroupV1beta1,
+			"ImagePullJob", job)
+		useJobs[kruiseapi.ListJobSpec, kruiseapi.ListJobStatus, kruiseapi.V1alpha1](t, config, ns,
+			kruiseapi.GroupV1alpha1, "ImageListPullJob", list)
+		useJobs[kruiseapi.ListJobSpec, kruiseapi.ListJobStatus, kruiseapi.V1beta1](t, config, ns,
+			kruiseapi.GroupV1beta1, "ImageListPullJob", list)
 	})
 	t.Run("rights v1beta1", func(t *testing.T) {
 		t.Parallel()
 		root, err := testbed.SourceDir("")
 		must(t, err)
 		kubectl(t, "apply", "-f", filepath.Join(root, "deploy", "rights", "policies.yaml"))
-		kubectl(t, "-n", ns, "create", "role", "requests", "--verb=create", "--resource=containerrecreaterequests.apps.kruise.io")
+		kubectl(t, "-n", ns, "create", "role", "requests", "--verb=create",
+			"--resource=containerrecreaterequests.apps.kruise.io")
 		kubectl(t, "-n", ns, "create", "rolebinding", "requests", "--role=requests", "--user=kim")
-		o := objectOf(t, strings.Replace(recreate(ns, "kims", "v1beta1", "containers: [{name: app}]"), "v1alpha1", "v1beta1", 1))
+		o := objectOf(t, strings.Replace(recreate(ns, "kims", "v1beta1", "containers: [{name: app}]"), "v1alpha1",
+			"v1beta1", 1))
 		eventually(t, "the policy is asked for requests of v1beta1 too", func() bool {
 			err = asUser(t, "kim").Create(t.Context(), o.DeepCopy(), client.DryRunAll)
-			return apierrors.IsForbidden(err) && strings.Contains(err.Error(), "must be allowed to restart containers of pod")
+			return apierrors.IsForbidden(err) &&
+				strings.Contains(err.Error(), "must be allowed to restart containers of pod")
 		})
 	})
 }
 
-// useRequests goes through the life of a request with typed clients of one version, and returns it as it is in the end. base are the
-// fields of its status that both versions have.
-func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns string, version schema.GroupVersion, base func(*Status) *kruiseapi.RequestStatusV1alpha1) *kruiseapi.Object[kruiseapi.RequestSpec, Status, Version] {
+// useRequests goes through the life of a request with typed clients of one version, and returns it
+// as it is in the end. base are the fields of its status that both versions have.
+func useRequests[Version, Status any](
+	t *testing.T, config *rest.Config, ns string, version schema.GroupVersion,
+	base func(*Status) *kruiseapi.RequestStatusV1alpha1,
+) *kruiseapi.Object[kruiseapi.RequestSpec, Status, Version] {
 	type object = kruiseapi.Object[kruiseapi.RequestSpec, Status, Version]
 	const kind = "ContainerRecreateRequest"
 	name := version.Version
@@ -223,19 +247,22 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 	fresh := func(name string) *object {
 		return &object{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: kruiseapi.RequestSpec{
 			PodName: pod.Name, Containers: []kruiseapi.Container{{Name: "app"}, {Name: "sidecar"}},
-			Strategy:              &kruiseapi.RequestStrategy{FailurePolicy: "Ignore", OrderedRecreate: true, ForceRecreate: true, UnreadyGracePeriodSeconds: new(int64(2)), MinStartedSeconds: 1},
+			Strategy: &kruiseapi.RequestStrategy{FailurePolicy: "Ignore", OrderedRecreate: true,
+				ForceRecreate: true, UnreadyGracePeriodSeconds: new(int64(2)), MinStartedSeconds: 1},
 			ActiveDeadlineSeconds: new(int64(120)), TTLSecondsAfterFinished: new(int32(600)),
 		}}
 	}
 	filled := func(o *object) {
 		t.Helper()
 		for i, s := range []corev1.ContainerStatus{container(t, pod, "app"), container(t, pod, "sidecar")} {
-			if have := o.Spec.Containers[i].StatusContext; have == nil || have.ContainerID != s.ContainerID || have.RestartCount != s.RestartCount {
+			if have := o.Spec.Containers[i].StatusContext; have == nil || have.ContainerID != s.ContainerID ||
+				have.RestartCount != s.RestartCount {
 				t.Errorf("statusContext %+v, want %s and %d", have, s.ContainerID, s.RestartCount)
 			}
 		}
 		app, sidecar := o.Spec.Containers[0], o.Spec.Containers[1]
-		if app.PreStop == nil || app.PreStop.HTTPGet == nil || app.PreStop.HTTPGet.Path != "/bye" || len(app.Ports) != 1 || app.Ports[0].Name != "bye" {
+		if app.PreStop == nil || app.PreStop.HTTPGet == nil || app.PreStop.HTTPGet.Path != "/bye" ||
+			len(app.Ports) != 1 || app.Ports[0].Name != "bye" {
 			t.Errorf("hook %+v and ports %+v of app", app.PreStop, app.Ports)
 		}
 		if sidecar.PreStop == nil || sidecar.PreStop.Exec == nil || sidecar.Ports != nil {
@@ -244,7 +271,8 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 		if g := o.Spec.Strategy.TerminationGracePeriodSeconds; g == nil || *g != 4 {
 			t.Errorf("grace %v", g)
 		}
-		if l := o.Labels; l["crr.apps.kruise.io/pod-uid"] != string(pod.UID) || l["crr.apps.kruise.io/node-name"] != pod.Spec.NodeName {
+		if l := o.Labels; l["crr.apps.kruise.io/pod-uid"] != string(pod.UID) ||
+			l["crr.apps.kruise.io/node-name"] != pod.Spec.NodeName {
 			t.Errorf("labels %v", l)
 		}
 	}
@@ -257,7 +285,8 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 	}
 	patch := func(kind types.PatchType, data []byte, manager string) *object {
 		t.Helper()
-		o, options := &object{}, metav1.PatchOptions{FieldManager: manager, FieldValidation: metav1.FieldValidationStrict}
+		o, options := &object{},
+			metav1.PatchOptions{FieldManager: manager, FieldValidation: metav1.FieldValidationStrict}
 		if kind == types.ApplyPatchType {
 			options.Force = new(true)
 		}
@@ -266,7 +295,8 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 	}
 
 	dry := &object{}
-	must(t, c.Create(t.Context(), fresh(name), dry, metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict, DryRun: []string{metav1.DryRunAll}}))
+	must(t, c.Create(t.Context(), fresh(name), dry, metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict,
+		DryRun: []string{metav1.DryRunAll}}))
 	filled(dry)
 	if err := c.Get(t.Context(), name, &object{}); !apierrors.IsNotFound(err) {
 		t.Errorf("after a dry run: %v", err)
@@ -282,7 +312,8 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 	} {
 		o := fresh(name)
 		change(&o.Spec.Containers[0])
-		if err := c.Create(t.Context(), o, &object{}, strict); !apierrors.IsBadRequest(err) || !strings.Contains(err.Error(), "read-only") {
+		if err := c.Create(t.Context(), o, &object{}, strict); !apierrors.IsBadRequest(err) ||
+			!strings.Contains(err.Error(), "read-only") {
 			t.Errorf("%s given by the user: %v", what, err)
 		}
 	}
@@ -340,12 +371,13 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 		"the pod's UID is changed": `{"metadata":{"labels":{"crr.apps.kruise.io/pod-uid":"x"}}}`,
 		"an unknown field is sent": `{"spec":{"podNames":"x"}}`,
 	} {
-		if err := c.Patch(t.Context(), name, types.MergePatchType, []byte(data), &object{}, metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}); err == nil {
+		if err := c.Patch(t.Context(), name, types.MergePatchType, []byte(data), &object{},
+			metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}); err == nil {
 			t.Errorf("%s, and nobody says anything", what)
 		}
 	}
 
-	patience := time.After(2 * time.Minute)
+	timeout := time.After(2 * time.Minute)
 	for done := false; !done; {
 		select {
 		case e, open := <-watched.ResultChan():
@@ -356,7 +388,7 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 			default:
 				done = base(&seen.Status).Phase == "Completed"
 			}
-		case <-patience:
+		case <-timeout:
 			t.Fatalf("not completed: %s", kubectl(t, "-n", ns, "get", "crr", name, "-o", "yaml"))
 		}
 	}
@@ -383,7 +415,9 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 }
 
 // useJobs goes through the life of an image job that finds no nodes.
-func useJobs[Spec, Status, Version any](t *testing.T, config *rest.Config, ns string, version schema.GroupVersion, kind string, spec Spec) {
+func useJobs[Spec, Status, Version any](
+	t *testing.T, config *rest.Config, ns string, version schema.GroupVersion, kind string, spec Spec,
+) {
 	t.Helper()
 	type object = kruiseapi.Object[Spec, Status, Version]
 	name := version.Version
@@ -391,7 +425,8 @@ func useJobs[Spec, Status, Version any](t *testing.T, config *rest.Config, ns st
 	must(t, err)
 	fresh := func() *object { return &object{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: spec} }
 
-	must(t, c.Create(t.Context(), fresh(), &object{}, metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict, DryRun: []string{metav1.DryRunAll}}))
+	must(t, c.Create(t.Context(), fresh(), &object{},
+		metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict, DryRun: []string{metav1.DryRunAll}}))
 	if err := c.Get(t.Context(), name, &object{}); !apierrors.IsNotFound(err) {
 		t.Errorf("after a dry run: %v", err)
 	}
@@ -400,19 +435,23 @@ func useJobs[Spec, Status, Version any](t *testing.T, config *rest.Config, ns st
 	watched, err := c.Watch(t.Context(), name, o.ResourceVersion)
 	must(t, err)
 	defer watched.Stop()
-	must(t, c.Patch(t.Context(), name, types.MergePatchType, []byte(`{"spec":{"parallelism":2}}`), &object{}, metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}))
+	must(t, c.Patch(t.Context(), name, types.MergePatchType, []byte(`{"spec":{"parallelism":2}}`), &object{},
+		metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}))
 	manifest := fresh()
 	manifest.APIVersion, manifest.Kind = version.WithKind(kind).ToAPIVersionAndKind()
 	text, err := json.Marshal(manifest)
 	must(t, err)
-	must(t, c.Patch(t.Context(), name, types.ApplyPatchType, text, &object{}, metav1.PatchOptions{FieldManager: "typed", Force: new(true), FieldValidation: metav1.FieldValidationStrict}))
-	if err := c.Patch(t.Context(), name, types.MergePatchType, []byte(`{"spec":{"images":"x","image":[]}}`), &object{}, metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}); err == nil {
+	must(t, c.Patch(t.Context(), name, types.ApplyPatchType, text, &object{},
+		metav1.PatchOptions{FieldManager: "typed", Force: new(true), FieldValidation: metav1.FieldValidationStrict}))
+	if err := c.Patch(t.Context(), name, types.MergePatchType, []byte(`{"spec":{"images":"x","image":[]}}`), &object{},
+		metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}); err == nil {
 		t.Error("a wrong type, and nobody says anything")
 	}
 	eventually(t, "the typed object is put in its place", func() bool {
 		now := &object{}
 		must(t, c.Get(t.Context(), name, now))
-		err := c.Update(t.Context(), name, now, &object{}, metav1.UpdateOptions{FieldValidation: metav1.FieldValidationStrict})
+		err := c.Update(t.Context(), name, now, &object{},
+			metav1.UpdateOptions{FieldValidation: metav1.FieldValidationStrict})
 		if err != nil && !apierrors.IsConflict(err) {
 			t.Fatal(err)
 		}
@@ -442,7 +481,8 @@ var (
 	index        = regexp.MustCompile(`\[[0-9]+\]`)
 )
 
-// understood says what of an answer OpenKruise's types have no field for, and is not known to be ours.
+// understood says what of an answer OpenKruise's types have no field for, and is not known to be
+// ours.
 func understood(t *testing.T, version schema.GroupVersion, kind string, raw []byte) {
 	t.Helper()
 	decoder := serializer.NewCodecFactory(kruiseapi.NewScheme(), serializer.EnableStrict).UniversalDeserializer()
@@ -465,8 +505,9 @@ func understood(t *testing.T, version schema.GroupVersion, kind string, raw []by
 	}
 }
 
-// manuals are the manifests of OpenKruise's documentation of these kinds, without its comments: what is answered here must be in
-// docs/MIGRATION.md, beside what OpenKruise answers. "" is for what is taken.
+// manuals are the manifests of OpenKruise's documentation of these kinds, without its comments:
+// what is answered here must be in docs/MIGRATION.md, beside what OpenKruise answers. "" is for
+// what is taken.
 var manuals = []struct{ source, manifest, refused string }{
 	{"Container Restart, Submit request", `
 apiVersion: apps.kruise.io/v1alpha1
@@ -719,8 +760,11 @@ func TestKruiseManuals(t *testing.T) {
 				must(t, applyIn(t, ns, manifest)) // nothing changes
 				must(t, applyIn(t, ns, manifest, "--server-side", "--force-conflicts"))
 				if o.GetKind() == "ContainerRecreateRequest" {
-					got := kubectl(t, "-n", ns, "get", name, "-o", "jsonpath={.metadata.labels.crr\\.apps\\.kruise\\.io/pod-uid} {.spec.containers[0].statusContext.containerID}")
-					if uid, id, _ := strings.Cut(got, " "); uid != string(pod.UID) || !strings.HasPrefix(id, "containerd://") {
+					got := kubectl(t, "-n", ns, "get", name, "-o",
+						"jsonpath={.metadata.labels.crr\\.apps\\.kruise\\.io/pod-uid} "+
+							"{.spec.containers[0].statusContext.containerID}")
+					if uid, id, _ := strings.Cut(got, " "); uid != string(pod.UID) ||
+						!strings.HasPrefix(id, "containerd://") {
 						t.Errorf("it has %q", got)
 					}
 				}

@@ -455,7 +455,8 @@ func containersOf(t testing.TB, p *corev1.Pod, name string) []*runtimeapi.Contai
 	defer func() { _ = conn.Close() }()
 	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(),
 		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(p.UID), "io.kubernetes.container.name": name},
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(p.UID),
+				"io.kubernetes.container.name": name},
 		}})
 	must(t, err)
 	return list.GetContainers()
@@ -471,7 +472,9 @@ func assertOneLive(t testing.TB, ns, pod, name string) {
 			p := getPod(t, ns, pod)
 			all = containersOf(t, p, name)
 			live := slices.DeleteFunc(slices.Clone(all),
-				func(c *runtimeapi.Container) bool { return c.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED })
+				func(c *runtimeapi.Container) bool {
+					return c.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED
+				})
 			return len(live) == 1 && live[0].GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING &&
 				idOf(container(t, p, name)) == live[0].GetId()
 		})

@@ -41,7 +41,8 @@ func TestMissing(t *testing.T) {
 			words:   `environment variable key "A" not found in file`,
 		},
 		{
-			name: "sub-path-leads-out", spec: `volumeMounts: [{name: work, mountPath: /work}, {name: work, mountPath: /sub, subPath: one}]`,
+			name:    "sub-path-leads-out",
+			spec:    `volumeMounts: [{name: work, mountPath: /work}, {name: work, mountPath: /sub, subPath: one}]`,
 			volumes: `[{name: work, emptyDir: {}}]`,
 			words:   `failed to prepare subPath for volumeMount "work"`,
 		},
@@ -120,7 +121,8 @@ spec:
 	for _, kind := range []string{"configmap", "secret"} {
 		kubectl(t, "-n", ns, "patch", kind, "part", "--type=json", "-p", `[{"op":"remove","path":"/data/a"}]`)
 	}
-	root := fmt.Sprintf("%s/kubelet/pods/%s/volumes/kubernetes.io~empty-dir/work", bed.NodeDir, before["env-file-key"].UID)
+	root := fmt.Sprintf("%s/kubelet/pods/%s/volumes/kubernetes.io~empty-dir/work", bed.NodeDir,
+		before["env-file-key"].UID)
 	writeFile(t, root+"/one/settings", "B='x'\n")
 	kubectl(t, "-n", ns, "exec", "sub-path-leads-out", "--", "sh", "-c", "mv /work/one /work/was; ln -s /etc /work/one")
 	kubectl(t, "-n", ns, "annotate", "pods", "sub-path-steps-up", "--overwrite", "note=../one")

@@ -54,7 +54,8 @@ func TestHookOfNeighbour(t *testing.T) {
 	}
 	release()
 	eventually(t, "the other pod is gone", func() bool {
-		return apierrors.IsNotFound(api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "leaving"}, &corev1.Pod{}))
+		return apierrors.IsNotFound(api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "leaving"},
+			&corev1.Pod{}))
 	})
 }
 
@@ -254,10 +255,12 @@ spec: {minAvailable: 100%%, selector: {matchLabels: {job: upgrade}}}
 	}
 	for _, name := range append(upgraded, "restart") {
 		assertOneLive(t, ns, name, "app")
-		if got := whats(traceOf(t, dir, name)); len(got)%3 != 1 { // each that began was asked and has ended, but the last
+		// each that began was asked and has ended, but the last
+		if got := whats(traceOf(t, dir, name)); len(got)%3 != 1 {
 			t.Errorf("pod %s wrote %q", name, got)
 		}
-		if p := getPod(t, ns, name); p.Status.Phase != corev1.PodRunning || container(t, p, "neighbour").RestartCount != 0 {
+		if p := getPod(t, ns, name); p.Status.Phase != corev1.PodRunning || container(t, p, "neighbour").
+			RestartCount != 0 {
 			t.Errorf("pod %s: %s", name, states(p))
 		}
 	}

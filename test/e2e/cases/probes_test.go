@@ -153,8 +153,8 @@ func TestSidecar(t *testing.T) {
 	}
 }
 
-// order is a request to restart app in the pod; or, with an image, a rollout of that, and with "restart" for one a rollout that restarts
-// only.
+// order is a request to restart app in the pod; or, with an image, a rollout of that, and with
+// "restart" for one a rollout that restarts only.
 func order(ns, pod, image string) string {
 	switch image {
 	case "":
@@ -166,7 +166,7 @@ func order(ns, pod, image string) string {
 }
 
 // TestDrain has the liveness probe fail while the old container drains: it has closed its port, and
-// takes longer to end than the probe has patience. The restart ends well under every policy, and
+// takes longer to end than the probe waits. The restart ends well under every policy, and
 // the pod goes on.
 func TestDrain(t *testing.T) {
 	t.Parallel()
@@ -256,7 +256,7 @@ func linesOf(t testing.TB, dir, pod string) []string {
 }
 
 // TestStartup restarts containers that listen long after their start, which only their startupProbe
-// has the patience for. No liveness probe kills them before it has passed, and what asked for the
+// waits for. No liveness probe kills them before it has passed, and what asked for the
 // restart does not say that it is done before either.
 func TestStartup(t *testing.T) {
 	t.Parallel()
@@ -273,8 +273,10 @@ func TestStartup(t *testing.T) {
 	}
 	pods := ""
 	for _, c := range cases {
-		pods += podWith(ns, c.name, c.policy, "5", "\n  containers:"+probed("app", bed.Image("app:1"), "8080", "8s", probes)+
-			fmt.Sprintf("\n  - {name: neighbour, image: %s, command: [sh, -c, %s]}", bed.Image("busybox:1.0"), loop))
+		pods += podWith(ns, c.name, c.policy, "5",
+			"\n  containers:"+probed("app", bed.Image("app:1"), "8080", "8s", probes)+
+				fmt.Sprintf("\n  - {name: neighbour, image: %s, command: [sh, -c, %s]}",
+					bed.Image("busybox:1.0"), loop))
 	}
 	create(t, pods)
 	before := allReady(t, ns)

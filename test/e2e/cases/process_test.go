@@ -83,7 +83,8 @@ func dumpOf(t testing.TB, p *corev1.Pod, name string) dump {
 	}
 	for line := range strings.Lines(read("status")) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), ":")
-		if slices.Contains([]string{"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
+		if slices.Contains([]string{"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb",
+			"NoNewPrivs",
 			"Seccomp"}, key) {
 			d["status "+key] = strings.TrimSpace(value)
 		}
@@ -194,7 +195,8 @@ func difference(oneName string, one dump, otherName string, other dump) []string
 	var out []string
 	for _, k := range slices.Sorted(maps.Keys(keys)) {
 		if a, b := show(one, k), show(other, k); a != b {
-			out = append(out, fmt.Sprintf("%s\n    %-*s %s\n    %-*s %s", k, max(len(oneName), len(otherName)), oneName, a,
+			out = append(out, fmt.Sprintf("%s\n    %-*s %s\n    %-*s %s", k, max(len(oneName), len(otherName)),
+				oneName, a,
 				max(len(oneName), len(otherName)), otherName, b))
 		}
 	}

@@ -126,12 +126,14 @@ spec:
 `, ns, one, loop))
 
 	job := func(name, rest string) string {
-		return fmt.Sprintf(`{apiVersion: apps.kruise.io/v1beta1, kind: ImagePullJob, metadata: {namespace: %s, name: %s}, `+
-			`spec: {image: %q, completionPolicy: {type: Always}%s}}`, ns, name, two, rest)
+		return fmt.Sprintf(
+			`{apiVersion: apps.kruise.io/v1beta1, kind: ImagePullJob, metadata: {namespace: %s, name: %s}, `+
+				`spec: {image: %q, completionPolicy: {type: Always}%s}}`, ns, name, two, rest)
 	}
 	list := func(name, rest string) string {
-		return fmt.Sprintf(`{apiVersion: apps.kruise.io/v1alpha1, kind: ImageListPullJob, metadata: {namespace: %s, name: %s}, `+
-			`spec: {images: [%q], completionPolicy: {type: Always}%s}}`, ns, name, two, rest)
+		return fmt.Sprintf(
+			`{apiVersion: apps.kruise.io/v1alpha1, kind: ImageListPullJob, metadata: {namespace: %s, name: %s}, `+
+				`spec: {images: [%q], completionPolicy: {type: Always}%s}}`, ns, name, two, rest)
 	}
 	byPod := rollout(ns, "by-pod", "{podName: web}", two, "")
 	byLabel := rollout(ns, "by-label", "{selector: {matchLabels: {app: web}}}", two, "")
@@ -162,16 +164,20 @@ spec:
 		mayNot  []string
 		because string
 	}{
-		{user: "eve", may: []string{public}, mayNot: []string{byPod}, because: `grant the verb patch on pods "web" in namespace "` + ns + `"`},
+		{user: "eve", may: []string{public}, mayNot: []string{byPod},
+			because: `grant the verb patch on pods "web" in namespace "` + ns + `"`},
 		{user: "eve", mayNot: []string{byLabel}, because: "grant the verb patch on pods in namespace"},
 		{user: "eve", mayNot: []string{ofSet}, because: `grant the verb patch on statefulsets.apps "db"`},
-		{user: "eve", mayNot: []string{ofWeb}, because: "grant one of the verbs patch, delete and restart on pods, or create on pods/exec"},
+		{user: "eve", mayNot: []string{ofWeb},
+			because: "grant one of the verbs patch, delete and restart on pods, or create on pods/exec"},
 		{user: "eve", mayNot: []string{private, privates}, because: `grant the verb get on secrets "one"`},
 		{user: "eve", mayNot: []string{byPods}, because: "grant the verb list on pods"},
 		{user: "bob", may: []string{byPod, byLabel, ofSet, ofWeb, ofOther, private, privates, byPods, public}},
-		{user: "pat", may: []string{byPod, ofWeb}, mayNot: []string{byLabel, ofSet, ofOther, private, byPods}, because: "rights.cri-proxy.io"},
+		{user: "pat", may: []string{byPod, ofWeb}, mayNot: []string{byLabel, ofSet, ofOther, private, byPods},
+			because: "rights.cri-proxy.io"},
 		{user: "rob", may: []string{ofWeb}, mayNot: []string{byPod, ofOther}, because: "rights.cri-proxy.io"},
-		{user: "ann", may: []string{private, privates, byPods}, mayNot: []string{byPod, ofWeb, job("two", ", pullSecrets: [one, two]")}, because: "rights.cri-proxy.io"},
+		{user: "ann", may: []string{private, privates, byPods},
+			mayNot: []string{byPod, ofWeb, job("two", ", pullSecrets: [one, two]")}, because: "rights.cri-proxy.io"},
 	} {
 		user := asUser(t, tt.user)
 		for _, text := range tt.may {
@@ -216,27 +222,34 @@ spec:
 		return o
 	}
 	for what, patch := range map[string]string{
-		"another image": fmt.Sprintf(`{"spec": {"containers": [{"name": "app", "image": %q}]}}`, bed.Image("busybox:3.0")),
-		"again":         `{"metadata": {"annotations": {"cri-proxy.io/retry": "again"}}}`,
-		"a pause":       `{"spec": {"paused": true}}`,
+		"another image": fmt.Sprintf(`{"spec": {"containers": [{"name": "app", "image": %q}]}}`,
+			bed.Image("busybox:3.0")),
+		"again":   `{"metadata": {"annotations": {"cri-proxy.io/retry": "again"}}}`,
+		"a pause": `{"spec": {"paused": true}}`,
 	} {
-		if err := eve.Patch(t.Context(), there(), client.RawPatch("application/merge-patch+json", []byte(patch))); !apierrors.IsForbidden(err) {
+		if err := eve.Patch(t.Context(), there(),
+			client.RawPatch("application/merge-patch+json", []byte(patch))); !apierrors.IsForbidden(err) {
 			t.Errorf("eve, %s: %v", what, err)
 		}
 	}
-	must(t, eve.Patch(t.Context(), there(), client.RawPatch("application/merge-patch+json", []byte(`{"metadata": {"labels": {"a": "b"}}}`))))
+	must(t, eve.Patch(t.Context(), there(),
+		client.RawPatch("application/merge-patch+json", []byte(`{"metadata": {"labels": {"a": "b"}}}`))))
 	// A rollback puts back what the status says was there before.
 	back := fmt.Sprintf(`{"status": {"failedRevision": %q, "completionTime": null, "previousImages": {"app": %q}}}`,
 		getRollout(t, ns, "by-pod").Status.ObservedRevision, bed.Image("busybox:3.0"))
-	if err := eve.Status().Patch(t.Context(), there(), client.RawPatch("application/merge-patch+json", []byte(back))); !apierrors.IsForbidden(err) {
+	if err := eve.Status().
+		Patch(t.Context(), there(),
+			client.RawPatch("application/merge-patch+json", []byte(back))); !apierrors.IsForbidden(err) {
 		t.Errorf("eve, a rollback to another image: %v", err)
 	}
 
-	// The controller's own objects pass: the rollout of an annotated workload, and the jobs of a list.
+	// The controller's own objects pass: the rollout of an annotated workload, and the jobs of a
+	// list.
 	eventually(t, "the annotated StatefulSet has its rollout", func() bool {
 		return api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "statefulset-db"}, objectOf(t, ofSet)) == nil
 	})
-	must(t, asUser(t, "bob").Create(t.Context(), objectOf(t, list("both", ", pullSecrets: [one], podSelector: {matchLabels: {app: web}}"))))
+	must(t, asUser(t, "bob").
+		Create(t.Context(), objectOf(t, list("both", ", pullSecrets: [one], podSelector: {matchLabels: {app: web}}"))))
 	eventually(t, "the list has its job", func() bool {
 		return strings.Contains(kubectl(t, "-n", ns, "get", "imagepulljobs", "-o", "name"), "/both-")
 	})

@@ -136,7 +136,8 @@ func TestMirrorPods(t *testing.T) {
 		"metadata: {", "metadata: {labels: {app: mixed}, annotations: {kubernetes.io/config.mirror: hash}, ", 1)
 	create(t, rolled(ns, "mixed", 2, image, "command: [sh, -c, "+loop+"]"))
 	podsOf(t, ns, "mixed", 2)
-	// The pods of nodes that are not there are deleted after a while, so all is said of this one at once.
+	// The pods of nodes that are not there are deleted after a while, so all is said of this one at
+	// once.
 	create(t, mirror)
 	apply(t, rollout(ns, "all", "{selector: {matchLabels: {app: mixed}}}", "", "progressDeadlineSeconds: 30")+
 		rollout(ns, "one", "{podName: static}", bed.Image("busybox:2.0"), "onFailure: Pause"))
@@ -145,7 +146,8 @@ func TestMirrorPods(t *testing.T) {
 		"one": {"change its manifest on node nowhere", "make a ContainerRecreateRequest"},
 	} {
 		var r *inplace.InPlaceRollout
-		eventuallySaying(t, "rollout "+name+" tells of the static pod", func() string { return fmt.Sprintf("%+v", r.Status) },
+		eventuallySaying(t, "rollout "+name+" tells of the static pod",
+			func() string { return fmt.Sprintf("%+v", r.Status) },
 			func() bool {
 				r = getRollout(t, ns, name)
 				return !slices.ContainsFunc(says, func(s string) bool { return !strings.Contains(r.Status.Message, s) })
@@ -177,8 +179,8 @@ func TestRestartsInARow(t *testing.T) {
 	}
 }
 
-// TestRestartFails has a restart that cannot be carried out: that is told, and it is in the way of no
-// later rollout.
+// TestRestartFails has a restart that cannot be carried out: that is told, and it is in the way of
+// no later rollout.
 func TestRestartFails(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -228,7 +230,8 @@ func TestMovedTag(t *testing.T) {
 		for i, p := range podsOf(t, ns, "web", 2) {
 			s := container(t, p, "app")
 			if p.UID != before[i].UID || s.RestartCount != restarts || p.Spec.Containers[0].Image != image {
-				t.Errorf("pod %s: %s, image %s; want %d restarts", p.Name, states(p), p.Spec.Containers[0].Image, restarts)
+				t.Errorf("pod %s: %s, image %s; want %d restarts", p.Name, states(p), p.Spec.Containers[0].Image,
+					restarts)
 			}
 			got := strings.TrimSpace(readFile(t, fmt.Sprintf("/proc/%d/root/etc/version", pidOf(t, s))))
 			if got != want {

@@ -178,8 +178,10 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: VERSION, value: "wins over the image's"}
 `,
 			want: map[string]string{
-				"environment LONG": "one-two-three one-two", "environment ESCAPED": "$(FIRST) $one $$(FIRST)", "environment FORWARD": "$(LAST)",
-				"environment OF_FRESH_SERVICE": "80", "environment FIRST": "again one", "environment OF_IMAGE": "$(VERSION)",
+				"environment LONG": "one-two-three one-two", "environment ESCAPED": "$(FIRST) $one $$(FIRST)",
+				"environment FORWARD":          "$(LAST)",
+				"environment OF_FRESH_SERVICE": "80", "environment FIRST": "again one",
+				"environment OF_IMAGE": "$(VERSION)",
 			},
 		},
 		{
@@ -293,8 +295,9 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: IPS, valueFrom: {fieldRef: {fieldPath: status.podIPs}}}
     - {name: REFERENCES, value: "$(POD)/$(LABEL)/$(NOTE)/$(IP)"}
 `,
-			want: map[string]string{"environment REFERENCES": "downward/after/after/", "environment FRESH_LABEL": "after",
-				"environment HOST": bed.BridgeIP},
+			want: map[string]string{"environment REFERENCES": "downward/after/after/",
+				"environment FRESH_LABEL": "after",
+				"environment HOST":        bed.BridgeIP},
 		},
 		{
 			name: "resources",
@@ -417,8 +420,9 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   volumes: [{name: work, emptyDir: {}}]
 `,
 			rewrite: `printf "# a comment\nKEY='after'\n MULTI='after\nline two' # more\nGONE= 'after'\nLAST='\$(KEY) after'\nNONE=''\n" | tee /work/settings.env >/work/sub/other.env`,
-			want: map[string]string{"environment REFERENCES": "after $(GONE) $(LATE)", "environment MULTI": "after\nline two",
-				"argument 3": "after"},
+			want: map[string]string{"environment REFERENCES": "after $(GONE) $(LATE)",
+				"environment MULTI": "after\nline two",
+				"argument 3":        "after"},
 		},
 		{
 			name: "host",
@@ -615,7 +619,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   - {name: always, image: {reference: PART, pullPolicy: Always}}
   - {name: present, image: {reference: PART, pullPolicy: IfNotPresent}}
 `),
-			want: map[string]string{"image": "version 2.0", "file /part/version": "3.0", "file /always/etc/version": "3.0"},
+			want: map[string]string{"image": "version 2.0", "file /part/version": "3.0",
+				"file /always/etc/version": "3.0"},
 		},
 		{
 			name: "locked",
@@ -836,7 +841,8 @@ func shown(t testing.TB, ns string, pods map[string]*corev1.Pod) {
 					{c.Resources.Requests, s.Resources.Requests}} {
 					for resource, want := range pair[0] {
 						if got := pair[1][resource]; got.Cmp(want) != 0 {
-							old = append(old, fmt.Sprintf("%s/%s has %s %s, is to have %s", name, c.Name, resource, got.String(),
+							old = append(old, fmt.Sprintf("%s/%s has %s %s, is to have %s", name, c.Name, resource,
+								got.String(),
 								want.String()))
 						}
 					}

@@ -28,8 +28,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// together is a cluster of its own, since what these tests do is about all of it: one node without cri-proxy, which does not answer
-// the controller.
+// together is a cluster of its own, since what these tests do is about all of it: one node without
+// cri-proxy, which does not answer the controller.
 type together struct {
 	*testbed.Bed
 	t       *testing.T
@@ -64,7 +64,8 @@ func (b *together) field(kind, ns, name, path string) string {
 // ready is what the controller's readiness probe says.
 func (b *together) ready() string {
 	b.t.Helper()
-	request, err := http.NewRequestWithContext(b.t.Context(), http.MethodGet, "http://"+b.ControllerHealthAddress+"/readyz?verbose", nil)
+	request, err := http.NewRequestWithContext(b.t.Context(), http.MethodGet,
+		"http://"+b.ControllerHealthAddress+"/readyz?verbose", nil)
 	must(b.t, err)
 	answer, err := http.DefaultClient.Do(request)
 	must(b.t, err)
@@ -92,7 +93,8 @@ func startTogether(t *testing.T) *together {
 	source, err := testbed.SourceDir("")
 	must(t, err)
 	own, err := testbed.Start(t.Context(), testbed.Options{
-		Mode: testbed.ModeCluster, Direct: true, KeepLogs: t.Failed, Log: t.Output(), ControllerBinary: filepath.Join(bed.Bin, "cri-controller"),
+		Mode: testbed.ModeCluster, Direct: true, KeepLogs: t.Failed, Log: t.Output(),
+		ControllerBinary: filepath.Join(bed.Bin, "cri-controller"),
 	})
 	must(t, err)
 	t.Cleanup(func() {
@@ -106,7 +108,8 @@ func startTogether(t *testing.T) *together {
 	for _, f := range []string{"controller/namespace.yaml", "controller/serviceaccount.yaml", "rbac"} {
 		b.say("apply", "-f", filepath.Join(source, "deploy", f))
 	}
-	b.account, err = own.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
+	b.account, err = own.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller",
+		"system:serviceaccounts")
 	must(t, err)
 	own.ControllerKubeconfig = b.account
 	return b
@@ -138,7 +141,8 @@ func TestTogether(t *testing.T) {
 	b := startTogether(t)
 	crds := filepath.Join(b.source, "deploy", "crds")
 	must(t, b.KubectlApply(t.Context(), olderDefinition+"---"+kruiseWebhooks))
-	for _, name := range []string{"apps.kruise.io_containerrecreaterequests.yaml", "cri-proxy.io_inplacerollouts.yaml"} {
+	for _, name := range []string{"apps.kruise.io_containerrecreaterequests.yaml",
+		"cri-proxy.io_inplacerollouts.yaml"} {
 		b.say("apply", "--server-side", "-f", filepath.Join(crds, name))
 	}
 	b.say("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
@@ -169,14 +173,16 @@ spec:
 		// The chart would not overwrite its definitions.
 		out := helm(t, b.source, "install", "cri-proxy", filepath.Join(b.source, "deploy", "helm", "cri-proxy"),
 			"--namespace", "cri-proxy-system", "--dry-run=server", "--take-ownership", "--kubeconfig", b.Kubeconfig)
-		if strings.Contains(out, "name: imagepulljobs.apps.kruise.io") || !strings.Contains(out, "name: inplacerollouts.cri-proxy.io") ||
+		if strings.Contains(out, "name: imagepulljobs.apps.kruise.io") ||
+			!strings.Contains(out, "name: inplacerollouts.cri-proxy.io") ||
 			!strings.Contains(out, "name: imagelistpulljobs.apps.kruise.io") {
 			t.Error("the chart must have all definitions but the one that is OpenKruise's")
 		}
 
 		must(t, b.StartController(t.Context(), "--openkruise-period=1s"))
 		b.until("the probe tells of OpenKruise", b.ready, func(s string) bool {
-			return strings.Contains(s, "left to OpenKruise") && strings.Contains(s, "kruise-mutating-webhook-configuration")
+			return strings.Contains(s, "left to OpenKruise") &&
+				strings.Contains(s, "kruise-mutating-webhook-configuration")
 		})
 		must(t, b.KubectlApply(t.Context(), recreate("apps", "theirs", "gated", "containers: [{name: app}]")+`
 apiVersion: cri-proxy.io/v1alpha1
@@ -184,7 +190,8 @@ kind: InPlaceRollout
 metadata: {namespace: apps, name: ours}
 spec: {target: {podName: none}, containers: [{name: app}]}
 `))
-		b.until("the rollout is seen", func() string { return b.field("inplacerollout", "apps", "ours", ".status.observedGeneration") },
+		b.until("the rollout is seen",
+			func() string { return b.field("inplacerollout", "apps", "ours", ".status.observedGeneration") },
 			func(s string) bool { return s == "1" })
 		time.Sleep(2 * time.Second)
 		if got := b.field("crr", "apps", "theirs", ".metadata.finalizers} {.status.phase"); got != "" {
@@ -198,11 +205,14 @@ spec: {target: {podName: none}, containers: [{name: app}]}
 	b.step("after OpenKruise", func(t *testing.T) {
 		b.say("delete", "mutatingwebhookconfiguration", "kruise-mutating-webhook-configuration")
 		b.until("the probe tells of the older definition", b.ready, func(s string) bool {
-			return strings.Contains(s, "does not serve") && strings.Contains(s, "ImagePullJob in apps.kruise.io/v1beta1")
+			return strings.Contains(s, "does not serve") &&
+				strings.Contains(s, "ImagePullJob in apps.kruise.io/v1beta1")
 		})
-		b.until("its gate is opened, whatever definitions there are", kruises, func(s string) bool { return s == "True" })
+		b.until("its gate is opened, whatever definitions there are", kruises,
+			func(s string) bool { return s == "True" })
 		must(t, b.InstallCRDs(t.Context()))
-		b.until("the request is taken up", func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
+		b.until("the request is taken up",
+			func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
 			func(s string) bool { return strings.Contains(s, "cri-proxy.io/operation") })
 		if s := b.ready(); strings.Contains(s, "note:") {
 			t.Errorf("a note though all is carried out: %s", s)
@@ -220,13 +230,15 @@ spec:
     metadata: {labels: {app: kruise-daemon}}
     spec: {nodeSelector: {none: here}, containers: [{name: daemon, image: none}]}
 `))
-		b.until("the request is left to it", func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
+		b.until("the request is left to it",
+			func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
 			func(s string) bool { return s == "" })
 		if s := b.ready(); !strings.Contains(s, "DaemonSet apps/kruise-daemon") {
 			t.Errorf("the probe does not tell: %s", s)
 		}
 		b.say("-n", "apps", "delete", "daemonset", "kruise-daemon")
-		b.until("the request is taken up again", func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
+		b.until("the request is taken up again",
+			func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
 			func(s string) bool { return strings.Contains(s, "cri-proxy.io/operation") })
 	})
 
@@ -234,9 +246,10 @@ spec:
 	b.step("uninstall", func(*testing.T) { b.uninstall() })
 }
 
-// hungNodes has nodes that take connections and say nothing, with requests for their pods. A request
-// for another node, at which nothing listens, does not wait for them: one after the other they would
-// take the eight workers more than three minutes, which is longer than anything here is waited for.
+// hungNodes has nodes that take connections and say nothing, with requests for their pods. A
+// request for another node, at which nothing listens, does not wait for them: one after the other
+// they would take the eight workers more than three minutes, which is longer than anything here is
+// waited for.
 func (b *together) hungNodes() {
 	t := b.t
 	t.Helper()
@@ -261,16 +274,19 @@ func (b *together) hungNodes() {
 		}
 	}()
 	add := func(node, address string, pods int) {
-		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node, Annotations: map[string]string{nodes.AddressAnnotation: address}}}
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node,
+			Annotations: map[string]string{nodes.AddressAnnotation: address}}}
 		must(t, cluster.Create(t.Context(), n))
 		bare := n.DeepCopy()
-		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()}}
+		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue,
+			LastHeartbeatTime: metav1.Now()}}
 		n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "127.0.0.1"}}
 		must(t, cluster.Status().Patch(t.Context(), n, client.MergeFrom(bare)))
 		for i := range pods {
 			p := &corev1.Pod{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "hung", Name: fmt.Sprintf("%s-%d", node, i)},
-				Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "app", Image: "none"}}},
+				Spec: corev1.PodSpec{NodeName: node,
+					Containers: []corev1.Container{{Name: "app", Image: "none"}}},
 			}
 			must(t, cluster.Create(t.Context(), p))
 			bare := p.DeepCopy()
@@ -302,7 +318,8 @@ func (b *together) hungNodes() {
 		}
 	}
 	message := func(pod string) string { return b.field("crr", "hung", pod, ".status.message") }
-	b.until("the controller says that a node hangs", func() string { return message("hung-0-0") }, func(s string) bool { return s != "" })
+	b.until("the controller says that a node hangs", func() string { return message("hung-0-0") },
+		func(s string) bool { return s != "" })
 	start := time.Now()
 	ask("other-0")
 	b.until("the other request is at work", func() string { return message("other-0") },
@@ -370,7 +387,8 @@ spec:
 `, b.Image("busybox:1.0"))))
 	b.say("-n", "apps", "wait", "--for=condition=ContainersReady", "pod/late", "--timeout=60s")
 	for _, name := range []string{"gated", "late"} {
-		b.until("nobody opens the gate of "+name, func() string { return b.field("pod", "apps", name, `.status.conditions[?(@.type=="Ready")].status`) },
+		b.until("nobody opens the gate of "+name,
+			func() string { return b.field("pod", "apps", name, `.status.conditions[?(@.type=="Ready")].status`) },
 			func(s string) bool { return s == "False" })
 	}
 	// What has ended goes without a controller; what has not is held.
@@ -382,7 +400,8 @@ spec:
 		t.Error("the namespace with finalizers is gone already: this test tests nothing")
 	}
 
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-controller"), "uninstall", "--kubeconfig", b.account, "--timeout=60s")
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "cri-controller"), "uninstall", "--kubeconfig",
+		b.account, "--timeout=60s")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -412,7 +431,8 @@ func goTool(t *testing.T, source, stdin string, args ...string) string {
 	home := scratchDir(t)
 	cmd := exec.CommandContext(t.Context(), "go", args...)
 	cmd.Dir = filepath.Join(source, "tools", "deploy")
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "CGO_ENABLED=0", "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
+	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "CGO_ENABLED=0", "HELM_CACHE_HOME="+home,
+		"HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
 	cmd.Stdin = strings.NewReader(stdin)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -423,7 +443,8 @@ func goTool(t *testing.T, source, stdin string, args ...string) string {
 	return string(out)
 }
 
-// TestHealth: what kstatus, by its own code, and Argo CD, by the script in deploy/argocd, make of objects as the controller writes them.
+// TestHealth: what kstatus, by its own code, and Argo CD, by the script in deploy/argocd, make of
+// objects as the controller writes them.
 func TestHealth(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -490,21 +511,24 @@ spec: {images: ["%s"], completionPolicy: {type: Always}}
 		"InPlaceRollout/rolled-back Failed Degraded",
 	}
 	var got string
-	eventuallySaying(t, "all stand as kstatus and Argo CD are to see them: "+strings.Join(want, ", "), func() string { return got }, func() bool {
-		got = health(t, source, ns)
-		for _, line := range want {
-			if !strings.Contains(got, line) {
-				return false
+	eventuallySaying(t, "all stand as kstatus and Argo CD are to see them: "+strings.Join(want, ", "),
+		func() string { return got }, func() bool {
+			got = health(t, source, ns)
+			for _, line := range want {
+				if !strings.Contains(got, line) {
+					return false
+				}
 			}
-		}
-		return true
-	})
+			return true
+		})
 	for kind, paths := range map[string]string{
-		"inplacerollout":   "{.status.desired} {.status.updated} {.status.ready} {.status.unavailable} {.status.failed}",
+		"inplacerollout": "{.status.desired} {.status.updated} {.status.ready} {.status.unavailable} " +
+			"{.status.failed}",
 		"imagepulljob":     "{.status.desired} {.status.active} {.status.succeeded} {.status.failed} {.status.skipped}",
 		"imagelistpulljob": "{.status.desired} {.status.active} {.status.completed} {.status.succeeded}",
 	} {
-		if counts := kubectl(t, "-n", ns, "get", kind, "done", "-o", "jsonpath="+paths); len(strings.Fields(counts)) != len(strings.Fields(paths)) {
+		if counts := kubectl(t, "-n", ns, "get", kind, "done", "-o",
+			"jsonpath="+paths); len(strings.Fields(counts)) != len(strings.Fields(paths)) {
 			t.Errorf("%s: counts %q of %s", kind, counts, paths)
 		}
 	}
@@ -514,10 +538,12 @@ spec: {images: ["%s"], completionPolicy: {type: Always}}
 func health(t *testing.T, source, ns string) string {
 	t.Helper()
 	var documents strings.Builder
-	for _, kind := range []string{"containerrecreaterequests", "imagelistpulljobs", "imagepulljobs", "inplacerollouts"} {
+	for _, kind := range []string{"containerrecreaterequests", "imagelistpulljobs", "imagepulljobs",
+		"inplacerollouts"} {
 		for _, name := range strings.Fields(kubectl(t, "-n", ns, "get", kind, "-o", "name")) {
 			documents.WriteString("---\n" + kubectl(t, "-n", ns, "get", name, "-o", "yaml") + "\n")
 		}
 	}
-	return goTool(t, source, documents.String(), "run", "./health", filepath.Join(source, "deploy", "argocd", "health.lua"))
+	return goTool(t, source, documents.String(), "run", "./health",
+		filepath.Join(source, "deploy", "argocd", "health.lua"))
 }

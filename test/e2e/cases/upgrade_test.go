@@ -64,7 +64,8 @@ func traceOf(t testing.TB, dir, pod string) []said {
 		fields := strings.Fields(line)
 		at, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		must(t, err)
-		out = append(out, said{what: strings.Join(fields[:len(fields)-1], " "), at: time.Duration(at * float64(time.Second))})
+		out = append(out,
+			said{what: strings.Join(fields[:len(fields)-1], " "), at: time.Duration(at * float64(time.Second))})
 	}
 	return out
 }
@@ -120,9 +121,11 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 		pdb           bool   // holds the rollout back when it has been prepared
 	}{
 		{name: "config", spec: key, drain: "4", began: "1.0 before", then: "2.0 after"},
-		{name: "service", spec: `env: [{name: SETTING, value: "$(FRESH_SERVICE_PORT)"}]`, began: "1.0 $(FRESH_SERVICE_PORT)",
-			then: "2.0 80"},
-		{name: "annotation", spec: `env: [{name: SETTING, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
+		{name: "service", spec: `env: [{name: SETTING, value: "$(FRESH_SERVICE_PORT)"}]`,
+			began: "1.0 $(FRESH_SERVICE_PORT)",
+			then:  "2.0 80"},
+		{name: "annotation",
+			spec:  `env: [{name: SETTING, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
 			began: "1.0 before", then: "2.0 after"},
 		{name: "resized", spec: `env: [{name: SETTING, valueFrom: {resourceFieldRef: {resource: limits.memory, divisor: 1Mi}}}]
     resources: {requests: {memory: 40Mi}, limits: {memory: 40Mi}}`, began: "1.0 40", then: "2.0 56"},
@@ -133,14 +136,17 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
     env: [{name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
 			volumes: "- {name: host, hostPath: {path: " + host + "}}", began: "1.0 before", then: "2.0 after"},
 		{name: "image-volume", spec: "- {name: part, mountPath: /setting, subPath: etc}",
-			volumes: "- {name: part, image: {reference: " + staleVolume + ", pullPolicy: Always}}", began: "1.0 2.0", then: "2.0 3.0"},
+			volumes: "- {name: part, image: {reference: " + staleVolume + ", pullPolicy: Always}}", began: "1.0 2.0",
+			then: "2.0 3.0"},
 		{name: "stale", spec: "imagePullPolicy: Always", to: stale, began: "1.0", then: "3.0"},
 		{name: "moved", spec: "imagePullPolicy: Always", from: moving, to: "restart", began: "1.0", then: "2.0"},
-		{name: "late", spec: strings.Replace(key, "name: conf", "name: late", 1), began: "1.0 before", then: "2.0 later", pdb: true},
+		{name: "late", spec: strings.Replace(key, "name: conf", "name: late", 1), began: "1.0 before",
+			then: "2.0 later", pdb: true},
 		{name: "nothing", spec: `env: [{name: SETTING, value: same}]`, began: "1.0 same", then: "2.0 same"},
 	}
 	conf := func(name, value string) string {
-		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s}\ndata: {setting: %s}\n---\n",
+		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s}\ndata: "+
+			"{setting: %s}\n---\n",
 			name, ns, value)
 	}
 	pods := ""
@@ -205,10 +211,11 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 			}
 			want := []string{"began " + c.began, "asked " + c.began, "ended " + c.began, "began " + c.then}
 			var trace []said
-			eventuallySaying(t, "the new container has begun", func() string { return fmt.Sprint(whats(trace)) }, func() bool {
-				trace = traceOf(t, dir, c.name)
-				return len(trace) >= len(want)
-			})
+			eventuallySaying(t, "the new container has begun", func() string { return fmt.Sprint(whats(trace)) },
+				func() bool {
+					trace = traceOf(t, dir, c.name)
+					return len(trace) >= len(want)
+				})
 			if !slices.Equal(whats(trace), want) {
 				t.Fatalf("the pod wrote\n  %q\nwant\n  %q", whats(trace), want)
 			}
@@ -224,7 +231,8 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 			// whole stop or start. by the time of a whole stop or start either.
 			outer, told := trace[3].at-trace[2].at, op.GetGap().AsDuration()
 			if slack := 5 * time.Second; told > outer+slack || told < outer-slack {
-				t.Errorf("the gap is told as %s; from the last line of the old container to the first of the new one it is %s",
+				t.Errorf("the gap is told as %s; from the last line of the old container to the first of the new one "+
+					"it is %s",
 					told, outer)
 			}
 			t.Logf("%s, gap %s within %s, warnings %q", op.GetMethod(), told, outer, op.GetWarnings())

@@ -1,15 +1,19 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// The app image is a small HTTP server that tests steer: it says which version and process it is, and ends, hangs or fails on demand.
+// The app image is a small HTTP server that tests steer: it says which version and process it is,
+// and ends, hangs or fails on demand.
 //
-// Environment: PORT (8080), REUSEPORT=1 (listen with SO_REUSEPORT), REUSEPORT=newest (and take all new connections from a process that
-// listens already), IGNORE_TERM=1 (stay on SIGTERM), FAIL_START=1 (exit 3 at once), STARTUP_DELAY (Go duration before it listens), TERM_EXIT_CODE (0), TERM_DELAY (Go duration between SIGTERM and the end), TERM_MESSAGE
-// (written to TERM_PATH, /dev/termination-log, when it ends), TICK=1 (a log line each second).
+// Environment: PORT (8080), REUSEPORT=1 (listen with SO_REUSEPORT), REUSEPORT=newest (and take all
+// new connections from a process that listens already), IGNORE_TERM=1 (stay on SIGTERM),
+// FAIL_START=1 (exit 3 at once), STARTUP_DELAY (Go duration before it listens), TERM_EXIT_CODE (0),
+// TERM_DELAY (Go duration between SIGTERM and the end), TERM_MESSAGE (written to TERM_PATH,
+// /dev/termination-log, when it ends), TICK=1 (a log line each second).
 //
-// Endpoints: / (JSON identity; ?env=A,B adds these variables), /healthz, /readyz, /ready?on=0|1, /health?on=0|1 (turn the former on or
-// off), /exit?code=N, /hook?name=X (recorded), /hooks (what was recorded). `app call PATH` gets PATH from the server, for exec hooks
-// and probes; `app version` prints the version.
+// Endpoints: / (JSON identity; ?env=A,B adds these variables), /healthz, /readyz, /ready?on=0|1,
+// /health?on=0|1 (turn the former on or off), /exit?code=N, /hook?name=X (recorded), /hooks (what
+// was recorded). `app call PATH` gets PATH from the server, for exec hooks and probes; `app
+// version` prints the version.
 package main
 
 import (
@@ -101,7 +105,8 @@ type app struct {
 
 func (a *app) run(port string) error {
 	hostname, _ := os.Hostname()
-	fmt.Printf("app version=%s pid=%d hostname=%s start=%s\n", version, os.Getpid(), hostname, a.start.Format(time.RFC3339Nano))
+	fmt.Printf("app version=%s pid=%d hostname=%s start=%s\n", version, os.Getpid(), hostname,
+		a.start.Format(time.RFC3339Nano))
 	if os.Getenv("FAIL_START") == "1" {
 		fmt.Fprintln(os.Stderr, "app: FAIL_START is set")
 		a.end(3)
@@ -162,7 +167,11 @@ func listen(address string) (net.Listener, error) {
 	if share == "1" || share == "newest" {
 		config.Control = func(_, _ string, c syscall.RawConn) error {
 			var err error
-			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }), err)
+			return errors.Join(
+				c.Control(func(fd uintptr) {
+					err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT,
+						1)
+				}), err)
 		}
 	}
 	l, err := config.Listen(context.Background(), "tcp", address)
@@ -177,13 +186,15 @@ func listen(address string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Of a port's listeners, in the order in which they came, the second gets all new connections; the only one does when
-	// there is no second. So the old process has had none for a while when it is told to end: neither the kernel, which resets
-	// what a closed listener has not accepted, nor net/http, which drops what has not sent its request, has any to drop.
+	// Of a port's listeners, in the order in which they came, the second gets all new connections;
+	// the only one does when there is no second. So the old process has had none for a while when
+	// it is told to end: neither the kernel, which resets what a closed listener has not accepted,
+	// nor net/http, which drops what has not sent its request, has any to drop.
 	second := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 1}}
 	var failed error
 	err = c.Control(func(fd uintptr) {
-		failed = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: 1, Filter: &second[0]})
+		failed = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF,
+			&unix.SockFprog{Len: 1, Filter: &second[0]})
 	})
 	return l, errors.Join(err, failed)
 }
@@ -201,7 +212,8 @@ func (a *app) end(code int) {
 func (a *app) routes(hostname string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/{$}", func(w http.ResponseWriter, r *http.Request) {
-		id := map[string]any{"version": version, "pid": os.Getpid(), "startTime": a.start.Format(time.RFC3339Nano), "hostname": hostname}
+		id := map[string]any{"version": version, "pid": os.Getpid(), "startTime": a.start.Format(time.RFC3339Nano),
+			"hostname": hostname}
 		if names := r.URL.Query().Get("env"); names != "" {
 			vars := map[string]string{}
 			for n := range strings.SplitSeq(names, ",") {

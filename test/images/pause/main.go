@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// The pause image holds a pod sandbox's namespaces: it waits for a signal and reaps what is reparented to it.
+// The pause image holds a pod sandbox's namespaces: it waits for a signal and reaps what is
+// reparented to it.
 package main
 
 import (

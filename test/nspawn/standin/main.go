@@ -55,18 +55,26 @@ type slowRuntime struct {
 }
 
 func (*slowRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "standin", RuntimeVersion: "1", RuntimeApiVersion: "v1"}, nil
+	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "standin", RuntimeVersion: "1",
+		RuntimeApiVersion: "v1"}, nil
 }
 
-func (*slowRuntime) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
-	return &runtimeapi.ListContainersResponse{Containers: []*runtimeapi.Container{{Id: "a", State: runtimeapi.ContainerState_CONTAINER_RUNNING}}}, nil
+func (*slowRuntime) ListContainers(
+	context.Context, *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
+	return &runtimeapi.ListContainersResponse{
+		Containers: []*runtimeapi.Container{{Id: "a", State: runtimeapi.ContainerState_CONTAINER_RUNNING}}}, nil
 }
 
-func (*slowRuntime) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+func (*slowRuntime) ContainerStatus(
+	_ context.Context, req *runtimeapi.ContainerStatusRequest,
+) (*runtimeapi.ContainerStatusResponse, error) {
 	return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: req.GetContainerId()}}, nil
 }
 
-func (r *slowRuntime) PullImage(ctx context.Context, req *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
+func (r *slowRuntime) PullImage(
+	ctx context.Context, req *runtimeapi.PullImageRequest,
+) (*runtimeapi.PullImageResponse, error) {
 	if err := os.WriteFile(filepath.Join(r.dir, "pulling"), nil, 0o600); err != nil {
 		return nil, err
 	}
@@ -77,7 +85,9 @@ func (r *slowRuntime) PullImage(ctx context.Context, req *runtimeapi.PullImageRe
 	return &runtimeapi.PullImageResponse{ImageRef: req.GetImage().GetImage()}, err
 }
 
-func (*slowRuntime) GetContainerEvents(_ *runtimeapi.GetEventsRequest, s grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse]) error {
+func (*slowRuntime) GetContainerEvents(
+	_ *runtimeapi.GetEventsRequest, s grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse],
+) error {
 	if err := s.Send(&runtimeapi.ContainerEventResponse{ContainerId: "a"}); err != nil {
 		return err
 	}
@@ -134,7 +144,8 @@ type report struct {
 	Failures []failure     `json:"failures"`
 	Slowest  time.Duration `json:"slowest"` // of the short calls
 	Streams  int           `json:"streams"` // event streams opened
-	// StreamEnded is when the end of the last one was seen, which is after that of its connection: calls that begin later go elsewhere.
+	// StreamEnded is when the end of the last one was seen, which is after that of its connection:
+	// calls that begin later go elsewhere.
 	StreamEnded time.Time `json:"streamEnded"`
 	// Pulls are asked for by the file "pull", which is taken away.
 	PullsDone int `json:"pullsDone"`
@@ -184,7 +195,8 @@ func kubelet(ctx context.Context, socket, dir string) error {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}),
 		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
+				MaxDelay: 3 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
 	)
@@ -260,7 +272,8 @@ func (l *load) events(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 		l.change(func(r *report) { r.StreamEnded = time.Now() })
 		if ctx.Err() == nil && status.Code(err) != codes.Unavailable {
 			l.change(func(r *report) {
-				r.Failures = append(r.Failures, failure{"the end of GetContainerEvents", began, time.Now(), err.Error()})
+				r.Failures = append(r.Failures,
+					failure{"the end of GetContainerEvents", began, time.Now(), err.Error()})
 			})
 		}
 	}
@@ -272,7 +285,8 @@ func (l *load) pulls(ctx context.Context, images runtimeapi.ImageServiceClient, 
 	for poll(ctx, func() bool { return os.Remove(filepath.Join(dir, "pull")) == nil }) == nil {
 		under.Go(func() {
 			l.call("PullImage", false, func() error { // no deadline, as kubelet's
-				_, err := images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
+				_, err := images.PullImage(ctx,
+					&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
 				return err
 			})
 			l.change(func(r *report) { r.PullsDone++ })

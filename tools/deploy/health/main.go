@@ -1,9 +1,10 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Command health says how others tell the health of objects: kstatus (Flux, Helm), by its own code, and Argo CD, by a script in Lua.
-// Objects are YAML documents on the standard input, the script is the argument. Each object is a line: kind/name, kstatus' status,
-// Argo CD's status and its message.
+// Command health says how others tell the health of objects: kstatus (Flux, Helm), by its own code,
+// and Argo CD, by a script in Lua. Objects are YAML documents on the standard input, the script is
+// the argument. Each object is a line: kind/name, kstatus' status, Argo CD's status and its
+// message.
 package main
 
 import (
@@ -67,7 +68,8 @@ func run(args []string, in io.Reader, out io.Writer) error {
 	}
 }
 
-// argo runs the script as Argo CD does: with the object, and without the libraries that reach outside.
+// argo runs the script as Argo CD does: with the object, and without the libraries that reach
+// outside.
 func argo(script string, object map[string]any) (health, message string, err error) {
 	l := lua.NewState(lua.Options{SkipOpenLibs: true})
 	defer l.Close()

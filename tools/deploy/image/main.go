@@ -46,7 +46,8 @@ func main() {
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("image", flag.ContinueOnError)
 	platforms := flags.String("platforms", "linux/amd64,linux/arm64", "comma-separated list of os/architecture")
-	to := flags.String("to", "", "where to: a reference is pushed, a name that ends in .tar is written as an OCI archive")
+	to := flags.String("to", "",
+		"where to: a reference is pushed, a name that ends in .tar is written as an OCI archive")
 	insecure := flags.Bool("insecure", false, "the registry speaks plain HTTP")
 	vcs := flags.String("buildvcs", "auto", "go build's flag of this name: whether the binary knows its commit")
 	dir := flags.String("dir", ".", "root of the module")
@@ -79,7 +80,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("%q is no image reference: %w", *to, err)
 	}
-	if err := remote.WriteIndex(ref, index, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)); err != nil {
+	if err := remote.WriteIndex(ref, index, remote.WithContext(ctx),
+		remote.WithAuthFromKeychain(authn.DefaultKeychain)); err != nil {
 		return fmt.Errorf("push %s: %w", ref, err)
 	}
 	_, err = fmt.Fprintf(stdout, "%s@%s\n", ref.Context(), digest)
@@ -101,7 +103,10 @@ func image(ctx context.Context, dir, program, vcs string, platforms []string) (v
 		return nil, err
 	}
 	builder, err := build.NewGo(ctx, dir,
-		build.WithBaseImages(func(context.Context, string) (name.Reference, build.Result, error) { return ref, base, nil }),
+		build.WithBaseImages(func(context.Context, string) (name.Reference, build.Result, error) {
+			return ref,
+				base, nil
+		}),
 		build.WithPlatforms(platforms...), build.WithTrimpath(true), build.WithDefaultLdflags([]string{"-s", "-w"}),
 		build.WithDefaultFlags([]string{"-buildvcs=" + vcs}),
 		build.WithCreationTime(created), build.WithKoDataCreationTime(created),
@@ -153,7 +158,8 @@ func scratch(platforms []string) (v1.ImageIndex, error) {
 		if err != nil {
 			return nil, err
 		}
-		index = mutate.AppendManifests(index, mutate.IndexAddendum{Add: one, Descriptor: v1.Descriptor{Platform: platform}})
+		index = mutate.AppendManifests(index,
+			mutate.IndexAddendum{Add: one, Descriptor: v1.Descriptor{Platform: platform}})
 	}
 	return index, nil
 }
@@ -170,7 +176,8 @@ func creationTime() (v1.Time, error) {
 	return v1.Time{Time: time.Unix(seconds, 0).UTC()}, nil
 }
 
-// archive writes an OCI image layout as a tar file, which ctr, podman and docker load. The image is called program:latest.
+// archive writes an OCI image layout as a tar file, which ctr, podman and docker load. The image is
+// called program:latest.
 func archive(index v1.ImageIndex, program, file string) (err error) {
 	dir, err := os.MkdirTemp(filepath.Dir(file), ".image-")
 	if err != nil {
@@ -202,7 +209,8 @@ func archive(index v1.ImageIndex, program, file string) (err error) {
 		if err != nil {
 			return err
 		}
-		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)),
+			Typeflag: tar.TypeReg}); err != nil {
 			return err
 		}
 		_, err = w.Write(data)

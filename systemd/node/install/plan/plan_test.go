@@ -53,7 +53,8 @@ func TestPlan(t *testing.T) {
 		t.Errorf("a file that is as it should be: %v, %v", ok, err)
 	}
 	p.Show()
-	for _, want := range []string{"would change " + there, "-a", "+A", "would remove " + gone, "would write " + fresh, "--- /dev/null"} {
+	for _, want := range []string{"would change " + there, "-a", "+A", "would remove " + gone, "would write " + fresh,
+		"--- /dev/null"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
@@ -65,7 +66,8 @@ func TestPlan(t *testing.T) {
 	}
 	boom := errors.New("boom")
 	p.Add(plan.Action{What: "fail; at length", Do: func(context.Context) error { return boom }})
-	if err := p.Run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") || state() != before {
+	if err := p.Run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") ||
+		state() != before {
 		t.Errorf("%v: %q", err, state())
 	}
 	if _, err := os.Stat(filepath.Dir(fresh)); err != nil {
@@ -91,7 +93,8 @@ func TestPutBackHolds(t *testing.T) {
 	p.Add(step("sockets", false, nil), step("kubelet", true, boom), step("label", false, nil))
 	p.Add(plan.Action{What: "fail", Do: func(context.Context) error { return errors.New("no") }})
 	err := p.Run(t.Context())
-	if !errors.Is(err, boom) || !strings.Contains(err.Error(), "the rest stays as it is") || !slices.Equal(undone, []string{"label", "kubelet"}) {
+	if !errors.Is(err, boom) || !strings.Contains(err.Error(), "the rest stays as it is") ||
+		!slices.Equal(undone, []string{"label", "kubelet"}) {
 		t.Errorf("%v: undone %q", err, undone)
 	}
 }

@@ -42,11 +42,15 @@ func (*slowRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runti
 	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "slow"}, nil
 }
 
-func (*slowRuntime) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+func (*slowRuntime) ListContainers(
+	context.Context, *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
 	return &runtimeapi.ListContainersResponse{Containers: []*runtimeapi.Container{{Id: "a"}}}, nil
 }
 
-func (*slowRuntime) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+func (*slowRuntime) ContainerStatus(
+	_ context.Context, req *runtimeapi.ContainerStatusRequest,
+) (*runtimeapi.ContainerStatusResponse, error) {
 	return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: req.GetContainerId()}}, nil
 }
 
@@ -60,19 +64,27 @@ func (r *slowRuntime) take(ctx context.Context, what string) error {
 	}
 }
 
-func (r *slowRuntime) PullImage(ctx context.Context, req *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
+func (r *slowRuntime) PullImage(
+	ctx context.Context, req *runtimeapi.PullImageRequest,
+) (*runtimeapi.PullImageResponse, error) {
 	return &runtimeapi.PullImageResponse{ImageRef: req.GetImage().GetImage()}, r.take(ctx, "PullImage")
 }
 
-func (r *slowRuntime) StopContainer(ctx context.Context, _ *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+func (r *slowRuntime) StopContainer(
+	ctx context.Context, _ *runtimeapi.StopContainerRequest,
+) (*runtimeapi.StopContainerResponse, error) {
 	return &runtimeapi.StopContainerResponse{}, r.take(ctx, "StopContainer")
 }
 
-func (r *slowRuntime) RemoveContainer(ctx context.Context, _ *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+func (r *slowRuntime) RemoveContainer(
+	ctx context.Context, _ *runtimeapi.RemoveContainerRequest,
+) (*runtimeapi.RemoveContainerResponse, error) {
 	return &runtimeapi.RemoveContainerResponse{}, r.take(ctx, "RemoveContainer")
 }
 
-func (r *slowRuntime) GetContainerEvents(_ *runtimeapi.GetEventsRequest, s grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse]) error {
+func (r *slowRuntime) GetContainerEvents(
+	_ *runtimeapi.GetEventsRequest, s grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse],
+) error {
 	if err := s.Send(&runtimeapi.ContainerEventResponse{ContainerId: "a"}); err != nil {
 		return err
 	}
@@ -170,7 +182,8 @@ func (w *twins) serving() time.Time {
 		if err == nil {
 			return info.GetStartTime().AsTime()
 		}
-		if status.Code(err) != codes.Unavailable || ctx.Err() != nil { // it was cut by a hand-over: whoever commands asks again
+		// it was cut by a takeover: whoever commands asks again
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -239,7 +252,8 @@ func (w *twins) traffic() *traffic {
 				if i%2 == 0 {
 					_, err = cri.ListContainers(context.WithoutCancel(ctx), &runtimeapi.ListContainersRequest{})
 				} else {
-					_, err = cri.ContainerStatus(context.WithoutCancel(ctx), &runtimeapi.ContainerStatusRequest{ContainerId: "a"})
+					_, err = cri.ContainerStatus(context.WithoutCancel(ctx),
+						&runtimeapi.ContainerStatusRequest{ContainerId: "a"})
 				}
 				f.calls.Add(1)
 				if took := int64(time.Since(began)); took > f.slowest.Load() {
@@ -286,7 +300,8 @@ func (f *traffic) end(t *testing.T) {
 	t.Helper()
 	f.stop()
 	f.owned.Wait()
-	t.Logf("%d calls, slowest %s, %d event streams", f.calls.Load(), time.Duration(f.slowest.Load()).Round(time.Millisecond), f.streams.Load())
+	t.Logf("%d calls, slowest %s, %d event streams", f.calls.Load(),
+		time.Duration(f.slowest.Load()).Round(time.Millisecond), f.streams.Load())
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.failures) > 0 {
@@ -316,9 +331,9 @@ func (f *traffic) awaitStreams(t *testing.T, n int64) {
 	}
 }
 
-// A second process takes over from the first, and a third from the second: no call fails, and what takes long goes on in the
-// process in which it began.
-func TestHandOver(t *testing.T) {
+// A second process takes over from the first, and a third from the second: no call fails, and what
+// takes long goes on in the process in which it began.
+func TestTakeover(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
@@ -328,11 +343,13 @@ func TestHandOver(t *testing.T) {
 	slow := make(chan error, 2)
 	ctx := t.Context() // they are released
 	go func() {
-		_, err := runtimeapi.NewImageServiceClient(w.kubelet).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
+		_, err := runtimeapi.NewImageServiceClient(w.kubelet).
+			PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
 		slow <- err
 	}()
 	go func() {
-		_, err := runtimeapi.NewRuntimeServiceClient(w.kubelet).StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: "b", Timeout: 30})
+		_, err := runtimeapi.NewRuntimeServiceClient(w.kubelet).
+			StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: "b", Timeout: 30})
 		slow <- err
 	}()
 	<-w.runtime.began
@@ -345,8 +362,8 @@ func TestHandOver(t *testing.T) {
 	w.awaitAnother(at)
 	f.await(t, 20)
 	f.awaitStreams(t, 3)
-	if code := second.code(t); code != handedOverCode {
-		t.Errorf("the second process ended with code %d, want %d", code, handedOverCode)
+	if code := second.code(t); code != takenOverCode {
+		t.Errorf("the second process ended with code %d, want %d", code, takenOverCode)
 	}
 	select {
 	case err := <-slow:
@@ -361,8 +378,8 @@ func TestHandOver(t *testing.T) {
 			t.Errorf("slow call: %v", err)
 		}
 	}
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 	f.await(t, 20)
 	f.end(t)
@@ -377,16 +394,17 @@ func TestHandOver(t *testing.T) {
 	}
 }
 
-// An upgrade of cri-proxy does not need the runtime: the next process waits for it in vain, and then asks.
-func TestHandOverWhileTheRuntimeIsAway(t *testing.T) {
+// An upgrade of cri-proxy does not need the runtime: the next process waits for it in vain, and
+// then asks.
+func TestTakeoverWhileTheRuntimeIsAway(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
 	w.runtime.server.Stop()
 	w.start()
 	w.awaitAnother(at)
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 }
 
@@ -435,7 +453,7 @@ func TestSharedSocketThatBlocks(t *testing.T) {
 }
 
 // A call that needs the state to its end is waited for; others are not held meanwhile.
-func TestHandOverWaitsForCallsThatNeedTheState(t *testing.T) {
+func TestTakeoverWaitsForCallsThatNeedTheState(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
@@ -443,7 +461,8 @@ func TestHandOverWaitsForCallsThatNeedTheState(t *testing.T) {
 	removed := make(chan error, 1)
 	ctx := w.ctx()
 	go func() {
-		_, err := runtimeapi.NewRuntimeServiceClient(w.kubelet).RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: "b"})
+		_, err := runtimeapi.NewRuntimeServiceClient(w.kubelet).
+			RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: "b"})
 		removed <- err
 	}()
 	<-w.runtime.began
@@ -463,8 +482,8 @@ func TestHandOverWaitsForCallsThatNeedTheState(t *testing.T) {
 		t.Error(err)
 	}
 	w.awaitAnother(at)
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 	f.await(t, 20)
 	f.end(t)
@@ -485,10 +504,12 @@ func (w *twins) ask() *takeover.Conn {
 	return conn
 }
 
-// asSuccessor is set in a process that asks for the state in the directory that it names, and does nothing with it.
+// asSuccessor is set in a process that asks for the state in the directory that it names, and does
+// nothing with it.
 const asSuccessor = "CRI_PROXY_TEST_SUCCESSOR"
 
-// successor falls or hangs with the state in its hands, or falls after it has moved the state away, or has told the process before to end.
+// successor falls or hangs with the state in its hands, or falls after it has moved the state away,
+// or has told the process before to end.
 func successor(dir, how string) error {
 	conn, err := takeover.Dial(context.Background(), dir)
 	if err != nil || conn == nil {
@@ -525,8 +546,9 @@ func successor(dir, how string) error {
 	}
 }
 
-// A successor that falls over, or hangs, with the state in its hands: the first process serves on, and no call fails.
-func TestHandOverGoesBack(t *testing.T) {
+// A successor that falls over, or hangs, with the state in its hands: the first process serves on,
+// and no call fails.
+func TestTakeoverGoesBack(t *testing.T) {
 	for how, code := range map[string]int{"falls": 3, "hangs": -1} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
@@ -564,9 +586,9 @@ func (w *twins) fallSuccessor(how string) {
 	}
 }
 
-// The first process cannot take the state back: it does not keep kubelet's calls until its own end, which does not wait for them either,
-// and the next process answers them.
-func TestHandOverCannotGoBack(t *testing.T) {
+// The first process cannot take the state back: it does not keep kubelet's calls until its own end,
+// which does not wait for them either, and the next process answers them.
+func TestTakeoverCannotGoBack(t *testing.T) {
 	w := newTwins(t)
 	w.args = []string{"--drain-timeout=1h"}
 	first := w.start()
@@ -598,9 +620,9 @@ func TestHandOverCannotGoBack(t *testing.T) {
 	}
 }
 
-// The first process is told to end while the other one has the state, which does not come to serve: it takes the state back, answers what it
-// has, and ends as if nothing had been.
-func TestHandOverGoesBackAtTheEnd(t *testing.T) {
+// The first process is told to end while the other one has the state, which does not come to serve:
+// it takes the state back, answers what it has, and ends as if nothing had been.
+func TestTakeoverGoesBackAtTheEnd(t *testing.T) {
 	w := newTwins(t)
 	w.args = []string{"--metrics-address=localhost:0"} // which this process listens on by itself
 	first := w.start()
