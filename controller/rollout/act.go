@@ -6,8 +6,6 @@ package rollout
 import (
 	"context"
 	"encoding/json"
-	"maps"
-	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -18,6 +16,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
@@ -50,7 +49,7 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 			return nil
 		}
 	}
-	_, running := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	_, running := evaluate.RunningIDs(i.Pod, objects.SortedKeys(i.Status.Images))
 	if len(i.Status.Images) == 0 || i.Ops.Plain || !running {
 		return p.write(ctx, i, "")
 	}
@@ -73,7 +72,7 @@ func (p *pass) sparesJob(ctx context.Context, i *nodeops.Item) (bool, error) {
 		return true, nil
 	}
 	containers := map[string]string{}
-	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
+	for _, name := range append(objects.SortedKeys(i.Status.Images), i.Status.Restarts...) {
 		if cs := pods.Status(i.Pod, name); cs != nil && cs.ContainerID != "" {
 			containers[name] = cs.ContainerID
 		}
@@ -133,7 +132,7 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 		}
 		p.work.ops.Learn(i.Ops, nil, change.Images, answers)
 		for name, image := range change.Images {
-			if c, _ := evaluate.ContainerOf(i.Pod, name); c.Image == answers.Of(name, image) {
+			if c := pods.Changeable(i.Pod, name); c.Image == answers.Of(name, image) {
 				p.wait = retry.Sooner(p.wait, requeue.StaleInterval) // it is there: the others are changed without it
 				return nil
 			}

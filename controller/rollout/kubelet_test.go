@@ -14,7 +14,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
@@ -139,7 +138,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	crash, slow := strings.HasSuffix(image, ":crash"), strings.HasSuffix(image, ":slow")
 	done := false
 	b.status(key, uid, func(p *corev1.Pod) bool {
-		if c, _ := evaluate.ContainerOf(p, name); c == nil || c.Image != image {
+		if c := pods.Changeable(p, name); c == nil || c.Image != image {
 			return false
 		}
 		cs := pods.Status(p, name)
@@ -161,7 +160,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error",
 				ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
-		if c, _ := evaluate.ContainerOf(p, name); c.StartupProbe != nil && !crash {
+		if c := pods.Changeable(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
 		} else {
 			started := !crash
@@ -173,7 +172,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	if !done || crash || slow {
 		return
 	}
-	if c, _ := evaluate.ContainerOf(b.stored(key), name); c.StartupProbe != nil {
+	if c := pods.Changeable(b.stored(key), name); c.StartupProbe != nil {
 		b.startupWorker(key, uid, name, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, start)
 		return
 	}
@@ -253,16 +252,16 @@ func (b *bed) swapped(podUID, container, id string) {
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			cs := pods.Status(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
-			if c, _ := evaluate.ContainerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
+			if c := pods.Changeable(p, container); c.ImagePullPolicy == corev1.PullAlways {
 				cs.ImageID = b.content(c.Image)
 			}
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
-			if c, _ := evaluate.ContainerOf(p, container); c.StartupProbe != nil {
+			if c := pods.Changeable(p, container); c.StartupProbe != nil {
 				b.carry(cs)
 			}
 			return true
 		})
-		if c, _ := evaluate.ContainerOf(pod, container); c.StartupProbe != nil {
+		if c := pods.Changeable(pod, container); c.StartupProbe != nil {
 			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id,
 				time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
 		}
@@ -303,7 +302,7 @@ func (b *bed) moveTag(image, content string) {
 func (b *bed) moved(podUID, container string) bool {
 	for _, pod := range b.pods() {
 		if string(pod.UID) == podUID {
-			c, _ := evaluate.ContainerOf(pod, container)
+			c := pods.Changeable(pod, container)
 			return pods.Status(pod, container).ImageID != b.content(c.Image)
 		}
 	}

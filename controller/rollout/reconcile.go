@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,6 +28,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
@@ -555,8 +555,8 @@ func (p *pass) settleError(i *nodeops.Item, err error) {
 func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 	var names []string
 	carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
-	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range objects.SortedKeys(i.Ops.State.Containers) {
+		c := pods.Changeable(i.Pod, name)
 		cs := pods.Status(i.Pod, name)
 		if c == nil || cs == nil || cs.ContainerID == i.Ops.State.Containers[name].ID {
 			continue

@@ -18,6 +18,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -255,7 +256,7 @@ func (s *summary) isTarget(i *nodeops.Item) bool {
 		if c.Image == "" {
 			continue
 		}
-		have, _ := evaluate.ContainerOf(i.Pod, c.Name)
+		have := pods.Changeable(i.Pod, c.Name)
 		if have == nil || !i.Facts.Has(i.Ops.State, c.Name, have.Image, s.template.Of(c.Name, c.Image)) {
 			return false
 		}

@@ -141,7 +141,7 @@ func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	pod := &corev1.Pod{Spec: podtemplate.Of(object).Spec}
 	what := ref.Kind + " " + ref.Name
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
+		if found := pods.Changeable(pod, c.Name); found == nil {
 			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c),
 				pods.Names(pod)))
 		}
@@ -156,7 +156,7 @@ func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 		return apierror.Wrong("%s", why)
 	}
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
+		if found := pods.Changeable(pod, c.Name); found == nil {
 			return apierror.Wrong("%s", evaluate.PodLacks(pod, c.Name, changeOf(c)))
 		}
 	}
@@ -170,7 +170,7 @@ func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inpl
 	}
 	var names []string
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found != nil && found.Image != c.Image {
+		if found := pods.Changeable(pod, c.Name); found != nil && found.Image != c.Image {
 			names = append(names, c.Name)
 		}
 	}

@@ -176,7 +176,7 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	}
 	v.Images = map[string]string{}
 	for name, image := range g.Images {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil {
 			v.fail(FailNoContainer, "%s", PodLacks(pod, name, ToChange))
 			return v
@@ -196,13 +196,13 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	slices.Sort(v.CheckTags)
 	if len(v.Images) > 0 {
 		for name, image := range k.More {
-			if c, _ := ContainerOf(pod, name); c != nil && g.Images[name] == "" && !k.Has(made, name, c.Image, image) {
+			if c := pods.Changeable(pod, name); c != nil && g.Images[name] == "" && !k.Has(made, name, c.Image, image) {
 				v.Images[name] = image // they change together, and go back together
 			}
 		}
 	}
 	for _, name := range g.Restarts {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil {
 			v.fail(FailNoContainer, "%s", PodLacks(pod, name, ToRestart))
 			return v
@@ -320,7 +320,7 @@ func (m *InPlaceState) moving(pod *corev1.Pod, g Goal, k PodFacts) (moving bool,
 		return false, 0
 	}
 	for name, w := range m.Containers {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil || replaced(pod, m, name, w, c.Image, k) {
 			continue
 		}
@@ -360,7 +360,7 @@ func (m *InPlaceState) settled(
 // restarts returns true if a container of the state that keeps its image is still the old one.
 func (m *InPlaceState) restarts(pod *corev1.Pod) bool {
 	for name, w := range m.Containers {
-		if c, _ := ContainerOf(pod, name); c != nil && c.Image == w.Image {
+		if c := pods.Changeable(pod, name); c != nil && c.Image == w.Image {
 			if cs := pods.Status(pod, name); cs != nil && cs.ContainerID == w.ID {
 				return true
 			}
@@ -423,7 +423,7 @@ func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 		}
 		if w := cs.State.Waiting; w != nil {
 			// The status may still show what the old container waited for.
-			c, _ := ContainerOf(pod, name)
+			c := pods.Changeable(pod, name)
 			switch {
 			case w.Reason == waitCrashLoop && (m == nil || cs.ContainerID != m.Containers[name].ID),
 				slices.Contains([]string{waitImagePull, waitInvalidImage, waitNeverPull}, w.Reason) && c != nil &&
@@ -542,7 +542,7 @@ func wasReady(pod *corev1.Pod, m *InPlaceState, k PodFacts) bool {
 		if cs.State.Running.StartedAt.After(since) {
 			since = cs.State.Running.StartedAt.Time
 		}
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if passed, _ := pods.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
 			return false // what made the pod ready was the start of the old one
 		}

@@ -6,8 +6,6 @@ package nodeops
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -21,6 +19,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
@@ -105,7 +104,7 @@ func (d *Driver) commitRequest(
 	}
 	request := &opsv1.CommitUpgradeRequest{Uid: uid}
 	var pulled []string
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	for _, name := range objects.SortedKeys(images) {
 		policy, env, err := now.container(ctx, name)
 		if err != nil {
 			return nil, err
@@ -148,12 +147,12 @@ func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, 
 	if err != nil {
 		return 0, nil, err
 	}
-	c, _ := evaluate.ContainerOf(l.reader.Pod(), name)
+	c := pods.Changeable(l.reader.Pod(), name)
 	return environment.PullPolicy(c.ImagePullPolicy), env, nil
 }
 
 func (l *launch) image(name string) string {
-	c, _ := evaluate.ContainerOf(l.reader.Pod(), name)
+	c := pods.Changeable(l.reader.Pod(), name)
 	return c.Image
 }
 

@@ -6,8 +6,6 @@ package nodeops
 import (
 	"context"
 	"encoding/json"
-	"maps"
-	"slices"
 	"strconv"
 	"time"
 
@@ -18,6 +16,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -168,8 +167,8 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
 	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID &&
 		i.Ops.State.Time.After(lastSuccess(s.Rollout))
-	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range append(objects.SortedKeys(i.Status.Images), i.Status.Restarts...) {
+		c := pods.Changeable(i.Pod, name)
 		w := evaluate.Previous{Image: c.Image, Base: c.Image}
 		if cs := pods.Status(i.Pod, name); cs != nil {
 			w.ID, w.ImageID = cs.ContainerID, cs.ImageID
@@ -186,7 +185,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	}
 	if unfinished { // containers that are not changed now can still be undone
 		for name, old := range i.Ops.State.Containers {
-			if c, _ := evaluate.ContainerOf(i.Pod, name); c != nil && old.Base != "" && old.Base != c.Image {
+			if c := pods.Changeable(i.Pod, name); c != nil && old.Base != "" && old.Base != c.Image {
 				if _, ok := m.Containers[name]; !ok {
 					m.Containers[name] = old
 				}

@@ -6,14 +6,13 @@ package nodeops
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
@@ -104,7 +103,7 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 	if len(i.Status.Images) == 0 || i.Ops.Plain {
 		return evaluate.Prepared
 	}
-	if _, running := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images))); !running {
+	if _, running := evaluate.RunningIDs(i.Pod, objects.SortedKeys(i.Status.Images)); !running {
 		return evaluate.Prepared // there is nothing to take over from
 	}
 	s.State.mu.Lock()

@@ -5,8 +5,6 @@ package nodeops
 
 import (
 	"context"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -14,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -58,7 +57,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 		}
 	}
 	var left []nodes.Node
-	for _, name := range slices.Sorted(maps.Keys(s.State.nodes)) {
+	for _, name := range objects.SortedKeys(s.State.nodes) {
 		left = append(left, s.State.nodes[name])
 	}
 	owner, wake := evaluate.OwnerOf(s.Rollout), s.State.wake

@@ -9,8 +9,6 @@ package nodeops
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -22,6 +20,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
@@ -107,14 +106,14 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 
 // upgradeUID returns the UID of the node's operation that upgrades a pod.
 func (s *Session) upgradeUID(i *Item) string {
-	ids, _ := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	ids, _ := evaluate.RunningIDs(i.Pod, objects.SortedKeys(i.Status.Images))
 	return evaluate.OperationUID("u", i.Goal, i.Pod, ids, i.Ops.round)
 }
 
 func (s *Session) prepareRequest(ctx context.Context, i *Item, uid string) *opsv1.PrepareUpgradeRequest {
 	request := s.upgradeRequest(i, uid)
-	for _, name := range slices.Sorted(maps.Keys(i.Status.Images)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range objects.SortedKeys(i.Status.Images) {
+		c := pods.Changeable(i.Pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.Status.Images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
 		if cs := pods.Status(i.Pod, name); cs != nil {
 			u.ExpectedContainerId = cs.ContainerID
@@ -351,8 +350,8 @@ func (s *Session) Restart(ctx context.Context, i *Item) {
 func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartRequest {
 	request := &opsv1.RestartRequest{Uid: i.Ops.State.RestartUID(i.Pod), Pod: podRefOf(i.Pod),
 		Requester: evaluate.OwnerOf(s.Rollout)}
-	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range objects.SortedKeys(i.Ops.State.Containers) {
+		c := pods.Changeable(i.Pod, name)
 		old := i.Ops.State.Containers[name]
 		if c == nil || c.Image != old.Image || old.ID == "" {
 			continue
@@ -431,7 +430,7 @@ func (s *Session) WrongSecrets() []string {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
 	var wrong []string
-	for _, name := range slices.Sorted(maps.Keys(s.State.keys)) {
+	for _, name := range objects.SortedKeys(s.State.keys) {
 		wrong = append(wrong, s.State.keys[name].ring.Wrong...)
 	}
 	return wrong

@@ -6,14 +6,14 @@ package nodeops
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 
 	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -81,7 +81,7 @@ func (s *Session) checkTags(ctx context.Context, i *Item) {
 			return
 		}
 		m.node, w.nodes[node.Name] = node, node
-		container, _ := evaluate.ContainerOf(i.Pod, name)
+		container := pods.Changeable(i.Pod, name)
 		request := s.upgradeRequest(i, uid)
 		c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
 		c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
@@ -110,7 +110,7 @@ func (s *Session) SettleTags(i *Item) {
 	w, m := s.State, i.Ops
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, name := range slices.Sorted(maps.Keys(m.Tags)) {
+	for _, name := range objects.SortedKeys(m.Tags) {
 		t := m.Tags[name]
 		if t.tag != evaluate.TagUnknown || t.over {
 			continue

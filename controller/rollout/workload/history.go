@@ -16,8 +16,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
@@ -84,7 +84,7 @@ func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateS
 	pod := &corev1.Pod{Spec: t.Spec}
 	images := map[string]string{}
 	for name, target := range s.TargetImages {
-		c, _ := evaluate.ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil || s.PreviousImages[name] == "" {
 			return nil, nil, nil
 		}

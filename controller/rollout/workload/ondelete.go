@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -16,6 +15,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -266,7 +267,7 @@ func (w *onDelete) RevisionLabel(i *evaluate.PodRef, images map[string]string) s
 	// Somebody has the template otherwise. The pod is of the revision that it goes back to.
 	own := pod.Labels[podtemplate.RevisionLabel]
 	was := w.revisions.templates[own]
-	for _, label := range append([]string{own}, slices.Sorted(maps.Keys(w.revisions.templates))...) {
+	for _, label := range append([]string{own}, objects.SortedKeys(w.revisions.templates)...) {
 		if t := w.revisions.templates[label]; t != nil && was != nil && podtemplate.SameButImages(t, was) &&
 			w.willHave(i, images, t) {
 			return label
@@ -279,7 +280,7 @@ func (w *onDelete) RevisionLabel(i *evaluate.PodRef, images map[string]string) s
 func (w *onDelete) willHave(i *evaluate.PodRef, images map[string]string, t *corev1.PodTemplateSpec) bool {
 	own := w.revisions.templates[i.Pod.Labels[podtemplate.RevisionLabel]]
 	for name, want := range podtemplate.Images(t) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+		c := pods.Changeable(i.Pod, name)
 		if c == nil {
 			return false
 		}

@@ -24,6 +24,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -205,7 +206,7 @@ func (e *Env) patchWorkload(
 	}
 	e.Wrote(object)
 	got := podtemplate.Images(podtemplate.Of(o))
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	for _, name := range objects.SortedKeys(images) {
 		if got[name] != images[name] {
 			return dryrun.Unsteady(what, name, images[name], images[name], got[name])
 		}
