@@ -116,15 +116,13 @@ func (p *pass) setGates(ctx context.Context, i *nodeops.Item, rollout types.UID)
 // write changes the pod, and checks what admission has made of the change.
 func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) error {
 	answers := i.Ops.AnswersOf(p.work.ops)
-	change, err := p.ops.Change(i, operation, answers)
-	if err != nil {
-		return err
-	}
+	change := p.ops.Change(i, operation, answers)
 	if operation == "" && len(change.Images) > 0 { // nobody has asked yet
-		var more map[string]string
-		if answers, more, err = dryrun.Pod(ctx, p.r.Client, i.Pod, change); err != nil {
+		got, more, err := dryrun.Pod(ctx, p.r.Client, i.Pod, change)
+		if err != nil {
 			return err
 		}
+		answers = got
 		if len(more) > 0 {
 			p.work.ops.LearnMore(i.Ops, nil, more)
 			p.wait = retry.Sooner(p.wait, requeue.StaleInterval) // all of them are changed together
@@ -137,9 +135,7 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 				return nil
 			}
 		}
-		if change, err = p.ops.Change(i, operation, answers); err != nil {
-			return err
-		}
+		change = p.ops.Change(i, operation, answers)
 	}
 	patch, err := change.Patch(i.Pod.ResourceVersion)
 	if err != nil {

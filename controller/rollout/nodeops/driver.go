@@ -4,11 +4,13 @@
 package nodeops
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -103,16 +105,14 @@ func (d *Driver) commitRequest(
 		return nil, err
 	}
 	request := &opsv1.CommitUpgradeRequest{Uid: uid}
-	var pulled []string
 	for _, name := range objects.SortedKeys(images) {
-		policy, env, err := now.container(ctx, name)
+		_, env, err := now.container(ctx, name, images[name])
 		if err != nil {
 			return nil, err
 		}
-		pulled = append(pulled, pullsecrets.Pulled(images[name], policy, env)...)
 		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
 	}
-	request.Credentials = now.ring.For(pulled...)
+	request.Credentials = now.credentials()
 	return request, nil
 }
 
@@ -120,6 +120,7 @@ func (d *Driver) commitRequest(
 type launch struct {
 	reader *environment.Reader
 	ring   *pullsecrets.Keyring // nil for a pod that a node has made
+	pulled []string             // what may be pulled for the containers that were asked for
 }
 
 // launch reads what kubelet would start the containers of a pod with; if label is set, once the pod
@@ -142,19 +143,23 @@ func (d *Driver) launch(ctx context.Context, w *State, pod *corev1.Pod, label st
 	return &launch{reader: now, ring: ring}, nil
 }
 
-func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
+// container returns what kubelet would start a container with, once the container has that image;
+// with an empty one, the image of its spec.
+func (l *launch) container(
+	ctx context.Context, name, image string,
+) (opsv1.PullPolicy, *opsv1.Environment, error) {
 	env, err := l.reader.Container(ctx, name)
 	if err != nil {
 		return 0, nil, err
 	}
 	c := pods.Changeable(l.reader.Pod(), name)
-	return environment.PullPolicy(c.ImagePullPolicy), env, nil
+	policy := environment.PullPolicy(c.ImagePullPolicy)
+	l.pulled = append(l.pulled, pullsecrets.Pulled(cmp.Or(image, c.Image), policy, env)...)
+	return policy, env, nil
 }
 
-func (l *launch) image(name string) string {
-	c := pods.Changeable(l.reader.Pod(), name)
-	return c.Image
-}
+// credentials returns the credentials for all that may be pulled for the containers asked for.
+func (l *launch) credentials() []*opsv1.RegistryCredential { return l.ring.For(l.pulled...) }
 
 // keyring reads secrets, unless they are fresh.
 func (d *Driver) keyring(
@@ -192,12 +197,23 @@ func podRefOf(pod *corev1.Pod) *opsv1.PodRef {
 	return &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}
 }
 
+// orFind looks for the operation that the node has already under the UID of a request that it
+// refuses for that: a controller of another version has begun it, with some other detail.
+func (d *Driver) orFind(
+	ctx context.Context, node nodes.Node, uid string, op *opsv1.Operation, err error,
+) (*opsv1.Operation, error) {
+	if nodes.Code(err) == codes.AlreadyExists {
+		return d.Nodes.GetOperation(ctx, node, uid)
+	}
+	return op, err
+}
+
 // takeBack tells a node to take back an upgrade.
 func (d *Driver) takeBack(node nodes.Node, uid, why string) {
 	d.Crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := d.Nodes.AbortUpgrade(ctx, node, uid, why)
-			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, retryInterval<<tries) {
+			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, backOff(tries)) {
 				return
 			}
 		}

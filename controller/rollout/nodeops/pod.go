@@ -5,7 +5,6 @@ package nodeops
 
 import (
 	"context"
-	"encoding/json"
 	"strconv"
 	"time"
 
@@ -161,10 +160,9 @@ type Item struct {
 }
 
 // Change returns the change of a pod. answers are what admission has made of its images before.
-func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (*dryrun.PodChange, error) {
+func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) *dryrun.PodChange {
 	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,
 		Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
-	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
 	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID &&
 		i.Ops.State.Time.After(lastSuccess(s.Rollout))
 	for _, name := range append(objects.SortedKeys(i.Status.Images), i.Status.Restarts...) {
@@ -200,12 +198,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 			m.There[name] = a
 		}
 	}
-	text, err := json.Marshal(m)
-	if err != nil {
-		return nil, err
-	}
-	change.Annotations = map[string]any{inplace.PodStateAnnotation: string(text)}
-	return change, nil
+	return &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i), State: m}
 }
 
 // lastSuccess is when the rollout last succeeded.

@@ -69,11 +69,8 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 	s.Driver.Crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 		defer cancel()
-		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
+		for tries := 0; len(left) > 0 && (tries == 0 || Pause(ctx, backOff(tries-1))); tries++ {
 			left = s.Driver.releaseOnce(ctx, left, owner)
-			if len(left) == 0 || !Pause(ctx, wait) {
-				break
-			}
 		}
 		if len(left) > 0 {
 			s.Log.WithField("nodes", len(left)).Warn(
