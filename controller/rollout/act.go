@@ -21,6 +21,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
@@ -94,20 +95,15 @@ func takenAs(rollout *inplace.InPlaceRollout, pod *corev1.Pod) string {
 
 // setGates closes the pod's gates for a rollout. With an empty UID it opens them.
 func (p *pass) setGates(ctx context.Context, i *nodeops.Item, rollout types.UID) error {
-	patch, err := evaluate.GatePatch(i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name,
+	after, err := gates.Set(ctx, p.r.Client, i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name,
 		stamp(p.now).Time)
 	if err != nil {
-		return err
-	}
-	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
-	if err := p.r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType,
-		patch)); err != nil {
 		if rollout != "" {
 			err = dryrun.Denied(err, "pod "+i.Pod.Name)
 		}
 		return err // a gate that cannot be opened is tried again
 	}
-	i.Ops.Written = nodeops.VersionOf(target.ResourceVersion)
+	i.Ops.Fresh.Wrote(after)
 	p.r.Metrics.Wrote("pod status")
 	p.log.WithField("pod", i.Pod.Name).Debugf("gates: out of service %v", rollout != "")
 	return nil
@@ -141,18 +137,16 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 	if err != nil {
 		return err
 	}
-	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
-	if err := p.r.Client.Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+	after, err := p.patchPod(ctx, i, patch)
+	if err != nil {
 		return dryrun.Denied(err, "pod "+i.Pod.Name)
 	}
-	i.Ops.Written = nodeops.VersionOf(target.ResourceVersion)
 	if operation == "" {
 		p.ops.AbortMarked(i.Ops, "the pod was changed otherwise")
 	}
-	p.r.Metrics.Wrote("pod")
 	p.log.WithField("pod", i.Pod.Name).WithField("op", operation).WithField("revision",
 		i.Goal.Revision).Info("pod changed")
-	got := evaluate.RewritesOf(change.Images, podtemplate.PodImages(target))
+	got := evaluate.RewritesOf(change.Images, podtemplate.PodImages(after))
 	if name, differs := got.Differs(answers, change.Images); differs {
 		asked := change.Images[name]
 		return dryrun.Unsteady("pod "+i.Pod.Name, name, asked, answers.Of(name, asked), got.Of(name, asked))
@@ -178,13 +172,19 @@ func (p *pass) relabel(ctx context.Context, i *nodeops.Item) error {
 	if err != nil {
 		return err
 	}
-	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
-	if err := p.r.Client.Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
-		return err
+	_, err = p.patchPod(ctx, i, patch)
+	return err
+}
+
+// patchPod writes a patch of a pod, and returns the pod as it is then.
+func (p *pass) patchPod(ctx context.Context, i *nodeops.Item, patch []byte) (*corev1.Pod, error) {
+	after := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
+	err := p.r.Client.Patch(ctx, after, client.RawPatch(types.StrategicMergePatchType, patch))
+	if err == nil {
+		i.Ops.Fresh.Wrote(after)
+		p.r.Metrics.Wrote("pod")
 	}
-	i.Ops.Written = nodeops.VersionOf(target.ResourceVersion)
-	p.r.Metrics.Wrote("pod")
-	return nil
+	return after, err
 }
 
 // stamp returns the time in the API's resolution of one second, rounded up, so that a wait that is

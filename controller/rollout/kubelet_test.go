@@ -14,7 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container
@@ -76,7 +76,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil ||
 			!strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
-	if !stale || !nodeops.Pause(b.ctx, b.kubelet.sync) {
+	if !stale || !retry.Sleep(b.ctx, b.kubelet.sync) {
 		return
 	}
 	pod = b.stored(key)
@@ -177,7 +177,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		return
 	}
 	b.wg.Go(func() {
-		if !nodeops.Pause(b.ctx, start) {
+		if !retry.Sleep(b.ctx, start) {
 			return
 		}
 		b.status(key, uid, func(p *corev1.Pod) bool {
@@ -230,7 +230,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	b.mu.Unlock()
 	b.wg.Go(func() {
 		begun := time.Now()
-		for nodeops.Pause(b.ctx, period) {
+		for retry.Sleep(b.ctx, period) {
 			if time.Since(begun) < needs {
 				if !set(false) {
 					return

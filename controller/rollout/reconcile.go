@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,7 +21,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
@@ -74,9 +74,9 @@ type Reconciler struct {
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew   *crew.Crew
-	driver *nodeops.Driver
-	wakes  chan wakeUp
+	crew    *crew.Crew
+	driver  *nodeops.Driver
+	tracker *nodeops.Tracker
 
 	admissions admissions
 
@@ -84,16 +84,11 @@ type Reconciler struct {
 	works map[types.NamespacedName]*work
 }
 
-// wakeUp makes the reconciler look at a rollout.
-type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
-
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(r.Metrics.Crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
-	port := r.NodePort
-	if port == 0 {
-		port = nodes.DefaultPort
-	}
-	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew, Port: port}
+	r.crew, r.works = crew.New(r.Metrics.Crew()), map[types.NamespacedName]*work{}
+	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew,
+		Port: cmp.Or(r.NodePort, nodes.DefaultPort)}
+	r.tracker = nodes.NewTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.Following})
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
@@ -107,7 +102,7 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, key, r.tracker), told: map[string]bool{},
 			failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
@@ -133,20 +128,6 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	}
 }
 
-// waker returns a function that wakes the reconciler for a rollout.
-func (r *Reconciler) waker(key types.NamespacedName) func() {
-	return func() {
-		r.crew.Do(func(ctx context.Context) {
-			rollout := &inplace.InPlaceRollout{}
-			rollout.Namespace, rollout.Name = key.Namespace, key.Name
-			select {
-			case r.wakes <- wakeUp{Object: rollout}:
-			case <-ctx.Done():
-			}
-		})
-	}
-}
-
 // Reconcile takes one rollout as far as it goes, and says when to look at it again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	rollout := &inplace.InPlaceRollout{}
@@ -158,7 +139,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	p := r.newPass(rollout)
-	if nodeops.VersionOf(rollout.ResourceVersion) < p.work.written {
+	if p.work.fresh.Stale(rollout) {
 		// the cache has not caught up with the last write
 		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	}
@@ -197,7 +178,7 @@ type pass struct {
 	// ops has nodes do what the pods need.
 	ops    *nodeops.Session
 	teller *teller
-	writer *writer
+	writer *objects.Writer[*inplace.InPlaceRollout]
 	target *workload.Target
 	goal   evaluate.Goal
 	items  []*nodeops.Item
@@ -217,11 +198,15 @@ func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 		log:      r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
 	}
 	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
-	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
+	p.writer = &objects.Writer[*inplace.InPlaceRollout]{Client: r.Client, Kind: "rollout",
+		Wrote: func(what string, o *inplace.InPlaceRollout) {
+			r.Metrics.Wrote(what)
+			p.work.fresh.Wrote(o)
+		}}
 	p.env = &workload.Env{
 		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log,
 		Wrote: r.Metrics.Wrote,
-		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose,
+		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.patch, Choose: p.work.choose,
 		Memory: &p.work.memory,
 	}
 	p.ops = &nodeops.Session{
@@ -250,7 +235,7 @@ func (p *pass) advance(ctx context.Context) error {
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		before := p.rollout.DeepCopy()
 		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
-		if err := p.writer.patch(ctx, before); err != nil {
+		if err := p.patch(ctx, before); err != nil {
 			return err
 		}
 	}
@@ -272,7 +257,7 @@ func (p *pass) advance(ctx context.Context) error {
 			next.PreviousImages = map[string]string{}
 		}
 		if p.target.FindPrevious(p.goal.Images, next.PreviousImages) {
-			if err := p.writer.status(ctx, next); err != nil {
+			if err := p.writeStatus(ctx, next); err != nil {
 				return err
 			}
 		}
@@ -384,7 +369,7 @@ func (p *pass) gather(ctx context.Context) {
 			continue
 		}
 		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m,
-			Ordinal: -1, Stale: m.Stale(pod)}
+			Ordinal: -1, Stale: m.Fresh.Stale(pod)}
 		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
 			i.Goal.Restarts = pods.Names(pod)
 		}
@@ -533,7 +518,7 @@ func (p *pass) settleError(i *nodeops.Item, err error) {
 			i.Ops.Api = dryrun.Trouble{}
 		}
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
+		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.work.gather()))
 	case why == nil:
 		i.Ops.Api.Note(err, p.now)
 		p.waits(&i.Ops.Api)
@@ -576,7 +561,7 @@ func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
 		return
 	}
-	i.Ops.Written = nodeops.VersionOf(pod.ResourceVersion)
+	i.Ops.Fresh.Wrote(pod)
 	p.r.Metrics.Wrote("pod")
 	log.Debug("kubelet made to probe the new container at once")
 }
@@ -603,7 +588,7 @@ func (p *pass) begin(ctx context.Context) error {
 	notice.SetCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
 	notice.SetCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
 	notice.SetCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
-	if err := p.writer.status(ctx, &next); err != nil {
+	if err := p.writeStatus(ctx, &next); err != nil {
 		return err
 	}
 	p.work.progressed = p.now

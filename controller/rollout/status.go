@@ -33,6 +33,23 @@ const (
 	writeInterval = 2 * time.Second
 )
 
+// patch writes the change of the rollout's metadata since before.
+func (p *pass) patch(ctx context.Context, before *inplace.InPlaceRollout) error {
+	return p.writer.Patch(ctx, p.rollout, before)
+}
+
+// writeStatus writes next if it differs.
+func (p *pass) writeStatus(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
+	tellReady(next)
+	before := p.rollout.DeepCopy()
+	p.rollout.Status = *next
+	wrote, err := p.writer.PatchStatus(ctx, p.rollout, before)
+	if wrote {
+		p.work.lastWrite = p.now
+	}
+	return err
+}
+
 // noteFailures collects the pods that have failed, writes Events of new ones, and returns how many
 // there are.
 func (p *pass) noteFailures() int {
@@ -79,7 +96,7 @@ func (p *pass) startRollback(ctx context.Context) error {
 	next.Message = "rolling back: " + s.firstFailure()
 	notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRollingBack, next.Message)
 	notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRollingBack, next.Message)
-	if err := p.writer.status(ctx, next); err != nil {
+	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
 	p.teller.event(corev1.EventTypeWarning, notice.EventRollingBack, next.Message)
@@ -143,7 +160,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		}
 		return nil
 	}
-	return p.writer.status(ctx, next)
+	return p.writeStatus(ctx, next)
 }
 
 // finish lets the workload go on when the pods are done, and returns true once it does.
@@ -237,7 +254,7 @@ func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) erro
 	if err := p.env.GiveBack(ctx, p.target); err != nil {
 		return err
 	}
-	if err := p.writer.status(ctx, next); err != nil {
+	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
 	p.r.admissions.end(p.rollout.UID)
@@ -261,5 +278,5 @@ func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) error {
 	setProgressing(next, false, inplace.ReasonInvalidTarget, why.Message)
 	p.teller.tell(corev1.EventTypeWarning, notice.EventInvalid, why.Message, why.Message)
 	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
-	return p.writer.status(ctx, next)
+	return p.writeStatus(ctx, next)
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -213,7 +214,7 @@ func (d *Driver) takeBack(node nodes.Node, uid, why string) {
 	d.Crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := d.Nodes.AbortUpgrade(ctx, node, uid, why)
-			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, backOff(tries)) {
+			if t := troubleOf(err); err == nil || t.final || t.stale || !retry.Sleep(ctx, backOff(tries)) {
 				return
 			}
 		}

@@ -17,61 +17,54 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 )
 
-// run has the node carry out an operation, and follows it in the background until it has ended:
-// what the node says goes into t. begin starts the operation, or finds it if it was started before.
-// pod is the name of the pod.
+// run has the node carry out an operation, and follows it until it has ended: what the node says
+// goes into t. begin starts the operation, or finds it if it was started before. pod is the name of
+// the pod.
 func (s *Session) run(
 	t *nodeOperation, node nodes.Node, pod string, begin func(context.Context) (*opsv1.Operation, error),
 ) {
-	w := s.State
-	s.Driver.Crew.Do(func(ctx context.Context) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		w.mu.Lock()
-		t.cancel = cancel
-		over := t.over
-		w.mu.Unlock()
-		var silent time.Time // since when the node is away
-		for tries := 0; !over; tries++ {
+	w, deadline := s.State, s.Strategy.Deadline
+	f := nodes.Follow[*opsv1.Operation]{
+		Node: node, UID: t.uid, For: w.request, Renew: watchRenew, Retry: backOff,
+		Begin: func(ctx context.Context) (*opsv1.Operation, error) {
 			op, err := begin(ctx)
 			w.noteAPI(t, err)
-			if err == nil {
-				silent, tries = time.Time{}, 0
-				w.note(t, op)
-				if op.GetFinishTime() == nil {
-					op, err = s.watch(ctx, t, node)
-				}
-				if err == nil && op.GetFinishTime() != nil {
-					return
-				}
+			return op, err
+		},
+		Each: func(_ context.Context, _, op *opsv1.Operation) bool {
+			w.note(t, op)
+			return false // note has
+		},
+		Until: func(op *opsv1.Operation) (nodes.Next, time.Duration) {
+			if slices.ContainsFunc(op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
+				return c.GetPull().GetReason() == opsv1.ReasonCredentialsNeeded
+			}) {
+				return nodes.Again, 0
 			}
-			if ctx.Err() != nil {
-				return
-			}
-			if err != nil && w.givesUp(t, err, &silent, s.Strategy.Deadline, pod) || !Pause(ctx, backOff(tries)) {
-				return
-			}
-		}
-	})
+			return nodes.GoOn, 0
+		},
+		GiveUp: func(err error, silent time.Duration, _ bool) bool { return w.givesUp(t, err, silent, deadline, pod) },
+		End:    func(context.Context, nodes.State[*opsv1.Operation]) bool { return false },
+	}
+	t.forget = func() { w.tracker.Forget(f.Key()) }
+	w.tracker.Ensure(f)
 }
 
 // givesUp writes into t how an operation has ended for the controller because of an error, and
-// returns true if it has. A node may be away until the deadline; silent is since when it is.
-func (w *State) givesUp(t *nodeOperation, err error, silent *time.Time, deadline time.Duration, pod string) bool {
+// returns true if it has. The node may be silent until the deadline.
+func (w *State) givesUp(t *nodeOperation, err error, silent, deadline time.Duration, pod string) bool {
 	if errors.Is(err, errThere) {
 		w.change(t, func() { t.same = true })
 		return true
 	}
 	why := troubleOf(err)
-	switch {
-	case why.final || why.stale:
-	case silent.IsZero():
-		*silent = time.Now()
-		return false
-	case time.Since(*silent) < deadline:
-		return false
-	case dryrun.IsAPIStatus(err):
-		why.Failure = dryrun.TooLong(pod, deadline, err)
+	if !why.final && !why.stale {
+		if silent < deadline {
+			return false
+		}
+		if dryrun.IsAPIStatus(err) {
+			why.Failure = dryrun.TooLong(pod, deadline, err)
+		}
 	}
 	w.change(t, func() { t.failed, t.stale, t.answered = &why.Failure, why.stale, true })
 	return true
@@ -93,30 +86,6 @@ func (w *State) noteAPI(t *nodeOperation, err error) {
 	if tell {
 		w.wake()
 	}
-}
-
-// watch follows the operation until it has ended, or needs credentials, or until there were no news
-// for watchRenew.
-func (s *Session) watch(ctx context.Context, t *nodeOperation, node nodes.Node) (*opsv1.Operation, error) {
-	watching, cancel := context.WithCancel(ctx)
-	defer cancel()
-	quiet := time.AfterFunc(watchRenew, cancel)
-	defer quiet.Stop()
-	var last *opsv1.Operation
-	err := s.Driver.Nodes.WatchOperation(watching, node, t.uid, func(op *opsv1.Operation) {
-		quiet.Reset(watchRenew)
-		last = op
-		s.State.note(t, op)
-		if slices.ContainsFunc(op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
-			return c.GetPull().GetReason() == opsv1.ReasonCredentialsNeeded
-		}) {
-			cancel()
-		}
-	})
-	if watching.Err() != nil {
-		err = nil // it is asked again
-	}
-	return last, err
 }
 
 // note keeps what the node says. An operation that has finished does not change any more.
@@ -146,14 +115,5 @@ func (w *State) change(t *nodeOperation, f func()) {
 	}
 }
 
-// Pause waits and says whether to go on.
-func Pause(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
+// wake has the rollout reconciled. The caller does not hold the mutex.
+func (w *State) wake() { w.tracker.Wake(w.request) }

@@ -4,8 +4,6 @@
 package nodeops
 
 import (
-	"context"
-	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -27,8 +25,8 @@ type PodOps struct {
 	node nodes.Node
 	// revision is the revision of the goal that the fields below are about.
 	revision string
-	// Written is the resourceVersion of the last write of the pod.
-	Written  uint64
+	// Fresh knows the last write of the pod.
+	Fresh    objects.Freshness
 	Updating bool      // the rollout changes the pod
 	Plain    bool      // change the pod without a preparation by the node
 	round    int       // how often the preparation has begun anew
@@ -75,8 +73,8 @@ func (m *PodOps) AnswersOf(w *State) evaluate.Rewrites {
 type nodeOperation struct {
 	uid    string
 	begun  time.Time
-	cancel context.CancelFunc // nil until the tracker runs
-	over   bool               // the controller has lost interest
+	forget func() // ends the follow; nil if there is none
+	over   bool   // the controller has lost interest
 	// answered says that the node has answered. If op is nil then, the node does not have the
 	// operation.
 	answered bool
@@ -132,17 +130,6 @@ func (m *PodOps) NoteStarted(pod *corev1.Pod, now time.Time) {
 		}
 	}
 	m.Started = seen
-}
-
-// Stale returns true if the cache has not caught up with the last write of the pod.
-func (m *PodOps) Stale(pod *corev1.Pod) bool { return VersionOf(pod.ResourceVersion) < m.Written }
-
-func VersionOf(text string) uint64 {
-	version, err := strconv.ParseUint(text, 10, 64)
-	if err != nil {
-		return 0
-	}
-	return version
 }
 
 // roundsMax is how often the preparation of a pod begins anew.

@@ -31,6 +31,7 @@ func (s *Session) SettlePreparation(i *Item) {
 	once, unchanged, held := false, false, false
 	switch {
 	case t.same:
+		t.end()
 		m.Upgrade = nil
 		return
 	case t.failed != nil && !t.stale:
@@ -69,6 +70,7 @@ func (s *Session) SettlePreparation(i *Item) {
 		if m.round++; !held { // a budget may hold a pod back for days
 			m.tries++
 		}
+		t.end()
 		m.Upgrade = nil
 		after := backOff(m.tries)
 		if m.gaveWay {
@@ -78,6 +80,7 @@ func (s *Session) SettlePreparation(i *Item) {
 	case i.Goal.Undo, unchanged:
 		// A rollback must come, with the node's help or without. An image that runs already needs
 		// no help.
+		t.end()
 		m.Plain, m.Upgrade = true, nil
 	}
 }

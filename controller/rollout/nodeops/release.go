@@ -13,6 +13,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -60,7 +61,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 	for _, name := range objects.SortedKeys(s.State.nodes) {
 		left = append(left, s.State.nodes[name])
 	}
-	owner, wake := evaluate.OwnerOf(s.Rollout), s.State.wake
+	owner := evaluate.OwnerOf(s.Rollout)
 	s.State.Close()
 	if len(left) == 0 {
 		close(done)
@@ -69,7 +70,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 	s.Driver.Crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 		defer cancel()
-		for tries := 0; len(left) > 0 && (tries == 0 || Pause(ctx, backOff(tries-1))); tries++ {
+		for tries := 0; len(left) > 0 && (tries == 0 || retry.Sleep(ctx, backOff(tries-1))); tries++ {
 			left = s.Driver.releaseOnce(ctx, left, owner)
 		}
 		if len(left) > 0 {
@@ -77,7 +78,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 				"nodes could not be told that the rollout has ended: what they pin expires")
 		}
 		close(done)
-		wake()
+		s.State.wake()
 	})
 	return done
 }

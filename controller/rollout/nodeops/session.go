@@ -213,7 +213,7 @@ func (s *Session) commitUntil(
 			w.mu.Unlock()
 			return true
 		}
-		if !Pause(ctx, backOff(tries)) {
+		if !retry.Sleep(ctx, backOff(tries)) {
 			return false
 		}
 	}
@@ -232,7 +232,7 @@ func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
 // back what it has prepared for it, unless the pod was changed for that.
 func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
 	m, dropped := s.State.pod(pod, revision)
-	if dropped != nil && !m.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
+	if dropped != nil && !m.Fresh.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
 		s.State.mu.Lock()
 		defer s.State.mu.Unlock()
 		s.abort(m.node, dropped, "something else is wanted of the pod")

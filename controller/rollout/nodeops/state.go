@@ -10,8 +10,10 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -20,8 +22,10 @@ import (
 // State is what the controller remembers of the pods of a rollout and of what nodes do for them.
 // Operation trackers write into it, too: the mutex is for that.
 type State struct {
-	uid  types.UID
-	wake func()
+	uid types.UID
+	// request names the rollout to the tracker, which wakes the reconciler.
+	request reconcile.Request
+	tracker *Tracker
 	// nodes are the nodes that were told anything, and may hold pins.
 	nodes map[string]nodes.Node
 
@@ -30,8 +34,12 @@ type State struct {
 	keys map[string]*keys
 }
 
-func NewState(uid types.UID, wake func()) *State {
-	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
+// Tracker follows the operations of all rollouts.
+type Tracker = nodes.Tracker[*opsv1.Operation]
+
+// NewState returns the state of a rollout with that UID and name.
+func NewState(uid types.UID, name types.NamespacedName, tracker *Tracker) *State {
+	return &State{uid: uid, request: reconcile.Request{NamespacedName: name}, tracker: tracker, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
 		keys: map[string]*keys{}}
 }
 
@@ -91,7 +99,7 @@ func (w *State) pod(pod *corev1.Pod, revision string) (m *PodOps, dropped *nodeO
 		dropped = m.Upgrade
 		w.drop(m)
 		*m = PodOps{
-			uid: pod.UID, revision: revision, Written: m.Written, Updating: m.Updating, node: m.node,
+			uid: pod.UID, revision: revision, Fresh: m.Fresh, Updating: m.Updating, node: m.node,
 			readySeen: m.readySeen,
 			readyIDs:  m.readyIDs, Started: m.Started, Nudges: m.Nudges, marked: m.marked, State: m.State,
 		}
@@ -116,8 +124,8 @@ func (w *State) drop(m *PodOps) {
 func (t *nodeOperation) end() {
 	if t != nil {
 		t.over = true
-		if t.cancel != nil {
-			t.cancel()
+		if t.forget != nil {
+			t.forget()
 		}
 	}
 }

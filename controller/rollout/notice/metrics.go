@@ -59,6 +59,13 @@ func (m *Metrics) Wrote(object string) {
 	}
 }
 
+// Following counts operations on nodes that are followed, by +1 and -1.
+func (m *Metrics) Following(n int) {
+	if m != nil {
+		m.working.Add(float64(n))
+	}
+}
+
 // Crew is for who talks to nodes.
 func (m *Metrics) Crew() prometheus.Gauge {
 	if m == nil {
