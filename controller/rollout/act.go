@@ -5,13 +5,10 @@ package rollout
 
 import (
 	"context"
-	"encoding/json"
-	"time"
+	"errors"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
-	"sigs.k8s.io/controller-runtime/pkg/client"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -21,11 +18,89 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
+
+// act takes the pods further. An error with one pod does not hold up the others.
+func (p *pass) act(ctx context.Context) error {
+	for _, n := range p.plan.Prepare {
+		p.ops.Prepare(ctx, p.items[n])
+	}
+	for _, n := range p.plan.Begin {
+		p.settleError(p.items[n], p.step(ctx, p.items[n]))
+	}
+	for _, i := range p.items {
+		if i.Stale {
+			continue
+		}
+		p.teller.warnings(i.Pod, p.work.ops.Finished(i.Ops))
+		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) &&
+			!p.waits(&i.Ops.Api) {
+			var err error
+			if relabels {
+				err = p.pods.relabel(ctx, i, p.target.Workload)
+			}
+			if i.Status.Open {
+				err = errors.Join(p.pods.setGates(ctx, i.Ops, i.Pod, ""), err)
+			}
+			p.settleError(i, err)
+		}
+		if i.Status.Ask {
+			p.ops.Follow(ctx, i)
+		}
+		if i.Status.Restart {
+			p.ops.Restart(ctx, i)
+		}
+		if i.Status.Inquire {
+			p.ops.Inquire(ctx, i)
+		}
+		if i.Status.Stage == evaluate.Updating {
+			carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
+			p.wait = retry.Sooner(p.wait, p.pods.nudge(ctx, i, carried))
+		}
+	}
+	return nil
+}
+
+// settleError decides what to do about a pod whose change the API server has answered with an
+// error.
+func (p *pass) settleError(i *nodeops.Item, err error) {
+	why := dryrun.Refusal(err)
+	switch {
+	case err == nil:
+		if !i.Stale && !p.now.Before(i.Ops.Api.Until) {
+			i.Ops.Api = dryrun.Trouble{}
+		}
+	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
+		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.work.gather()))
+	case why == nil:
+		i.Ops.Api.Note(err, p.now)
+		p.waits(&i.Ops.Api)
+		if p.now.Sub(i.Ops.Api.Since) < p.strategy.Deadline {
+			return
+		}
+		late := dryrun.TooLong(i.Pod.Name, p.strategy.Deadline, err)
+		why = &late
+		fallthrough
+	default:
+		i.Ops.Api.Note(err, p.now) // a gate that cannot be opened is tried again
+		p.ops.AbortUpgrade(i.Ops, why.Message)
+		i.Ops.Refused = why
+		p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
+	}
+}
+
+// waits returns true if it is too early to ask the API server again, and has the rollout looked at
+// when the time has come.
+func (p *pass) waits(t *dryrun.Trouble) bool {
+	left := t.Until.Sub(p.now)
+	if left > 0 {
+		p.wait = retry.Sooner(p.wait, left)
+	}
+	return left > 0
+}
 
 // step takes a pod that the rollout changes now one step further.
 func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
@@ -43,7 +118,7 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 	if len(evaluate.Gates(i.Pod)) > 0 {
 		shut, since := evaluate.OutOfServiceBy(i.Pod)
 		if shut != p.rollout.UID {
-			return p.setGates(ctx, i, p.rollout.UID)
+			return p.pods.setGates(ctx, i.Ops, i.Pod, p.rollout.UID)
 		}
 		if left := since.Add(p.strategy.Drain).Sub(p.now); p.strategy.Drain > 0 && left > 0 {
 			p.wait = retry.Sooner(p.wait, left)
@@ -93,22 +168,6 @@ func takenAs(rollout *inplace.InPlaceRollout, pod *corev1.Pod) string {
 	return string(rollout.UID) + "." + string(pod.UID)
 }
 
-// setGates closes the pod's gates for a rollout. With an empty UID it opens them.
-func (p *pass) setGates(ctx context.Context, i *nodeops.Item, rollout types.UID) error {
-	after, err := gates.Set(ctx, p.r.Client, i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name,
-		stamp(p.now).Time)
-	if err != nil {
-		if rollout != "" {
-			err = dryrun.Denied(err, "pod "+i.Pod.Name)
-		}
-		return err // a gate that cannot be opened is tried again
-	}
-	i.Ops.Fresh.Wrote(after)
-	p.r.Metrics.Wrote("pod status")
-	p.log.WithField("pod", i.Pod.Name).Debugf("gates: out of service %v", rollout != "")
-	return nil
-}
-
 // write changes the pod, and checks what admission has made of the change.
 func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) error {
 	answers := i.Ops.AnswersOf(p.work.ops)
@@ -137,7 +196,7 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 	if err != nil {
 		return err
 	}
-	after, err := p.patchPod(ctx, i, patch)
+	after, err := p.pods.patch(ctx, i, patch)
 	if err != nil {
 		return dryrun.Denied(err, "pod "+i.Pod.Name)
 	}
@@ -152,43 +211,4 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 		return dryrun.Unsteady("pod "+i.Pod.Name, name, asked, answers.Of(name, asked), got.Of(name, asked))
 	}
 	return nil
-}
-
-// relabel sets the label of revision of a pod that has got its images in another way.
-func (p *pass) relabel(ctx context.Context, i *nodeops.Item) error {
-	if !i.Unlabelled {
-		return nil
-	}
-	meta := map[string]any{"uid": i.Pod.UID, "resourceVersion": i.Pod.ResourceVersion,
-		"labels": map[string]any{podtemplate.RevisionLabel: p.target.Workload.RevisionLabel(&i.PodRef, nil)}}
-	if p.target.Workload.NeedsRestart(i.Pod) { // as in a pod made anew
-		var at any
-		if value := podtemplate.Of(p.target.Workload.Object()).Annotations[evaluate.RestartedAt]; value != "" {
-			at = value
-		}
-		meta["annotations"] = map[string]any{evaluate.RestartedAt: at}
-	}
-	patch, err := json.Marshal(map[string]any{"metadata": meta})
-	if err != nil {
-		return err
-	}
-	_, err = p.patchPod(ctx, i, patch)
-	return err
-}
-
-// patchPod writes a patch of a pod, and returns the pod as it is then.
-func (p *pass) patchPod(ctx context.Context, i *nodeops.Item, patch []byte) (*corev1.Pod, error) {
-	after := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
-	err := p.r.Client.Patch(ctx, after, client.RawPatch(types.StrategicMergePatchType, patch))
-	if err == nil {
-		i.Ops.Fresh.Wrote(after)
-		p.r.Metrics.Wrote("pod")
-	}
-	return after, err
-}
-
-// stamp returns the time in the API's resolution of one second, rounded up, so that a wait that is
-// counted from it is never too short.
-func stamp(now time.Time) metav1.Time {
-	return metav1.NewTime(now.Add(time.Second - 1).Truncate(time.Second))
 }

@@ -19,7 +19,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
@@ -72,7 +71,7 @@ func (p *pass) removeFinalizer(ctx context.Context) (bool, error) {
 	before := p.rollout.DeepCopy()
 	p.rollout.Finalizers = slices.DeleteFunc(p.rollout.Finalizers,
 		func(f string) bool { return f == inplace.RolloutFinalizer })
-	err := p.patch(ctx, before)
+	err := p.writer.Patch(ctx, p.rollout, before)
 	return err == nil, err
 }
 
@@ -85,7 +84,15 @@ func (p *pass) finalize(ctx context.Context) error {
 		return nil
 	}
 	if p.work.released == nil {
-		settled, err := p.undoTraces(ctx)
+		var why *apierror.SpecError
+		var err error
+		settled := true
+		if p.target, err = p.env.Find(ctx); err == nil {
+			p.goal = evaluate.GoalOf(p.rollout)
+			settled, err = p.release(ctx, "the InPlaceRollout was deleted")
+		} else if errors.As(err, &why) {
+			err = nil
+		}
 		if err != nil {
 			return err
 		}
@@ -102,20 +109,6 @@ func (p *pass) finalize(ctx context.Context) error {
 		p.r.forget(key)
 	}
 	return err
-}
-
-// undoTraces releases the pods and the workload of a rollout that has not ended. It returns true
-// when all is done.
-func (p *pass) undoTraces(ctx context.Context) (bool, error) {
-	var why *apierror.SpecError
-	var err error
-	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
-		return true, nil
-	} else if err != nil {
-		return false, err
-	}
-	p.goal = evaluate.GoalOf(p.rollout)
-	return p.release(ctx, "the InPlaceRollout was deleted")
 }
 
 // release lets the pods and the workload go: nodes take back what they have prepared, the pods go
@@ -138,7 +131,7 @@ func (p *pass) release(ctx context.Context, why string) (bool, error) {
 		if shut, _ := evaluate.OutOfServiceBy(pod); shut != p.rollout.UID {
 			continue
 		}
-		if err := p.setGates(ctx, &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod}, Ops: m}, ""); err != nil {
+		if err := p.pods.setGates(ctx, m, pod, ""); err != nil {
 			return false, client.IgnoreNotFound(err)
 		}
 	}

@@ -33,11 +33,6 @@ const (
 	writeInterval = 2 * time.Second
 )
 
-// patch writes the change of the rollout's metadata since before.
-func (p *pass) patch(ctx context.Context, before *inplace.InPlaceRollout) error {
-	return p.writer.Patch(ctx, p.rollout, before)
-}
-
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
 	tellReady(next)
@@ -112,7 +107,7 @@ func summarize(p *pass) *summary {
 		tally: tallyOf(p.rollout.UID, p.items), now: p.now, progressed: p.work.progressed, failed: p.work.failures,
 		template: p.work.memory.Template, refused: p.work.refused[p.goal.Revision] != nil,
 		blockedReason: p.blockedReason, blocked: p.blocked, notInPlaceReason: p.notInPlaceReason,
-		trouble: p.ops.Trouble(p.items),
+		trouble: p.work.ops.Trouble(p.items),
 	}
 }
 
@@ -143,13 +138,19 @@ func (p *pass) conclude(ctx context.Context) error {
 	if err != nil {
 		return err
 	} else if ended {
-		return p.complete(ctx, s, next)
+		for _, i := range p.items {
+			if i.Status.Stage == evaluate.Outdated {
+				p.ops.AbortUpgrade(i.Ops, "the rollout has ended without the pod")
+			}
+		}
+		s.outcome(next)
+		return p.end(ctx, next)
 	}
 	s.aside(next)
 	if len(p.work.failures) == 0 && !p.goal.Undo {
 		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
-	if wrong := p.ops.WrongSecrets(); len(wrong) > 0 { // the images are pulled without them
+	if wrong := p.work.ops.WrongSecrets(); len(wrong) > 0 { // the images are pulled without them
 		text := "pulling without: " + strings.Join(wrong, "; ")
 		p.teller.tell(corev1.EventTypeWarning, notice.EventSecrets, text, text)
 	}
@@ -236,17 +237,6 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
 	}
 	return false, trouble, nil
-}
-
-// complete ends the rollout.
-func (p *pass) complete(ctx context.Context, s *summary, next *inplace.InPlaceRolloutStatus) error {
-	for _, i := range p.items {
-		if i.Status.Stage == evaluate.Outdated {
-			p.ops.AbortUpgrade(i.Ops, "the rollout has ended without the pod")
-		}
-	}
-	s.outcome(next)
-	return p.end(ctx, next)
 }
 
 // end writes the last status of a rollout.

@@ -37,7 +37,7 @@ func (s *Session) SettlePreparation(i *Item) {
 	case t.failed != nil && !t.stale:
 		if !t.takenBack {
 			t.takenBack = true
-			s.abort(m.node, t, t.failed.Message)
+			s.Driver.abort(m.node, t, t.failed.Message)
 		}
 		m.gaveWay = false
 	case t.failed != nil:
@@ -60,7 +60,7 @@ func (s *Session) SettlePreparation(i *Item) {
 		t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
 			Message: fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, s.Strategy.Deadline)}
 		t.takenBack = true
-		s.abort(m.node, t, "it took too long")
+		s.Driver.abort(m.node, t, "it took too long")
 	default:
 		m.gaveWay = false
 		return

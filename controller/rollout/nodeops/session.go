@@ -8,7 +8,6 @@ package nodeops
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -17,7 +16,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
@@ -71,7 +69,7 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		return
 	}
 	if old := m.Upgrade; old != nil {
-		s.abort(m.node, old, "something else is wanted of the pod")
+		s.Driver.abort(m.node, old, "something else is wanted of the pod")
 		old.end()
 	}
 	t := &nodeOperation{uid: uid, begun: s.Now}
@@ -162,7 +160,7 @@ func (s *Session) Commit(i *Item) {
 	answers := i.Ops.AnswersOf(w)
 	images, change := answers.All(i.Status.Images), s.Change(i, t.uid, answers)
 	s.Driver.Crew.Do(func(ctx context.Context) {
-		if s.commitUntil(ctx, t, func(ctx context.Context) (*opsv1.Operation, error) {
+		if w.commitUntil(ctx, t, func(ctx context.Context) (*opsv1.Operation, error) {
 			if err := s.Driver.stillSo(ctx, i, change, answers); err != nil {
 				return nil, err
 			}
@@ -171,7 +169,7 @@ func (s *Session) Commit(i *Item) {
 				return nil, err
 			}
 			return s.Driver.Nodes.CommitUpgrade(ctx, node, request)
-		}, i.Pod.Name) {
+		}, i.Pod.Name, s.Strategy.Deadline) {
 			w.wake()
 		}
 	})
@@ -179,10 +177,10 @@ func (s *Session) Commit(i *Item) {
 
 // commitUntil calls commit until the node has accepted it, or it is of no use any more. It returns
 // false if the controller ends before that.
-func (s *Session) commitUntil(
+func (w *State) commitUntil(
 	ctx context.Context, t *nodeOperation, commit func(context.Context) (*opsv1.Operation, error), pod string,
+	deadline time.Duration,
 ) bool {
-	w := s.State
 	var since time.Time
 	for tries := 0; ; tries++ {
 		op, err := commit(ctx)
@@ -204,8 +202,8 @@ func (s *Session) commitUntil(
 			since = time.Time{}
 		} else if since.IsZero() {
 			since = time.Now()
-		} else if time.Since(since) >= s.Strategy.Deadline && !why.final && !why.stale {
-			why.Failure, why.final = dryrun.TooLong(pod, s.Strategy.Deadline, err), true
+		} else if time.Since(since) >= deadline && !why.final && !why.stale {
+			why.Failure, why.final = dryrun.TooLong(pod, deadline, err), true
 		}
 		if why.final || why.stale {
 			w.mu.Lock()
@@ -221,11 +219,11 @@ func (s *Session) commitUntil(
 
 // abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there
 // after holdFor. The caller holds the mutex of the state.
-func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
+func (d *Driver) abort(node nodes.Node, t *nodeOperation, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == opsv1.KindRestart {
 		return
 	}
-	s.Driver.takeBack(node, t.uid, why)
+	d.takeBack(node, t.uid, why)
 }
 
 // Pod returns what is known of a pod. If that is about another revision, the node is told to take
@@ -235,7 +233,7 @@ func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
 	if dropped != nil && !m.Fresh.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
 		s.State.mu.Lock()
 		defer s.State.mu.Unlock()
-		s.abort(m.node, dropped, "something else is wanted of the pod")
+		s.Driver.abort(m.node, dropped, "something else is wanted of the pod")
 	}
 	return m
 }
@@ -246,7 +244,7 @@ func (s *Session) Keep(pods map[types.UID]bool) {
 	s.State.mu.Lock()
 	for uid, m := range s.State.pods {
 		if t := m.Upgrade; !pods[uid] && t != nil && (m.State == nil || m.State.Operation != t.uid) {
-			s.abort(m.node, t, "the pod is not the rollout's any more")
+			s.Driver.abort(m.node, t, "the pod is not the rollout's any more")
 		}
 	}
 	s.State.mu.Unlock()
@@ -390,7 +388,7 @@ func (s *Session) Upgrade(i *Item) (uid string, phase opsv1.Phase) {
 func (s *Session) AbortUpgrade(m *PodOps, why string) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
-	s.abort(m.node, m.Upgrade, why)
+	s.Driver.abort(m.node, m.Upgrade, why)
 }
 
 // Withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed
@@ -399,53 +397,9 @@ func (s *Session) Withdraw(m *PodOps, why string) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
 	if t := m.Upgrade; t != nil && !t.over && (m.State == nil || m.State.Operation != t.uid) {
-		s.abort(m.node, t, why)
+		s.Driver.abort(m.node, t, why)
 		t.end()
 		m.Upgrade = nil
 		m.round++ // what was taken back stays so
 	}
-}
-
-// Trouble says what the API server has failed with several times in a row; empty if there is
-// nothing.
-func (s *Session) Trouble(items []*Item) string {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	for _, i := range items {
-		all := []dryrun.Trouble{i.Ops.Api}
-		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
-			all = append(all, t.api)
-		}
-		for _, t := range all {
-			if t.Count >= apierror.Tries {
-				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
-					t.Since.UTC().Format(time.RFC3339), t.Text)
-			}
-		}
-	}
-	return ""
-}
-
-// WrongSecrets says which pull secrets of the pods cannot be used, and why.
-func (s *Session) WrongSecrets() []string {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	var wrong []string
-	for _, name := range objects.SortedKeys(s.State.keys) {
-		wrong = append(wrong, s.State.keys[name].ring.Wrong...)
-	}
-	return wrong
-}
-
-// Finished returns the operations that have changed a pod and have succeeded.
-func (s *Session) Finished(m *PodOps) []*opsv1.Operation {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	var done []*opsv1.Operation
-	for _, t := range []*nodeOperation{m.Upgrade, m.restart} {
-		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
-			done = append(done, t.op)
-		}
-	}
-	return done
 }

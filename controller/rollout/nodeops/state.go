@@ -4,6 +4,7 @@
 package nodeops
 
 import (
+	"fmt"
 	"maps"
 	"sync"
 	"time"
@@ -14,8 +15,11 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -181,4 +185,48 @@ func (w *State) Knowledge(m *PodOps, pod *corev1.Pod, begun time.Time) evaluate.
 		k.Failed = m.Refused
 	}
 	return k
+}
+
+// Trouble says what the API server has failed with several times in a row; empty if there is
+// nothing.
+func (w *State) Trouble(items []*Item) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, i := range items {
+		all := []dryrun.Trouble{i.Ops.Api}
+		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
+			all = append(all, t.api)
+		}
+		for _, t := range all {
+			if t.Count >= apierror.Tries {
+				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
+					t.Since.UTC().Format(time.RFC3339), t.Text)
+			}
+		}
+	}
+	return ""
+}
+
+// WrongSecrets says which pull secrets of the pods cannot be used, and why.
+func (w *State) WrongSecrets() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var wrong []string
+	for _, name := range objects.SortedKeys(w.keys) {
+		wrong = append(wrong, w.keys[name].ring.Wrong...)
+	}
+	return wrong
+}
+
+// Finished returns the operations that have changed a pod and have succeeded.
+func (w *State) Finished(m *PodOps) []*opsv1.Operation {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var done []*opsv1.Operation
+	for _, t := range []*nodeOperation{m.Upgrade, m.restart} {
+		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
+			done = append(done, t.op)
+		}
+	}
+	return done
 }

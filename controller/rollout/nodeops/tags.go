@@ -104,7 +104,7 @@ func (s *Session) SettleTags(i *Item) {
 		case t.op.GetFinishTime() == nil && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
 			// The node knows the container with another image than the pod has: kubelet is about to
 			// replace it.
-			s.abort(m.node, t, "the container has another image than the pod's spec")
+			s.Driver.abort(m.node, t, "the container has another image than the pod's spec")
 			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation,
 				Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has",
 					name, m.node.Name)}, true
@@ -112,7 +112,7 @@ func (s *Session) SettleTags(i *Item) {
 			if !s.overdue(t) {
 				continue
 			}
-			s.abort(m.node, t, "it took too long")
+			s.Driver.abort(m.node, t, "it took too long")
 			t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
 				Message: fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name,
 					s.Strategy.Deadline)}
