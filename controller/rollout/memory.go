@@ -28,8 +28,8 @@ type work struct {
 	// fresh knows the last write of the rollout, lastWrite is when its status was last written.
 	fresh     objects.Freshness
 	lastWrite time.Time
-	// told are the Events that must not be repeated.
-	told map[string]bool
+	// reported are the Events that must not be repeated.
+	reported map[string]bool
 	// revision is the revision that ops, failures and progress are about.
 	revision string
 	failures map[types.UID]inplace.PodFailure

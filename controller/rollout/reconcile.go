@@ -98,7 +98,7 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, key, r.tracker), told: map[string]bool{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, key, r.tracker), reported: map[string]bool{},
 			failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
@@ -194,7 +194,7 @@ func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 		strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
 		log:      r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
 	}
-	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
+	p.teller = &teller{recorder: r.Recorder, rollout: rollout, reported: p.work.reported}
 	p.pods = &podWriter{client: r.Client, metrics: r.Metrics, rollout: rollout, now: p.now, log: p.log}
 	p.writer = &objects.Writer[*inplace.InPlaceRollout]{Client: r.Client, Kind: "rollout",
 		Wrote: func(what string, o *inplace.InPlaceRollout) {
@@ -265,7 +265,7 @@ func (p *pass) advance(ctx context.Context) error {
 	}
 	if p.work.revision != p.goal.Revision {
 		p.work.revision, p.work.failures = p.goal.Revision, map[types.UID]inplace.PodFailure{}
-		clear(p.work.told)
+		clear(p.work.reported)
 		p.work.progressed, p.work.released = p.now, nil
 		p.work.refused, p.work.api = nil, dryrun.Trouble{}
 		p.work.memory.Forget()

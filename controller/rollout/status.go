@@ -73,7 +73,7 @@ func (p *pass) noteFailures() int {
 		if was, known := p.work.failures[uid]; !known || p.goal.Undo && was.Reason != f.Reason {
 			p.r.Metrics.Pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
-			if len(p.work.told) < maxTold {
+			if len(p.work.reported) < maxReported {
 				p.teller.tell(corev1.EventTypeWarning, notice.EventPodFailed,
 					notice.Subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
@@ -195,7 +195,7 @@ func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRollou
 			return false, err
 		case trouble != "":
 			next.Message = trouble + "; " + next.Message
-		case done && p.strategy.OnFailure == inplace.Continue && s.tally.changing+s.tally.turns+s.tally.open == 0:
+		case done && p.strategy.OnFailure == inplace.Continue && s.tally.changing+s.tally.updating+s.tally.outOfService == 0:
 			return true, nil // of the pods none can go on
 		}
 	}

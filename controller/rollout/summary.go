@@ -54,7 +54,7 @@ type summary struct {
 
 // tally counts the pods by where they stand.
 type tally struct {
-	outdated, changing, updated, unlabelled, broken, available, open, turns, left, unwritten int
+	outdated, changing, updated, unlabelled, broken, available, outOfService, updating, skipped, unwritten int
 }
 
 // picture changes when a rollout gets on.
@@ -78,7 +78,7 @@ type standing struct {
 // applies counts.
 func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	t := s.tally
-	atRest := t.changing+t.turns == 0
+	atRest := t.changing+t.updating == 0
 	unchanged := fmt.Sprintf("nothing has changed for %s: ", s.strategy.Deadline)
 	back := ""
 	if s.goal.Undo {
@@ -116,11 +116,11 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 			progressing: true, reason: inplace.ReasonAPIError, message: s.trouble,
 			kind: corev1.EventTypeWarning, event: inplace.ReasonAPIError,
 		}, {
-			when:   t.left > 0 && t.outdated == 0 && atRest,
+			when:   t.skipped > 0 && t.outdated == 0 && atRest,
 			reason: inplace.ReasonNotInPlace,
 			message: fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them "+
 				"made anew",
-				t.left, s.notInPlaceReason),
+				t.skipped, s.notInPlaceReason),
 			kind: corev1.EventTypeWarning, event: notice.EventNotInPlace, key: "left",
 		}, {
 			when:   s.stuck(),
@@ -141,7 +141,7 @@ func (s *summary) through() bool {
 	if len(s.items) == 0 {
 		return s.target.Desired == 0 && s.target.Workload != nil && s.blocked == ""
 	}
-	return t.outdated+t.changing+t.left+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.open == 0
+	return t.outdated+t.changing+t.skipped+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.outOfService == 0
 }
 
 // whole returns true if all pods are updated and available.
@@ -158,7 +158,7 @@ func (s *summary) finished() bool {
 		return true
 	case s.goal.Undo && s.through() && (s.whole() || s.stuck()):
 		return true
-	case s.goal.Undo && t.changing+t.open == 0 && s.blocked == "" && s.cornered():
+	case s.goal.Undo && t.changing+t.outOfService == 0 && s.blocked == "" && s.cornered():
 		return true
 	}
 	return s.through() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
@@ -331,13 +331,13 @@ func tallyOf(rollout types.UID, items []*nodeops.Item) tally {
 		case evaluate.Broken:
 			t.broken++
 		case evaluate.Skipped:
-			t.left++
+			t.skipped++
 		}
 		if shut, _ := evaluate.OutOfServiceBy(i.Pod); shut == rollout {
-			t.open++
+			t.outOfService++
 		}
 		if i.Ops.Updating {
-			t.turns++
+			t.updating++
 		}
 	}
 	return t

@@ -340,3 +340,23 @@ func somePods(
 	})
 	return found, mirrors, err
 }
+
+// Over returns true if a rollout has nothing left to do.
+func Over(o *inplace.InPlaceRollout) bool {
+	return o.Status.CompletionTime != nil && o.Status.ObservedRevision == evaluate.RevisionOf(o)
+}
+
+// SharedWith names the workload or pod that a rollout with these pods shares with another rollout;
+// empty if there is none.
+func SharedWith(own []*corev1.Pod, r, other *inplace.InPlaceRollout) string {
+	if ref, theirs := r.Spec.Target.WorkloadRef, other.Spec.Target.WorkloadRef; ref != nil && theirs != nil {
+		return sameWorkload(ref, theirs)
+	}
+	is := members(other.Spec.Target)
+	for _, pod := range own {
+		if pods.Active(pod) && is(pod) {
+			return "pod " + pod.Name
+		}
+	}
+	return ""
+}

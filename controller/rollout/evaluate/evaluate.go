@@ -160,8 +160,7 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	k.now = now
 	shut, _ := OutOfServiceBy(pod)
 	v.Available, v.Wait = available(pod, k, s, now)
-	ready := pods.Condition(pod, corev1.PodReady)
-	v.Serving = ready != nil && ready.Status == corev1.ConditionTrue
+	v.Serving = isTrue(pods.Condition(pod, corev1.PodReady))
 	moving, wait := m.moving(pod, g, k)
 	v.Wait = retry.Sooner(v.Wait, wait)
 	v.Inquire = moving && !m.IsOf(g) && !k.Rested && m.restarts(pod)
@@ -462,95 +461,6 @@ func waitingFor(pod *corev1.Pod) string {
 		}
 	}
 	return ""
-}
-
-// available returns true if the pod has been ready for long enough. The duration is how long that
-// still takes.
-func available(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := pods.Condition(pod, corev1.PodReady)
-	if ready == nil || ready.Status != corev1.ConditionTrue {
-		return false, 0
-	}
-	if passed, wait := started(pod, k, now); !passed {
-		return false, wait
-	}
-	if len(Gates(pod)) > 0 {
-		return containersReady(pod, k, s, now) // the gate may have been opened only now
-	}
-	return readyLongEnough(pod, ready, k, s, now)
-}
-
-// containersReady returns true if the containers alone have been ready for long enough.
-func containersReady(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := pods.Condition(pod, corev1.ContainersReady)
-	if ready == nil || ready.Status != corev1.ConditionTrue {
-		return false, 0
-	}
-	if passed, wait := started(pod, k, now); !passed {
-		return false, wait
-	}
-	return readyLongEnough(pod, ready, k, s, now)
-}
-
-// started returns true if all containers of a pod have passed their startupProbes. wait is how long
-// until time alone may show it.
-func started(pod *corev1.Pod, k PodFacts, now time.Time) (passed bool, wait time.Duration) {
-	passed = true
-	for _, c := range StartupProbed(pod) {
-		cs := pods.Status(pod, c.Name)
-		if cs == nil {
-			continue // the conditions tell
-		}
-		ok, left := pods.StartupPassed(c, cs, k.StartedSeen[cs.ContainerID], k.Carried, now)
-		passed, wait = passed && ok, max(wait, left)
-	}
-	return passed, wait
-}
-
-func readyLongEnough(
-	pod *corev1.Pod, ready *corev1.PodCondition, k PodFacts, s *Strategy, now time.Time,
-) (bool, time.Duration) {
-	if s.MinReady == 0 {
-		return true, 0
-	}
-	since := ready.LastTransitionTime.Time
-	for _, c := range pod.Status.ContainerStatuses {
-		if r := c.State.Running; r != nil && r.StartedAt.After(since) {
-			since = r.StartedAt.Time // so short a gap that readiness did not notice
-		}
-	}
-	// A node whose clock is ahead must not make the wait longer than it is.
-	if !k.ReadySeen.IsZero() && k.ReadySeen.Before(since) {
-		since = k.ReadySeen
-	}
-	left := since.Add(s.MinReady).Sub(now)
-	return left <= 0, max(left, 0)
-}
-
-// wasReady returns true if the pod, which is not ready now, was ready for a while after its change.
-func wasReady(pod *corev1.Pod, m *InPlaceState, k PodFacts) bool {
-	ready := pods.Condition(pod, corev1.ContainersReady)
-	if ready == nil || ready.Status != corev1.ConditionFalse {
-		return false
-	}
-	since := m.Time.Time
-	for name := range m.Containers {
-		cs := pods.Status(pod, name)
-		if cs == nil || cs.State.Running == nil {
-			continue
-		}
-		if cs.State.Running.StartedAt.After(since) {
-			since = cs.State.Running.StartedAt.Time
-		}
-		c := pods.Changeable(pod, name)
-		if passed, _ := pods.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
-			return false // what made the pod ready was the start of the old one
-		}
-		if _, left := pods.StartupPassed(c, cs, time.Time{}, k.Carried, since); left > 0 {
-			since = since.Add(left) // until then, too
-		}
-	}
-	return ready.LastTransitionTime.After(since.Add(crashWithin))
 }
 
 // Culprit returns the container for which an operation failed; nil if there is none.

@@ -16,11 +16,11 @@ const (
 	// little in vain.
 	lookAheadMin = 2
 	lookAheadMax = 32
-	// turnsMax is how many pods are changed at once, whatever the budget says: each of them needs a
+	// updatingMax is how many pods are changed at once, whatever the budget says: each of them needs a
 	// stream to its node.
-	turnsMax = 500
-	// freeTurns is how many pods are changed at once of those that are not available anyway.
-	freeTurns = 10
+	updatingMax = 500
+	// freeMax is how many pods are changed at once of those that are not available anyway.
+	freeMax = 10
 )
 
 // Readiness is how far the node is with the preparation of a pod.
@@ -74,13 +74,13 @@ type Plan struct {
 // Next says which pods are next. The candidates are all active pods.
 func Next(pods []Candidate, l Limits) Plan {
 	var p Plan
-	turns, written := 0, 0
+	updating, written := 0, 0
 	for _, c := range pods {
 		if c.Status.Available && !c.Status.Disrupted {
 			p.Available++
 		}
 		if c.Updating {
-			turns++
+			updating++
 		}
 		if c.Status.Stage != Outdated && c.Status.Stage != Skipped {
 			written++
@@ -92,14 +92,14 @@ func Next(pods []Candidate, l Limits) Plan {
 	order = slices.DeleteFunc(order, func(i int) bool { return pods[i].Status.Stage != Outdated })
 	order, p.Held = unpartitioned(pods, order, written, l)
 
-	unavailable, free := p.Unavailable, max(freeTurns, l.MaxUnavailable)
+	unavailable, free := p.Unavailable, max(freeMax, l.MaxUnavailable)
 	waiting := 0
 	for _, i := range order {
 		if !pods[i].Updating && pods[i].Preparation != Unprepared {
 			waiting++
 		}
 	}
-	ahead := max(min(l.MaxUnavailable-p.Unavailable, turnsMax), 0) + min(max(l.MaxUnavailable, lookAheadMin),
+	ahead := max(min(l.MaxUnavailable-p.Unavailable, updatingMax), 0) + min(max(l.MaxUnavailable, lookAheadMin),
 		lookAheadMax)
 	blocked := false
 	for _, i := range order {
@@ -120,7 +120,7 @@ func Next(pods []Candidate, l Limits) Plan {
 			blocked = blocked || l.Ordered && c.Status.Serving
 			continue
 		}
-		if turns >= turnsMax {
+		if updating >= updatingMax {
 			continue
 		}
 		if c.Status.Serving {
@@ -137,10 +137,10 @@ func Next(pods []Candidate, l Limits) Plan {
 				continue
 			}
 			unavailable += cost
-		} else if turns >= free {
+		} else if updating >= free {
 			continue
 		}
-		turns++
+		updating++
 		p.Begin = append(p.Begin, i)
 	}
 	return p
