@@ -67,10 +67,13 @@ type pass struct {
 	*request
 	node   commander
 	events teller
+	writer objects.Writer[*appsv1alpha1.ContainerRecreateRequest]
 }
 
 func newPass(q *request) *pass {
-	return &pass{request: q, node: commander{request: q}, events: teller{q}}
+	wrote := func(what string, _ *appsv1alpha1.ContainerRecreateRequest) { q.r.Metrics.Wrote(what) }
+	return &pass{request: q, node: commander{request: q}, events: teller{q},
+		writer: objects.Writer[*appsv1alpha1.ContainerRecreateRequest]{Client: q.r.Client, Wrote: wrote, Kind: "request"}}
 }
 
 // advance takes a request that has not completed a step further.
@@ -295,7 +298,7 @@ func (p *pass) conclude(ctx context.Context, wait time.Duration) (time.Duration,
 		if c.done() || c.op == nil {
 			continue
 		}
-		if _, _, watched := p.r.watches.get(p.operationUID(c)); watched {
+		if s, _ := p.r.tracker.Get(p.operation(c)); s.Watched {
 			wait = retry.Sooner(wait, pollWatched)
 		} else if c.op.GetPhase() < opsv1.Phase_PHASE_SUCCEEDED {
 			wait = retry.Sooner(wait, pollUnwatched)
@@ -501,17 +504,9 @@ func (p *pass) drain(ctx context.Context) error {
 	return nil
 }
 
-// patch writes the change of metadata and spec since before, if there is one, unless somebody else
-// wrote in between.
+// patch writes the change of metadata and spec since before.
 func (p *pass) patch(ctx context.Context, before *appsv1alpha1.ContainerRecreateRequest) error {
-	if apiequality.Semantic.DeepEqual(before, p.crr) {
-		return nil
-	}
-	err := p.r.Client.Patch(ctx, p.crr, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
-	if err == nil {
-		p.r.Metrics.Wrote("request")
-	}
-	return err
+	return p.writer.Patch(ctx, p.crr, before)
 }
 
 // writeStatus writes next if it differs, and then the Events that go with it.
@@ -519,19 +514,14 @@ func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecr
 	next.ObservedGeneration = p.crr.Generation
 	tellReady(next)
 	tellInFields(p.crr, p.containers, next)
-	if apiequality.Semantic.DeepEqual(&p.crr.Status, next) {
-		return nil
-	}
 	before := p.crr.DeepCopy()
 	p.crr.Status = *next
-	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
-	if err := p.r.Client.Status().Patch(ctx, p.crr, patch); err != nil {
-		return err
+	wrote, err := p.writer.PatchStatus(ctx, p.crr, before)
+	if wrote {
+		p.memory.lastWrite = p.r.now()
+		p.events.tell(&before.Status)
 	}
-	p.r.Metrics.Wrote("request status")
-	p.memory.lastWrite = p.r.now()
-	p.events.tell(&before.Status)
-	return nil
+	return err
 }
 
 // tellReady says for kstatus how the request stands.
