@@ -69,11 +69,7 @@ func (n *commander) node(ctx context.Context) (nodes.Node, error) {
 		}
 		return nodes.Node{}, err
 	}
-	port := n.r.NodePort
-	if port == 0 {
-		port = nodes.DefaultPort
-	}
-	return nodes.Of(&node, port)
+	return nodes.Of(&node, n.r.NodePort)
 }
 
 // know takes in the answer of a unary call about the container's operation.
