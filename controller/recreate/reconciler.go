@@ -146,6 +146,7 @@ func (r *Reconciler) standDown() {
 	for _, key := range keys {
 		r.forget(key)
 	}
+	r.tracker.ForgetAll()
 }
 
 // Reconcile takes one request as far as it goes and says when to look again.
