@@ -30,8 +30,8 @@ type Node struct {
 }
 
 // Of returns where to reach the cri-proxy of n: its [AddressAnnotation], else its internal address,
-// else its host name, with port where none is given; port 0 means [DefaultPort]. The error says what
-// the node lacks.
+// else its host name, with port where none is given; port 0 means [DefaultPort]. The error says
+// what the node lacks.
 func Of(n *corev1.Node, port int) (Node, error) {
 	port = cmp.Or(port, DefaultPort)
 	if override := n.Annotations[AddressAnnotation]; override != "" {
