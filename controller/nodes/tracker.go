@@ -155,7 +155,7 @@ type Tracker[O Operation] struct {
 // tracked is one operation. It is replaced when its follow begins anew, so that what an earlier
 // goroutine says does not count. The tracker's mutex guards state.
 type tracked[O Operation] struct {
-	follow *Follow[O] // nil if only noted
+	follow *Follow[O] // nil if there is no goroutine, and none to come
 	ctx    context.Context
 	cancel context.CancelFunc
 	// ended is closed at the end of the goroutine, which was launched.
@@ -310,9 +310,9 @@ func (t *Tracker[O]) Note(request reconcile.Request, n Node, op O) {
 	}
 }
 
-// Forget ends the follow of operations, and forgets what is known of them. It wakes nobody, and does
-// not wait: see State.Ended for when the goroutine has ended, and Follow for its functions. Keys
-// that nobody follows are no error.
+// Forget ends the follow of operations, and forgets what is known of them. It wakes nobody, and
+// does not wait: see State.Ended for when the goroutine has ended, and Follow for its functions.
+// Keys that nobody follows are no error.
 func (t *Tracker[O]) Forget(keys ...Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

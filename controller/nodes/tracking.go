@@ -24,6 +24,7 @@ func (t *Tracker[O]) launch(e *tracked[O]) {
 			t.options.Following(-1)
 			t.mu.Lock()
 			t.discount(e)
+			e.follow = nil // its functions may hold much
 			t.mu.Unlock()
 			close(e.ended)
 		}()

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package retry says when to look at an object again.
+// Package retry says when to try again, and when to look at an object again.
 package retry
 
 import (
@@ -23,6 +23,11 @@ func Sooner(a, b time.Duration) time.Duration {
 // RateLimiter returns the back-off of a work queue after errors: 50 ms, doubled up to 30 s.
 func RateLimiter() workqueue.TypedRateLimiter[reconcile.Request] {
 	return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
+}
+
+// Backoff returns the pause after n tries before this one: base, doubled up to most.
+func Backoff(n int, base, most time.Duration) time.Duration {
+	return min(base<<min(n, 10), most)
 }
 
 // Sleep waits, and says whether to go on: ctx is not done.
