@@ -195,7 +195,8 @@ func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRollou
 			return false, err
 		case trouble != "":
 			next.Message = trouble + "; " + next.Message
-		case done && p.strategy.OnFailure == inplace.Continue && s.tally.changing+s.tally.updating+s.tally.outOfService == 0:
+		case done && p.strategy.OnFailure == inplace.Continue &&
+			s.tally.changing+s.tally.updating+s.tally.outOfService == 0:
 			return true, nil // of the pods none can go on
 		}
 	}

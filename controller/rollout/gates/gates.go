@@ -65,8 +65,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	return reconcile.Result{}, client.IgnoreNotFound(err)
 }
 
-// Set closes the gates of a pod for a rollout; with an empty UID it opens them. It returns the pod as
-// it is then.
+// Set closes the gates of a pod for a rollout; with an empty UID it opens them. It returns the pod
+// as it is then.
 func Set(
 	ctx context.Context, c client.Client, pod *corev1.Pod, rollout types.UID, text string, now time.Time,
 ) (*corev1.Pod, error) {

@@ -48,7 +48,7 @@ const (
 )
 
 // backOff returns the wait after a number of tries that came before the last one.
-func backOff(tries int) time.Duration { return min(retryInterval<<min(tries, 4), retryIntervalMax) }
+func backOff(tries int) time.Duration { return retry.Backoff(tries, retryInterval, retryIntervalMax) }
 
 // retryable returns true if a preparation that ended for this reason is worth another try.
 func retryable(reason string) bool {
@@ -85,7 +85,8 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		s.AbortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
 	}
 	s.run(t, node, i.Pod.Name, (&preparation{
-		d: s.Driver, w: w, t: t, node: node, item: i, request: s.prepareRequest(ctx, i, uid), change: s.Change(i, uid, nil),
+		d: s.Driver, w: w, t: t, node: node, item: i, request: s.prepareRequest(ctx, i, uid),
+		change: s.Change(i, uid, nil),
 	}).begin)
 	s.Log.WithField("pod", i.Pod.Name).WithField("op", uid).Debug("preparing")
 }
@@ -99,8 +100,8 @@ func (s *Session) reach(ctx context.Context, i *Item) (nodes.Node, error) {
 	return node, err
 }
 
-// unreachable returns a failure once the node of a pod has been missing for too long. Until then the
-// pod is looked at again: if the node was removed, its pods will be gone soon, too.
+// unreachable returns a failure once the node of a pod has been missing for too long. Until then
+// the pod is looked at again: if the node was removed, its pods will be gone soon, too.
 func (s *Session) unreachable(m *PodOps, err error) *evaluate.Failure {
 	if m.lost.IsZero() {
 		m.lost = s.Now

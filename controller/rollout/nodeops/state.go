@@ -43,8 +43,8 @@ type Tracker = nodes.Tracker[*opsv1.Operation]
 
 // NewState returns the state of a rollout with that UID and name.
 func NewState(uid types.UID, name types.NamespacedName, tracker *Tracker) *State {
-	return &State{uid: uid, request: reconcile.Request{NamespacedName: name}, tracker: tracker, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
-		keys: map[string]*keys{}}
+	return &State{uid: uid, request: reconcile.Request{NamespacedName: name}, tracker: tracker,
+		nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
 }
 
 // Size returns how many pods there are.
