@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
@@ -72,7 +73,7 @@ type Reconciler struct {
 
 	crew    *crew.Crew
 	driver  *nodeops.Driver
-	tracker *nodeops.Tracker
+	tracker *nodes.Tracker[*opsv1.Operation]
 
 	admissions admissions
 

@@ -35,7 +35,7 @@ const (
 
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
-	tellReady(next)
+	setKstatus(next)
 	before := p.rollout.DeepCopy()
 	p.rollout.Status = *next
 	wrote, err := p.writer.PatchStatus(ctx, p.rollout, before)
@@ -146,7 +146,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		s.outcome(next)
 		return p.end(ctx, next)
 	}
-	s.aside(next)
+	s.addLeftOut(next)
 	if len(p.work.failures) == 0 && !p.goal.Undo {
 		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
@@ -155,7 +155,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		p.teller.tell(corev1.EventTypeWarning, notice.EventSecrets, text, text)
 	}
 	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
-	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
+	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && numbersOnly(&p.rollout.Status, next) {
 		if !apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
 			p.wait = retry.Sooner(p.wait, left)
 		}

@@ -135,8 +135,8 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	return table[slices.IndexFunc(table, func(row standing) bool { return row.when })]
 }
 
-// through returns true if no pod has anything left to do.
-func (s *summary) through() bool {
+// done returns true if no pod has anything left to do.
+func (s *summary) done() bool {
 	t := s.tally
 	if len(s.items) == 0 {
 		return s.target.Desired == 0 && s.target.Workload != nil && s.blocked == ""
@@ -144,24 +144,24 @@ func (s *summary) through() bool {
 	return t.outdated+t.changing+t.skipped+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.outOfService == 0
 }
 
-// whole returns true if all pods are updated and available.
-func (s *summary) whole() bool {
+// allAvailable returns true if all pods are updated and available.
+func (s *summary) allAvailable() bool {
 	t := s.tally
-	return s.through() && t.broken == 0 && t.available == t.updated && t.available >= s.target.Desired
+	return s.done() && t.broken == 0 && t.available == t.updated && t.available >= s.target.Desired
 }
 
 // finished returns true if the pods have nothing left to do for the rollout.
 func (s *summary) finished() bool {
 	t := s.tally
 	switch {
-	case !s.goal.Undo && s.whole():
+	case !s.goal.Undo && s.allAvailable():
 		return true
-	case s.goal.Undo && s.through() && (s.whole() || s.stuck()):
+	case s.goal.Undo && s.done() && (s.allAvailable() || s.stuck()):
 		return true
-	case s.goal.Undo && t.changing+t.outOfService == 0 && s.blocked == "" && s.cornered():
+	case s.goal.Undo && t.changing+t.outOfService == 0 && s.blocked == "" && s.rollbackBlocked():
 		return true
 	}
-	return s.through() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
+	return s.done() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
 }
 
 // failing returns true if something has failed, and the rollout does not go back.
@@ -172,8 +172,9 @@ func (s *summary) failing() bool {
 // stuck returns true if nothing has changed for longer than a pod may take.
 func (s *summary) stuck() bool { return s.now.Sub(s.progressed) >= s.strategy.Deadline }
 
-// cornered returns true if pods that cannot be put back have kept the others from it for too long.
-func (s *summary) cornered() bool {
+// rollbackBlocked returns true if pods that cannot be put back have kept the others from it for too
+// long.
+func (s *summary) rollbackBlocked() bool {
 	return s.noWayBack() != "" && s.stuck() && s.plan.Blocked == "" && !s.rollout.Spec.Paused
 }
 
@@ -294,15 +295,15 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 		success := metav1.NewMicroTime(s.now)
 		next.LastSuccessTime = &success
 		next.Message = fmt.Sprintf("all %d pods are updated", next.Updated)
-		s.aside(next)
+		s.addLeftOut(next)
 		notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
 		notice.SetCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
 		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
 }
 
-// aside adds to the message how many pods the rollout leaves alone though they have its labels.
-func (s *summary) aside(next *inplace.InPlaceRolloutStatus) {
+// addLeftOut adds to the message how many pods the rollout leaves alone though they have its labels.
+func (s *summary) addLeftOut(next *inplace.InPlaceRolloutStatus) {
 	if text := workload.LeftOut(s.target.Mirrors); text != "" {
 		next.Message += "; " + text
 	}
@@ -349,8 +350,8 @@ func setProgressing(next *inplace.InPlaceRolloutStatus, progressing bool, reason
 	notice.SetCondition(next, inplace.ConditionComplete, false, reason, message)
 }
 
-// minor returns true if a status differs from the one before in numbers only.
-func minor(before, after *inplace.InPlaceRolloutStatus) bool {
+// numbersOnly returns true if a status differs from the one before in numbers only.
+func numbersOnly(before, after *inplace.InPlaceRolloutStatus) bool {
 	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed ||
 		len(before.Conditions) != len(after.Conditions) {
 		return false
@@ -364,9 +365,9 @@ func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	return true
 }
 
-// tellReady sets the conditions of kstatus, as kstatus would see a workload: a rollout whose
+// setKstatus sets the conditions of kstatus, as kstatus would see a workload: a rollout whose
 // partition holds pods back on purpose is current, a paused one is not.
-func tellReady(s *inplace.InPlaceRolloutStatus) {
+func setKstatus(s *inplace.InPlaceRolloutStatus) {
 	c, going := meta.FindStatusCondition(s.Conditions, inplace.ConditionComplete),
 		meta.FindStatusCondition(s.Conditions, inplace.ConditionProgressing)
 	if c == nil || going == nil {

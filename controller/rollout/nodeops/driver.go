@@ -76,9 +76,9 @@ func (d *Driver) Carries(ctx context.Context, pod *corev1.Pod) bool {
 	return pods.CarriesStarted(&n)
 }
 
-// stillSo asks the API server once more, before the node is told that the patch comes. The error
+// recheck asks the API server again, before the node is told that the patch comes. The error
 // says that admission answers otherwise now.
-func (d *Driver) stillSo(ctx context.Context, i *Item, change *dryrun.PodChange, before evaluate.Rewrites) error {
+func (d *Driver) recheck(ctx context.Context, i *Item, change *dryrun.PodChange, before evaluate.Rewrites) error {
 	now, more, err := dryrun.Pod(ctx, d.Client, i.Pod, change)
 	if err != nil {
 		return err

@@ -53,7 +53,7 @@ func (s *Session) run(
 // givesUp writes into t how an operation has ended for the controller because of an error, and
 // returns true if it has. The node may be silent until the deadline.
 func (w *State) givesUp(t *nodeOperation, err error, silent, deadline time.Duration, pod string) bool {
-	if errors.Is(err, errThere) {
+	if errors.Is(err, errImageThere) {
 		w.change(t, func() { t.same = true })
 		return true
 	}
@@ -70,8 +70,8 @@ func (w *State) givesUp(t *nodeOperation, err error, silent, deadline time.Durat
 	return true
 }
 
-// errThere: a container already has the image that admission makes of the goal's.
-var errThere = errors.New("the image is there")
+// errImageThere: a container already has the image that admission makes of the goal's.
+var errImageThere = errors.New("the image is there")
 
 // noteAPI counts errors of the API server, so that people are told after some of them.
 func (w *State) noteAPI(t *nodeOperation, err error) {

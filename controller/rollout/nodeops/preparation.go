@@ -191,16 +191,16 @@ func (p *preparation) begin(ctx context.Context) (*opsv1.Operation, error) {
 }
 
 // admission asks the API server what it makes of the images of the change, and puts that into the
-// request. The error is errThere if the change has to be another one.
+// request. The error is errImageThere if the change has to be another one.
 func (p *preparation) admission(ctx context.Context) (evaluate.Rewrites, error) {
 	pod := p.item.Pod
 	answers, more, err := dryrun.Pod(ctx, p.d.Client, pod, p.change)
 	if err == nil && len(more) > 0 {
 		p.w.LearnMore(p.item.Ops, p.t, more)
-		return nil, errThere // all of them are prepared together
+		return nil, errImageThere // all of them are prepared together
 	}
 	if err == nil && len(answers) > 0 { // is it the same each time?
-		err = p.d.stillSo(ctx, p.item, p.change, answers)
+		err = p.d.recheck(ctx, p.item, p.change, answers)
 	}
 	if err != nil {
 		return nil, err
@@ -212,7 +212,7 @@ func (p *preparation) admission(ctx context.Context) (evaluate.Rewrites, error) 
 	}
 	if there {
 		p.w.Learn(p.item.Ops, p.t, p.change.Images, answers)
-		return nil, errThere // those that are not are prepared without those that are
+		return nil, errImageThere // those that are not are prepared without those that are
 	}
 	return answers, nil
 }

@@ -162,7 +162,7 @@ func (s *Session) Commit(i *Item) {
 	images, change := answers.All(i.Status.Images), s.Change(i, t.uid, answers)
 	s.Driver.Crew.Do(func(ctx context.Context) {
 		if w.commitUntil(ctx, t, func(ctx context.Context) (*opsv1.Operation, error) {
-			if err := s.Driver.stillSo(ctx, i, change, answers); err != nil {
+			if err := s.Driver.recheck(ctx, i, change, answers); err != nil {
 				return nil, err
 			}
 			request, err := s.Driver.commitRequest(ctx, w, i.Pod, change.Label, t.uid, images)

@@ -29,7 +29,7 @@ type State struct {
 	uid types.UID
 	// request names the rollout to the tracker, which wakes the reconciler.
 	request reconcile.Request
-	tracker *Tracker
+	tracker *nodes.Tracker[*opsv1.Operation]
 	// nodes are the nodes that were told anything, and may hold pins.
 	nodes map[string]nodes.Node
 
@@ -38,11 +38,8 @@ type State struct {
 	keys map[string]*keys
 }
 
-// Tracker follows the operations of all rollouts.
-type Tracker = nodes.Tracker[*opsv1.Operation]
-
 // NewState returns the state of a rollout with that UID and name.
-func NewState(uid types.UID, name types.NamespacedName, tracker *Tracker) *State {
+func NewState(uid types.UID, name types.NamespacedName, tracker *nodes.Tracker[*opsv1.Operation]) *State {
 	return &State{uid: uid, request: reconcile.Request{NamespacedName: name}, tracker: tracker,
 		nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
 }
