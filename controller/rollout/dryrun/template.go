@@ -63,7 +63,7 @@ func Template(
 func ImagesAfter(
 	ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string,
 ) (become, all map[string]string, err error) {
-	patch, err := podtemplate.Patch(o, podtemplate.Of(o), images, nil, nil)
+	patch, err := podtemplate.Patch(o, images, nil, nil)
 	if err != nil {
 		return nil, nil, err
 	}

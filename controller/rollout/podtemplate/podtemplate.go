@@ -79,12 +79,10 @@ func ImageLists(s *corev1.PodSpec, images map[string]string) map[string][]any {
 
 // Patch returns the strategic merge patch that puts images into the template of a workload. The
 // patch also sets annotations of the workload and other fields of its spec.
-func Patch(
-	o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any,
-) ([]byte, error) {
+func Patch(o client.Object, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
 	body := map[string]any{}
 	maps.Copy(body, spec)
-	if lists := ImageLists(&t.Spec, images); len(lists) > 0 {
+	if lists := ImageLists(&Of(o).Spec, images); len(lists) > 0 {
 		body["template"] = map[string]any{"spec": lists}
 	}
 	meta := map[string]any{"uid": o.GetUID(), "resourceVersion": o.GetResourceVersion()}

@@ -118,11 +118,7 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 			continue
 		}
 		if podtemplate.SameTemplate(&set.Spec.Template, &w.d.Spec.Template) && before(set, w.current) {
-			patch, err := podtemplate.Patch(set, &set.Spec.Template, images, clean(nil), nil)
-			if err != nil {
-				return false, err
-			}
-			return w.noHistory(w.env.patchWorkload(ctx, set, patch, "ReplicaSet", images))
+			return w.noHistory(w.env.writeImages(ctx, set, "ReplicaSet", images, clean(nil), nil))
 		}
 		if podtemplate.SameTemplate(&set.Spec.Template, previous) && (there == nil ||
 			revisionNumber(set) > revisionNumber(there)) {
@@ -135,12 +131,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	case there != nil && revisionNumber(there) == highest:
 		return highest <= revisionNumber(w.current), nil // its controller is about to give that a higher one
 	case there != nil:
-		patch, err := podtemplate.Patch(there, &there.Spec.Template, nil,
-			clean(map[string]any{deploymentRevision: number}), nil)
-		if err != nil {
-			return false, err
-		}
-		return w.noHistory(w.env.patchWorkload(ctx, there, patch, "ReplicaSet", nil))
+		return w.noHistory(w.env.writeImages(ctx, there, "ReplicaSet", nil,
+			clean(map[string]any{deploymentRevision: number}), nil))
 	case limit != nil && *limit == 0:
 		return true, nil // nobody wants any
 	case w.env.Memory.history == w.env.templateKey():

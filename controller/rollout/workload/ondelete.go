@@ -121,10 +121,6 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	if len(diff) > 0 {
 		become := podtemplate.Images(w.template)
 		maps.Copy(become, diff)
-		patch, err := podtemplate.Patch(w.object, w.template, diff, w.env.templateMark(become), nil)
-		if err != nil {
-			return false, "", err
-		}
 		if w.env.Goal.Undo && w.follows() {
 			if err := w.env.notePutBack(ctx, w.object); err != nil {
 				return false, "", err
@@ -132,7 +128,7 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 		}
 		w.env.Log.WithField("images", diff).Info("changing the template of " + w.name())
 		return false, "the template of " + w.name() + " has just been changed",
-			w.env.noteTemplate(w.env.patchWorkload(ctx, w.object, patch, w.kind, diff))
+			w.env.noteTemplate(w.env.writeImages(ctx, w.object, w.kind, diff, w.env.templateMark(become), nil))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -140,8 +136,7 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	if err := w.readRevisions(ctx); err != nil {
 		return false, "", err
 	}
-	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameButImages(t, w.template) ||
-		!podtemplate.SameImages(t, w.template) {
+	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameTemplate(t, w.template) {
 		w.env.Memory.revisions = nil
 		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
 	}

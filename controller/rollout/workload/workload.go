@@ -194,6 +194,18 @@ func (m *Memory) rewrite(more evaluate.Rewrites) {
 	maps.Copy(m.Template, more)
 }
 
+// writeImages writes images into the template of a workload, with annotations of the workload and
+// other fields of its spec. Otherwise it is like patchWorkload.
+func (e *Env) writeImages(
+	ctx context.Context, o client.Object, kind string, images map[string]string, annotations, spec map[string]any,
+) error {
+	patch, err := podtemplate.Patch(o, images, annotations, spec)
+	if err != nil {
+		return err
+	}
+	return e.patchWorkload(ctx, o, patch, kind, images)
+}
+
 // patchWorkload writes a patch, unless someone else wrote in between, and checks that the template
 // has got the expected images.
 func (e *Env) patchWorkload(
