@@ -24,7 +24,7 @@ import (
 )
 
 // act takes the pods further. An error with one pod does not hold up the others.
-func (p *pass) act(ctx context.Context) error {
+func (p *pass) act(ctx context.Context) {
 	for _, n := range p.plan.Prepare {
 		p.ops.Prepare(ctx, p.items[n])
 	}
@@ -61,7 +61,6 @@ func (p *pass) act(ctx context.Context) error {
 			p.wait = retry.Sooner(p.wait, p.pods.nudge(ctx, i, carried))
 		}
 	}
-	return nil
 }
 
 // settleError decides what to do about a pod whose change the API server has answered with an

@@ -297,9 +297,7 @@ func (p *pass) advance(ctx context.Context) error {
 		len(p.rollout.Status.PreviousImages) > 0 {
 		return p.startRollback(ctx)
 	}
-	if err := p.act(ctx); err != nil {
-		return err
-	}
+	p.act(ctx)
 	return p.conclude(ctx)
 }
 

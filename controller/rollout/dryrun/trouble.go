@@ -35,7 +35,7 @@ const retryMax = 30 * time.Second
 type Trouble struct {
 	Count int
 	Text  string
-	// Since is when the trouble began. Nobody tries again before until.
+	// Since is when the trouble began. Nobody tries again before Until.
 	Since, Until time.Time
 }
 

@@ -47,7 +47,7 @@ type Candidate struct {
 type Limits struct {
 	Desired, MaxUnavailable int
 	// Keep is how many pods stay as they are; in a StatefulSet those with ordinals below
-	// firstOrdinal + keep.
+	// FirstOrdinal + Keep.
 	Keep, FirstOrdinal int
 	// Halted: no further pod begins.
 	Halted bool
@@ -60,7 +60,7 @@ type Limits struct {
 
 // Plan says which pods are next.
 type Plan struct {
-	// Prepare are the pods whose nodes have to prepare them, begin the pods to change now; both by
+	// Prepare are the pods whose nodes have to prepare them, Begin the pods to change now; both by
 	// index.
 	Prepare, Begin []int
 	// Held is how many outdated pods the partition keeps.

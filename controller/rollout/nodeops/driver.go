@@ -33,7 +33,7 @@ import (
 // Driver commands nodes for the pods of rollouts.
 type Driver struct {
 	Nodes Nodes
-	// Client reads from the cache and asks the API server. live reads past the cache, which has no
+	// Client reads from the cache and asks the API server. Live reads past the cache, which has no
 	// secrets.
 	Client client.Client
 	Live   client.Reader

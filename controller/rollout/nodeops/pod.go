@@ -46,7 +46,7 @@ type PodOps struct {
 	// Started is when the controller first saw each container with a startupProbe running, by ID.
 	Started map[string]time.Time
 	Nudges  pods.Nudges
-	marked  string // the annotation that mark was read from
+	marked  string // the annotation that State was read from
 	State   *evaluate.InPlaceState
 
 	// The mutex of the state guards the rest.
