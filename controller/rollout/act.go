@@ -37,7 +37,7 @@ func (p *pass) act(ctx context.Context) {
 		}
 		p.teller.warnings(i.Pod, p.work.ops.Finished(i.Ops))
 		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) &&
-			!p.waits(&i.Ops.Api) {
+			!p.waits(&i.Ops.API) {
 			var err error
 			if relabels {
 				err = p.pods.relabel(ctx, i, p.target.Workload)
@@ -69,22 +69,22 @@ func (p *pass) settleError(i *nodeops.Item, err error) {
 	why := dryrun.Refusal(err)
 	switch {
 	case err == nil:
-		if !i.Stale && !p.now.Before(i.Ops.Api.Until) {
-			i.Ops.Api = dryrun.Trouble{}
+		if !i.Stale && !p.now.Before(i.Ops.API.Until) {
+			i.Ops.API = dryrun.Trouble{}
 		}
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
 		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.work.gather()))
 	case why == nil:
-		i.Ops.Api.Note(err, p.now)
-		p.waits(&i.Ops.Api)
-		if p.now.Sub(i.Ops.Api.Since) < p.strategy.Deadline {
+		i.Ops.API.Note(err, p.now)
+		p.waits(&i.Ops.API)
+		if p.now.Sub(i.Ops.API.Since) < p.strategy.Deadline {
 			return
 		}
 		late := dryrun.TooLong(i.Pod.Name, p.strategy.Deadline, err)
 		why = &late
 		fallthrough
 	default:
-		i.Ops.Api.Note(err, p.now) // a gate that cannot be opened is tried again
+		i.Ops.API.Note(err, p.now) // a gate that cannot be opened is tried again
 		p.ops.AbortUpgrade(i.Ops, why.Message)
 		i.Ops.Refused = why
 		p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
@@ -104,7 +104,7 @@ func (p *pass) waits(t *dryrun.Trouble) bool {
 // step takes a pod that the rollout changes now one step further.
 func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 	i.Ops.Updating = true
-	if i.Stale || p.waits(&i.Ops.Api) {
+	if i.Stale || p.waits(&i.Ops.API) {
 		return nil
 	}
 	if len(i.Status.CheckTags) > 0 { // a gate was closed before the controller was started

@@ -326,7 +326,7 @@ func tallyOf(rollout types.UID, items []*nodeops.Item) tally {
 			if i.Status.Available && !i.Stale {
 				t.available++
 			}
-			if i.Ops.Api.Count > 0 && i.Ops.Refused == nil {
+			if i.Ops.API.Count > 0 && i.Ops.Refused == nil {
 				t.unwritten++ // its label; that is tried again
 			}
 		case evaluate.Broken:

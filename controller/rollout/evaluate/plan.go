@@ -26,6 +26,7 @@ const (
 // Readiness is how far the node is with the preparation of a pod.
 type Readiness int
 
+// The node has not begun yet, is at it, or is done.
 const (
 	Unprepared Readiness = iota
 	Preparing

@@ -14,6 +14,7 @@ import (
 // Tag is what a container's tag names, as the node has found out.
 type Tag int
 
+// Nobody knows yet, or the tag names an image.
 const (
 	TagUnknown Tag = iota
 	TagSame        // the image that runs

@@ -38,8 +38,8 @@ type PodOps struct {
 	Settled  bool
 	// Refused is why the pod must not be changed.
 	Refused *evaluate.Failure
-	// Api counts errors of the API server since the last success.
-	Api dryrun.Trouble
+	// API counts errors of the API server since the last success.
+	API dryrun.Trouble
 	// readySeen is when the controller first saw the containers of readyIDs ready.
 	readySeen time.Time
 	readyIDs  string

@@ -190,7 +190,7 @@ func (w *State) Trouble(items []*Item) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, i := range items {
-		all := []dryrun.Trouble{i.Ops.Api}
+		all := []dryrun.Trouble{i.Ops.API}
 		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
 			all = append(all, t.api)
 		}

@@ -41,18 +41,21 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 	return m, nil
 }
 
+// Completed counts a rollout that has ended.
 func (m *Metrics) Completed(reason string) {
 	if m != nil {
 		m.rollouts.WithLabelValues(reason).Inc()
 	}
 }
 
+// Pod counts a pod that has failed.
 func (m *Metrics) Pod(reason string) {
 	if m != nil {
 		m.pods.WithLabelValues(reason).Inc()
 	}
 }
 
+// Wrote counts a write to the API server.
 func (m *Metrics) Wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
