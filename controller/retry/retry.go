@@ -25,7 +25,7 @@ func RateLimiter() workqueue.TypedRateLimiter[reconcile.Request] {
 	return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
 }
 
-// Backoff returns the pause after n tries before this one: base, doubled up to most.
+// Backoff returns the pause after n pauses before: base, doubled n times, and no more than most.
 func Backoff(n int, base, most time.Duration) time.Duration {
 	return min(base<<min(n, 10), most)
 }
