@@ -46,7 +46,8 @@ func (s *Session) run(
 		GiveUp: func(err error, silent time.Duration, _ bool) bool { return w.givesUp(t, err, silent, deadline, pod) },
 		End:    func(context.Context, nodes.State[*opsv1.Operation]) bool { return false },
 	}
-	t.forget = func() { w.tracker.Forget(f.Key()) }
+	key := f.Key() // f holds much, and lasts as long as the follow only
+	t.forget = func() { w.tracker.Forget(key) }
 	w.tracker.Ensure(f)
 }
 
