@@ -30,6 +30,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/probes"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/slimcache"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/version"
@@ -218,7 +221,7 @@ func (w *wiring) setUpImagePull(ctx context.Context, gate *kruise.Gate) error {
 
 // setUpRollout adds what carries out rollouts.
 func (w *wiring) setUpRollout(ctx context.Context) error {
-	counters, err := rollout.NewMetrics(metrics.Registry)
+	counters, err := notice.NewMetrics(metrics.Registry)
 	if err != nil {
 		return err
 	}
@@ -232,14 +235,14 @@ func (w *wiring) setUpRollout(ctx context.Context) error {
 		return err
 	}
 	for _, kind := range []string{"StatefulSet", "DaemonSet"} {
-		f := &rollout.FollowReconciler{
+		f := &follow.Reconciler{
 			Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: w.log, Kind: kind,
 		}
 		if err := f.SetupWithManager(ctx, m, w.Workers); err != nil {
 			return err
 		}
 	}
-	g := &rollout.GateReconciler{
+	g := &gates.Reconciler{
 		Client: m.GetClient(), APIReader: m.GetAPIReader(), Recorder: recorder, Metrics: counters, Log: w.log,
 	}
 	return g.SetupWithManager(ctx, m, w.Workers)

@@ -14,7 +14,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/test/metricdoc"
 )
 
@@ -26,7 +26,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 		"calls":     func() error { _, err := nodes.NewMetrics(r); return err },
 		"imagepull": func() error { _, err := imagepull.NewMetrics(r); return err },
 		"condition": func() error { _, err := nodecondition.NewMetrics(r); return err },
-		"rollout":   func() error { _, err := rollout.NewMetrics(r); return err },
+		"rollout":   func() error { _, err := notice.NewMetrics(r); return err },
 		"nodes":     func() error { return r.Register(&nodes.Client{}) },
 		"authority": func() error { _, err := authority.NewMetrics(r); return err },
 		"rights":    func() error { _, err := admission.NewRights(nil, nil, r); return err },

@@ -87,8 +87,7 @@ func (t *teller) Reconcile(ctx context.Context, request reconcile.Request) (reco
 		object := t.newObject()
 		if t.reader.Get(ctx, request.NamespacedName, object) == nil {
 			note := fmt.Sprintf("the API server has said no %d times, and is asked again: %v", Tries, err)
-			t.recorder.Eventf(object, nil, corev1.EventTypeWarning, inplace.ReasonAPIError, inplace.ReasonAPIError, "%s",
-				objects.Clip(note, objects.NoteMax))
+			objects.Announce(t.recorder, object, corev1.EventTypeWarning, inplace.ReasonAPIError, inplace.ReasonAPIError, note)
 		}
 	}
 	return result, err

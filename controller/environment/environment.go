@@ -22,6 +22,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // Annotations on the mirror pod of a pod that kubelet has read from a file
@@ -106,7 +107,7 @@ func (r *Reader) Label(key, value string) {
 //
 // Errors: a *[MissingError], which does not go away by itself, or the API server's.
 func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment, error) {
-	c := containerOf(r.pod, name)
+	c, _ := pods.Container(r.pod, name)
 	if c == nil {
 		return nil, fmt.Errorf("pod %s has no container %s", r.pod.Name, name)
 	}
@@ -395,9 +396,9 @@ func (r *Reader) field(path string) (string, error) {
 
 // resource is kubelet's containerResourceRuntimeValue of the resources allocated to the container.
 func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.ResourceFieldSelector) (string, error) {
-	subject := c
+	subject, kind := c, pods.None
 	if ref.ContainerName != "" {
-		if subject = containerOf(r.pod, ref.ContainerName); subject == nil {
+		if subject, kind = pods.Container(r.pod, ref.ContainerName); subject == nil {
 			return "", missing{fmt.Errorf("container %s not found", ref.ContainerName)}
 		}
 	}
@@ -405,7 +406,7 @@ func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.
 	// kubelet sets missing limits to those of the pod or the node: for the container itself, and for
 	// regular containers if the reference names another container (kubelet_resources.go
 	// defaultPodLimitsForDownwardAPI).
-	if ref.ContainerName == "" || isRegular(r.pod, subject.Name) {
+	if ref.ContainerName == "" || kind == pods.Regular {
 		limits, err := r.limits(ctx)
 		if err != nil {
 			return "", err
@@ -481,22 +482,6 @@ func hasDevices(c *corev1.Container) bool {
 		}
 	}
 	return false
-}
-
-// containerOf finds a container or init container by name, or nil.
-func containerOf(pod *corev1.Pod, name string) *corev1.Container {
-	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
-		for i := range list {
-			if list[i].Name == name {
-				return &list[i]
-			}
-		}
-	}
-	return nil
-}
-
-func isRegular(pod *corev1.Pod, name string) bool {
-	return slices.ContainsFunc(pod.Spec.Containers, func(c corev1.Container) bool { return c.Name == name })
 }
 
 // serviceVariables returns the variables of the services that the pod's containers learn of

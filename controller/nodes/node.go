@@ -5,6 +5,7 @@
 package nodes
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"strconv"
@@ -29,8 +30,10 @@ type Node struct {
 }
 
 // Of returns where to reach the cri-proxy of n: its [AddressAnnotation], else its internal address,
-// else its host name, with port where none is given. The error says what the node lacks.
+// else its host name, with port where none is given; port 0 means [DefaultPort]. The error says
+// what the node lacks.
 func Of(n *corev1.Node, port int) (Node, error) {
+	port = cmp.Or(port, DefaultPort)
 	if override := n.Annotations[AddressAnnotation]; override != "" {
 		if _, _, err := net.SplitHostPort(override); err == nil {
 			return Node{n.Name, override}, nil

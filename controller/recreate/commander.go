@@ -69,18 +69,18 @@ func (n *commander) node(ctx context.Context) (nodes.Node, error) {
 		}
 		return nodes.Node{}, err
 	}
-	port := n.r.NodePort
-	if port == 0 {
-		port = nodes.DefaultPort
-	}
-	return nodes.Of(&node, port)
+	return nodes.Of(&node, n.r.NodePort)
 }
 
 // know takes in the answer of a unary call about the container's operation.
 func (n *commander) know(node nodes.Node, c *container, op *opsv1.Operation) {
-	n.memory.operations[op.GetUid()] = true
-	n.r.watches.set(node, client.ObjectKeyFromObject(n.crr), op)
-	op, _, _ = n.r.watches.get(op.GetUid()) // a stream may have said more already
+	f := nodes.Follow[*opsv1.Operation]{
+		Node: node, UID: op.GetUid(), For: n.key(),
+		End: func(_ context.Context, s nodes.State[*opsv1.Operation]) bool { return s.Err != nil },
+	}
+	n.memory.operations[f.Key()] = true
+	n.r.tracker.Note(f.For, node, op)
+	op = n.r.tracker.Ensure(f).Op // a stream may have said more already
 	if c.op = accountOf(op, c.name); c.op == nil {
 		c.fail("operation %s of node %s is not about this container", op.GetUid(), node.Name)
 	}
@@ -110,13 +110,13 @@ func (n *commander) lookUp(ctx context.Context) {
 			c.op, c.replaced = s.op, s.replaced
 			continue
 		}
-		op, heard, watched := n.r.watches.get(n.operationUID(c))
-		c.op = accountOf(op, c.name)
-		age := n.r.now().Sub(heard)
+		s, known := n.r.tracker.Get(n.operation(c))
+		c.op = accountOf(s.Op, c.name)
+		age := n.r.now().Sub(s.Heard)
 		switch {
-		case op == nil && c.state.Phase != recreating:
+		case !known && c.state.Phase != recreating:
 			continue // not commanded yet, as far as anyone remembers
-		case op == nil, op.GetFinishTime() == nil && (age >= pollWatched || !watched && age >= pollUnwatched):
+		case !known, !s.Finished() && (age >= pollWatched || !s.Watched && age >= pollUnwatched):
 			if n.trouble == nil {
 				n.ask(ctx, c)
 			}
@@ -125,8 +125,8 @@ func (n *commander) lookUp(ctx context.Context) {
 	}
 }
 
-// operation gets the operation on a container from the node.
-func (n *commander) operation(ctx context.Context, c *container) (nodes.Node, *opsv1.Operation, error) {
+// getOperation gets the operation on a container from the node.
+func (n *commander) getOperation(ctx context.Context, c *container) (nodes.Node, *opsv1.Operation, error) {
 	node, err := n.node(ctx)
 	if err != nil {
 		return node, nil, err
@@ -137,7 +137,7 @@ func (n *commander) operation(ctx context.Context, c *container) (nodes.Node, *o
 
 // ask gets the operation from the node, and takes in the answer.
 func (n *commander) ask(ctx context.Context, c *container) {
-	node, op, err := n.operation(ctx, c)
+	node, op, err := n.getOperation(ctx, c)
 	switch {
 	case err == nil:
 		n.know(node, c, op)
@@ -151,7 +151,7 @@ func (n *commander) ask(ctx context.Context, c *container) {
 // lost decides what becomes of a container whose operation the node has forgotten, by age or
 // because its journal is gone.
 func (n *commander) lost(c *container) {
-	n.r.watches.forget(n.operationUID(c))
+	n.r.tracker.Forget(n.operation(c))
 	c.op = nil
 	switch s := c.status; {
 	case s != nil && s.ContainerID != "" && s.ContainerID != c.pinned.ContainerID &&
@@ -193,7 +193,7 @@ func (n *commander) recallEnded(ctx context.Context) {
 		var op *opsv1.Operation
 		if n.trouble == nil {
 			var err error
-			if _, op, err = n.operation(ctx, c); err != nil {
+			if _, op, err = n.getOperation(ctx, c); err != nil {
 				n.temporary(err)
 			}
 		}
@@ -269,7 +269,7 @@ func (n *commander) sparesJob(ctx context.Context, node nodes.Node, c *container
 		n.temporary(err)
 		return false
 	case why == "":
-		n.memory.operations[uid] = true
+		n.memory.operations[n.operation(c)] = true
 		return true
 	}
 	op, err := n.r.Nodes.GetOperation(ctx, node, uid)

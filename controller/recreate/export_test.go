@@ -4,10 +4,7 @@
 package recreate
 
 import (
-	"context"
 	"time"
-
-	"github.com/sirupsen/logrus"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -29,22 +26,16 @@ var (
 // TellReady sets the conditions for kstatus.
 var TellReady = tellReady
 
-// Prepare is what SetupWithManager does to r. It returns what runs the streams.
-func (r *Reconciler) Prepare(client nodes.Operations, log logrus.FieldLogger, limit int) func(context.Context) error {
-	r.watches = newOperationWatches(client, nil, log, limit)
-	return r.watches.Start
+// Prepare is what SetupWithManager does to r. It returns the tracker, which has to be started.
+func (r *Reconciler) Prepare(client nodes.Operations, limit int) *nodes.Tracker[*opsv1.Operation] {
+	r.tracker = r.newTracker(client, limit)
+	return r.tracker
 }
 
-// LimitStreams bounds the streams.
-func (r *Reconciler) LimitStreams(n int) { r.watches.limit = n }
-
-// Wakes has an element for each request to reconcile.
-func (r *Reconciler) Wakes() <-chan requestEvent { return r.watches.events }
-
 // LastHeard is the last that the node said of an operation.
-func (r *Reconciler) LastHeard(uid string) *opsv1.Operation {
-	op, _, _ := r.watches.get(uid)
-	return op
+func (r *Reconciler) LastHeard(operation nodes.Key) *opsv1.Operation {
+	s, _ := r.tracker.Get(operation)
+	return s.Op
 }
 
 // Clock is the time.
@@ -55,12 +46,10 @@ func (r *Reconciler) Kept() (requests, operations, streams int) {
 	r.mu.Lock()
 	requests = len(r.memories)
 	r.mu.Unlock()
-	if r.watches == nil {
-		return requests, 0, 0
+	if r.tracker != nil {
+		operations, streams = r.tracker.Size()
 	}
-	r.watches.mu.Lock()
-	defer r.watches.mu.Unlock()
-	return requests, len(r.watches.ops), r.watches.active
+	return requests, operations, streams
 }
 
 // SilentSince is when the node of a request stopped to answer.

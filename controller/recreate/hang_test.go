@@ -5,6 +5,7 @@ package recreate_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -126,18 +127,18 @@ func TestHungNodes(t *testing.T) {
 	log.SetOutput(io.Discard)
 	// Without a recorder: the bed's holds 1,000 events, and then whoever writes one waits for ever.
 	r := &recreate.Reconciler{Client: b.client, APIReader: b.client, Nodes: nodes.NewPatient(h), Log: log}
-	streams := r.Prepare(h, log, 16)
+	tracker := r.Prepare(h, 16)
 	hands := crew.New(nil)
 	spread := crew.NewSpread(r, hands, workers)
 	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](
 		50*time.Millisecond, 30*time.Second))
 	ctx, cancel := context.WithCancel(context.Background())
-	if err := spread.Start(ctx, queue); err != nil {
+	if err := errors.Join(spread.Start(ctx, queue), tracker.Source().Start(ctx, queue)); err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = hands.Start(ctx) })
-	wg.Go(func() { _ = streams(ctx) })
+	wg.Go(func() { _ = tracker.Start(ctx) })
 	for range workers {
 		wg.Go(func() {
 			for {

@@ -103,7 +103,7 @@ func TestNoNudge(t *testing.T) {
 				b.until("completed", retired, "a")
 			} else {
 				waits := func(crr *request) bool {
-					op := b.r.LastHeard("uid-a.app")
+					op := b.r.LastHeard(onNode("a", "app"))
 					return crr != nil && op.GetFinishTime() != nil
 				}
 				b.until("it waits", waits, "a")

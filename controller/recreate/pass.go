@@ -4,7 +4,6 @@
 package recreate
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,7 +22,6 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
-	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
@@ -67,10 +65,13 @@ type pass struct {
 	*request
 	node   commander
 	events teller
+	writer objects.Writer[*appsv1alpha1.ContainerRecreateRequest]
 }
 
 func newPass(q *request) *pass {
-	return &pass{request: q, node: commander{request: q}, events: teller{q}}
+	wrote := func(what string, _ *appsv1alpha1.ContainerRecreateRequest) { q.r.Metrics.Wrote(what) }
+	return &pass{request: q, node: commander{request: q}, events: teller{q},
+		writer: objects.Writer[*appsv1alpha1.ContainerRecreateRequest]{Client: q.r.Client, Wrote: wrote, Kind: "request"}}
 }
 
 // advance takes a request that has not completed a step further.
@@ -295,7 +296,7 @@ func (p *pass) conclude(ctx context.Context, wait time.Duration) (time.Duration,
 		if c.done() || c.op == nil {
 			continue
 		}
-		if _, _, watched := p.r.watches.get(p.operationUID(c)); watched {
+		if s, _ := p.r.tracker.Get(p.operation(c)); s.Watched {
 			wait = retry.Sooner(wait, pollWatched)
 		} else if c.op.GetPhase() < opsv1.Phase_PHASE_SUCCEEDED {
 			wait = retry.Sooner(wait, pollUnwatched)
@@ -330,48 +331,7 @@ func troubleReason(err error) string {
 
 // backOff is the pause after a number of failed tries.
 func backOff(attempts int) time.Duration {
-	return min(500*time.Millisecond<<min(attempts, 5), 5*time.Second)
-}
-
-// untouched says that no node has taken an operation of the request.
-func (p *pass) untouched() bool {
-	return !slices.ContainsFunc(p.containers, func(c *container) bool { return c.op != nil || c.state.Phase != pending })
-}
-
-func (p *pass) phase() appsv1alpha1.ContainerRecreateRequestPhase {
-	if !unreadySince(p.crr).IsZero() || !p.allPending() || p.crr.Status.Phase == recreating {
-		return recreating
-	}
-	return pending
-}
-
-func (p *pass) allPending() bool {
-	return !slices.ContainsFunc(p.containers, func(c *container) bool { return c.state.Phase != pending })
-}
-
-func (p *pass) states() []appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
-	var states []appsv1alpha1.ContainerRecreateRequestContainerRecreateState
-	for _, c := range p.containers {
-		states = append(states, c.state)
-	}
-	return states
-}
-
-// minor says that a status differs from the one before in nothing that a client waits for.
-func minor(before, after *appsv1alpha1.ContainerRecreateRequestStatus) bool {
-	if after.Phase != before.Phase && after.Phase != pending {
-		return false
-	}
-	for i, s := range after.ContainerRecreateStates {
-		if i >= len(before.ContainerRecreateStates) {
-			if s.Phase != pending {
-				return false
-			}
-		} else if s.Phase != before.ContainerRecreateStates[i].Phase {
-			return false
-		}
-	}
-	return true
+	return retry.Backoff(attempts, 500*time.Millisecond, 5*time.Second)
 }
 
 // complete ends the request. end, if not nil, ends each container that is not done yet.
@@ -499,51 +459,4 @@ func (p *pass) drain(ctx context.Context) error {
 	}
 	p.log.Info("pod taken out of service")
 	return nil
-}
-
-// patch writes the change of metadata and spec since before, if there is one, unless somebody else
-// wrote in between.
-func (p *pass) patch(ctx context.Context, before *appsv1alpha1.ContainerRecreateRequest) error {
-	if apiequality.Semantic.DeepEqual(before, p.crr) {
-		return nil
-	}
-	err := p.r.Client.Patch(ctx, p.crr, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
-	if err == nil {
-		p.r.Metrics.Wrote("request")
-	}
-	return err
-}
-
-// writeStatus writes next if it differs, and then the Events that go with it.
-func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecreateRequestStatus) error {
-	next.ObservedGeneration = p.crr.Generation
-	tellReady(next)
-	tellInFields(p.crr, p.containers, next)
-	if apiequality.Semantic.DeepEqual(&p.crr.Status, next) {
-		return nil
-	}
-	before := p.crr.DeepCopy()
-	p.crr.Status = *next
-	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
-	if err := p.r.Client.Status().Patch(ctx, p.crr, patch); err != nil {
-		return err
-	}
-	p.r.Metrics.Wrote("request status")
-	p.memory.lastWrite = p.r.now()
-	p.events.tell(&before.Status)
-	return nil
-}
-
-// tellReady says for kstatus how the request stands.
-func tellReady(s *appsv1alpha1.ContainerRecreateRequestStatus) {
-	standing, reason := kstatus.AtWork, string(cmp.Or(s.Phase, pending))
-	if s.CompletionTime != nil {
-		standing, reason = kstatus.Current, reasonRecreated
-		for _, c := range s.ContainerRecreateStates {
-			if c.Phase == failed {
-				standing, reason = kstatus.Failed, reasonContainersFailed
-			}
-		}
-	}
-	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, s.Message)
 }

@@ -63,7 +63,7 @@ type Reconciler struct {
 	// Gate is closed while OpenKruise carries the requests out. A nil gate is always open.
 	Gate *kruise.Gate
 
-	watches *operationWatches
+	tracker *nodes.Tracker[*opsv1.Operation]
 
 	mu       sync.Mutex
 	memories map[types.NamespacedName]*memory
@@ -82,8 +82,8 @@ type memory struct {
 	standIns map[string]standIn
 	// firstSeen is when a new container was first seen running, by its ID.
 	firstSeen map[string]time.Time
-	// operations are the UIDs to forget in the end.
-	operations map[string]bool
+	// operations are what to forget in the end.
+	operations map[nodes.Key]bool
 	// cancelAsked are those the node was told to cancel after a failure.
 	cancelAsked map[string]bool
 	// ended are the containers that had ended by themselves. recalled says that those from before
@@ -118,7 +118,7 @@ func (r *Reconciler) remember(crr *appsv1alpha1.ContainerRecreateRequest) *memor
 	if m == nil || m.uid != crr.UID {
 		m = &memory{
 			uid: crr.UID, standIns: map[string]standIn{}, firstSeen: map[string]time.Time{},
-			operations: map[string]bool{}, cancelAsked: map[string]bool{}, ended: map[string]bool{},
+			operations: map[nodes.Key]bool{}, cancelAsked: map[string]bool{}, ended: map[string]bool{},
 		}
 		r.memories[key] = m
 	}
@@ -131,9 +131,9 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	delete(r.memories, key)
 	r.mu.Unlock()
 	if m != nil {
-		for uid := range m.operations {
-			r.watches.forget(uid)
-			r.Jobs.Return(uid)
+		for operation := range m.operations {
+			r.tracker.Forget(operation)
+			r.Jobs.Return(operation.UID)
 		}
 	}
 }
@@ -146,6 +146,7 @@ func (r *Reconciler) standDown() {
 	for _, key := range keys {
 		r.forget(key)
 	}
+	r.tracker.ForgetAll()
 }
 
 // Reconcile takes one request as far as it goes and says when to look again.

@@ -28,6 +28,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
@@ -78,23 +79,39 @@ type bed struct {
 	offset  atomic.Int64 // the clock runs this many ns ahead
 	stopped atomic.Int64 // in ns since 1970 when the clock stands still, else 0
 	podWake chan struct{}
-	unready atomic.Bool // new containers do not become ready by themselves
-	denies  atomic.Bool // the status of pods must not be changed
+	// nodeWake has an element when the tracker has woken the reconciler.
+	nodeWake chan struct{}
+	unready  atomic.Bool // new containers do not become ready by themselves
+	denies   atomic.Bool // the status of pods must not be changed
 
 	mu     sync.Mutex
 	writes []string
 	told   []string
 
-	r    *recreate.Reconciler
-	stop func()
+	r       *recreate.Reconciler
+	tracker *nodes.Tracker[*opsv1.Operation]
+	stop    func()
 }
 
 const podUID = "pod-uid"
 
+// maxStreams is how many operations the controller follows at once.
+const maxStreams = 16
+
+// requestOf is the name of a request to the reconciler.
+func requestOf(name string) reconcile.Request {
+	return reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: name}}
+}
+
+// onNode is the operation on a container for a request.
+func onNode(name, container string) nodes.Key {
+	return nodes.Key{For: requestOf(name), Node: "node-1", UID: "uid-" + name + "." + container}
+}
+
 func newBed(t *testing.T, change ...func(*corev1.Pod)) *bed {
 	t.Helper()
 	ca := fleet.NewCA(t)
-	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1),
+	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1), nodeWake: make(chan struct{}, 1),
 		recorder: events.NewFakeRecorder(1000)}
 	b.node = fleet.Serve(t, ca.Issue("node-1"))
 	b.node.Swapped = b.kubelet
@@ -192,12 +209,15 @@ func (b *bed) start() {
 			return now.Add(time.Duration(b.offset.Load()))
 		},
 	}
-	streams := b.r.Prepare(commands, log, 16)
+	b.tracker = b.r.Prepare(commands, maxStreams)
 	ctx, cancel := context.WithCancel(context.Background())
+	if err := b.tracker.Source().Start(ctx, wakes{to: b.nodeWake}); err != nil {
+		b.t.Fatal(err)
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = streams(ctx)
+		_ = b.tracker.Start(ctx)
 	}()
 	b.stop = sync.OnceFunc(func() {
 		cancel()
@@ -241,12 +261,22 @@ func (b *bed) changePod(change func(*corev1.Pod)) {
 	}
 }
 
-func (b *bed) wake() {
+func (b *bed) wake() { signal(b.podWake) }
+
+func signal(to chan<- struct{}) {
 	select {
-	case b.podWake <- struct{}{}:
+	case to <- struct{}{}:
 	default:
 	}
 }
+
+// wakes is the part of a work queue by which the tracker wakes the reconciler.
+type wakes struct {
+	workqueue.TypedRateLimitingInterface[reconcile.Request]
+	to chan<- struct{}
+}
+
+func (w wakes) AddAfter(reconcile.Request, time.Duration) { signal(w.to) }
 
 // after moves the clock ahead.
 func (b *bed) after(d time.Duration) {
@@ -334,7 +364,7 @@ func (b *bed) until(what string, done func(*request) bool, names ...string) *req
 		}
 		select {
 		case <-timer:
-		case <-b.r.Wakes():
+		case <-b.nodeWake:
 		case <-b.podWake:
 		case <-late:
 			b.t.Fatalf("waiting until %s: request is %s; node got %v", what, describe(b.get(names[0])), b.node.Commanded())
@@ -411,7 +441,7 @@ func (b *bed) phaseIs(phase appsv1alpha1.ContainerRecreateRequestPhase, containe
 // restarted says that the new container of request a's app runs, as the controller knows, and that
 // the request goes on. The states alone are the same from when the old container was stopped.
 func (b *bed) restarted(crr *request) bool {
-	op := b.r.LastHeard("uid-a.app")
+	op := b.r.LastHeard(onNode("a", "app"))
 	return op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && states(crr) == "app Recreating killed"
 }
 

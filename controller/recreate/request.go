@@ -9,8 +9,11 @@ import (
 
 	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
@@ -30,6 +33,16 @@ type request struct {
 // operationUID derives from the request, so that a controller which sends the command again finds
 // the operation that is there.
 func (q *request) operationUID(c *container) string { return string(q.crr.UID) + "." + c.name }
+
+// key is the request's name.
+func (q *request) key() reconcile.Request {
+	return reconcile.Request{NamespacedName: client.ObjectKeyFromObject(q.crr)}
+}
+
+// operation is the operation on a container, as the tracker knows it.
+func (q *request) operation(c *container) nodes.Key {
+	return nodes.Key{For: q.key(), Node: q.accepted.NodeName, UID: q.operationUID(c)}
+}
 
 // gather collects what spec, status, pod and the annotation say of each container.
 func (q *request) gather() {

@@ -16,14 +16,17 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
-	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
+
+// maxWatches bounds the streams to nodes. The reconciler polls the operations beyond it.
+const maxWatches = 1024
 
 // podNameIndex finds the unfinished requests of a pod.
 const podNameIndex = "spec.podName"
@@ -31,8 +34,8 @@ const podNameIndex = "spec.podName"
 // SetupWithManager adds the reconciler to a manager: it then watches requests, pods and running
 // operations with the given number of workers. Reconciles that wait for a node do not count.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m manager.Manager, workers int) error {
-	r.watches = newOperationWatches(r.Nodes, r.Metrics, r.Log, maxWatches)
-	r.Nodes = nodes.NewPatient(r.Nodes) // not for the watches: a stream is how a silent node is found to be back
+	r.tracker = r.newTracker(r.Nodes, maxWatches)
+	r.Nodes = nodes.NewPatient(r.Nodes) // not for the tracker: a stream is how a silent node is found to be back
 	hands := crew.New(nil)
 	if err := m.Add(hands); err != nil {
 		return err
@@ -40,7 +43,7 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m manager.Manager, wo
 	newRequest := func() client.Object { return &appsv1alpha1.ContainerRecreateRequest{} }
 	spread := crew.NewSpread(apierror.Tell(r, newRequest, m.GetClient(), r.Recorder), hands, workers)
 	r.Gate.OnClose(r.standDown)
-	if err := m.Add(r.watches); err != nil {
+	if err := m.Add(r.tracker); err != nil {
 		return err
 	}
 	indexer := m.GetFieldIndexer()
@@ -52,10 +55,14 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m manager.Manager, wo
 		For(&appsv1alpha1.ContainerRecreateRequest{}).
 		Watches(&corev1.Pod{}, handler.EnqueueRequestsFromMapFunc(r.requestsOfPod), builder.WithPredicates(podChanges())).
 		WatchesRawSource(spread).
-		WatchesRawSource(source.Channel(r.watches.events,
-			&handler.TypedEnqueueRequestForObject[*appsv1alpha1.ContainerRecreateRequest]{})).
+		WatchesRawSource(r.tracker.Source()).
 		WithOptions(controller.Options{MaxConcurrentReconciles: workers, RateLimiter: retry.RateLimiter()}).
 		Complete(spread)
+}
+
+// newTracker returns what follows operations on nodes, at most limit at once.
+func (r *Reconciler) newTracker(client nodes.Operations, limit int) *nodes.Tracker[*opsv1.Operation] {
+	return nodes.NewTracker(client, nodes.TrackerOptions{Limit: limit, Following: r.Metrics.watching, Log: r.Log})
 }
 
 // indexPodName leaves out completed requests: their pod does not matter any more.

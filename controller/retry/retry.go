@@ -1,10 +1,11 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package retry says when to look at an object again.
+// Package retry says when to try again, and when to look at an object again.
 package retry
 
 import (
+	"context"
 	"time"
 
 	"k8s.io/client-go/util/workqueue"
@@ -22,4 +23,21 @@ func Sooner(a, b time.Duration) time.Duration {
 // RateLimiter returns the back-off of a work queue after errors: 50 ms, doubled up to 30 s.
 func RateLimiter() workqueue.TypedRateLimiter[reconcile.Request] {
 	return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
+}
+
+// Backoff returns the pause after n pauses before: base, doubled n times, and no more than most.
+func Backoff(n int, base, most time.Duration) time.Duration {
+	return min(base<<min(n, 10), most)
+}
+
+// Sleep waits, and says whether to go on: ctx is not done.
+func Sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

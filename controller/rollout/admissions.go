@@ -147,5 +147,5 @@ func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared 
 	p.teller.tell(corev1.EventTypeNormal, notice.EventQueued, text, string(first.UID))
 	p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	p.work.progressed = p.now // the deadline is for pods, not for others
-	return p.writer.status(ctx, next)
+	return p.writeStatus(ctx, next)
 }

@@ -45,11 +45,12 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 	"github.com/cri-proxy/cri-proxy/controller/slimcache"
@@ -359,20 +360,12 @@ func (b *bed) start() {
 		b.work(ctx, &wg, q, &follow.Reconciler{Client: c, Recorder: b, Log: log, Kind: kind})
 	}
 	b.work(ctx, &wg, b.gates, &gates.Reconciler{Client: c, APIReader: b.api, Log: log})
-	crew := b.r.crew
+	crew, tracker := b.r.crew, b.r.tracker
 	wg.Go(func() { _ = crew.Start(ctx) })
-	r, wakes, queue := b.r, b.r.wakes, b.queue
-	wg.Go(func() {
-		for {
-			select {
-			case e := <-wakes:
-				key := client.ObjectKeyFromObject(e.Object)
-				queue.AddAfter(reconcile.Request{NamespacedName: key}, r.gather(key))
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
+	if err := tracker.Source().Start(ctx, b.queue); err != nil {
+		b.t.Fatal(err)
+	}
+	wg.Go(func() { _ = tracker.Start(ctx) })
 	for range workers {
 		b.work(ctx, &wg, b.queue, b.r)
 	}
@@ -527,7 +520,7 @@ func (b *bed) changed(o client.Object) {
 	case *rollout:
 		key, owners := client.ObjectKeyFromObject(o), o.OwnerReferences
 		b.wg.Go(func() {
-			if !nodeops.Pause(b.ctx, cacheLag) {
+			if !retry.Sleep(b.ctx, cacheLag) {
 				return
 			}
 			b.mu.Lock()
@@ -592,7 +585,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		b.wg.Go(func() { b.kubeletSync(key) })
 	}
 	b.wg.Go(func() {
-		if !nodeops.Pause(b.ctx, cacheLag) {
+		if !retry.Sleep(b.ctx, cacheLag) {
 			return
 		}
 		b.mu.Lock()
@@ -604,7 +597,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 				return // made anew since
 			}
 			delete(b.cache, key)
-		} else if old == nil || nodeops.VersionOf(old.ResourceVersion) < nodeops.VersionOf(now.ResourceVersion) {
+		} else if old == nil || outdated(old, now) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
@@ -625,7 +618,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 			gateQueue.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
-			queue.AddAfter(request, r.gather(request.NamespacedName))
+			queue.AddAfter(request, r.gather(request))
 		}
 	})
 }
@@ -875,6 +868,13 @@ func (b *bed) dump() string {
 		}
 	}
 	return strings.Join(lines, "\n")
+}
+
+// outdated returns true if a pod is of an older version than the other one.
+func outdated(a, b *corev1.Pod) bool {
+	var f objects.Freshness
+	f.Wrote(b)
+	return f.Stale(a)
 }
 
 func ended(r *rollout) bool {

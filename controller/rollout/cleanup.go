@@ -19,7 +19,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
@@ -29,21 +28,13 @@ import (
 // rollout when ttlSecondsAfterFinished has passed.
 func (p *pass) cleanup(ctx context.Context) error {
 	if slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
-		if p.work.released == nil {
-			p.releasePins(ctx)
-		}
-		select {
-		case <-p.work.released:
-		default:
-			return nil // it wakes
-		}
-		if err := p.writer.removeFinalizer(ctx); err != nil {
+		if done, err := p.removeFinalizer(ctx); !done || err != nil {
 			return err
 		}
 	}
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration = p.rollout.Generation // what was changed since does not begin it again
-	if err := p.writer.status(ctx, next); err != nil {
+	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
 	if p.rollout.Spec.TTLSecondsAfterFinished == nil {
@@ -62,13 +53,26 @@ func (p *pass) cleanup(ctx context.Context) error {
 	return client.IgnoreNotFound(err)
 }
 
-// releasePins begins to tell the nodes that the rollout has ended.
-func (p *pass) releasePins(ctx context.Context) {
-	var pods []*corev1.Pod
-	if t, err := p.env.Find(ctx); err == nil {
-		pods = t.Pods
+// removeFinalizer takes the finalizer off once the nodes have been told that the rollout has ended.
+// It returns true when both is done.
+func (p *pass) removeFinalizer(ctx context.Context) (bool, error) {
+	if p.work.released == nil {
+		var pods []*corev1.Pod
+		if t, err := p.env.Find(ctx); err == nil {
+			pods = t.Pods
+		}
+		p.work.released = p.ops.Release(ctx, pods)
 	}
-	p.work.released = p.ops.Release(ctx, pods)
+	select {
+	case <-p.work.released:
+	default:
+		return false, nil // the release wakes the reconciler
+	}
+	before := p.rollout.DeepCopy()
+	p.rollout.Finalizers = slices.DeleteFunc(p.rollout.Finalizers,
+		func(f string) bool { return f == inplace.RolloutFinalizer })
+	err := p.writer.Patch(ctx, p.rollout, before)
+	return err == nil, err
 }
 
 // finalize ends a rollout that is being deleted: nodes take back what they have prepared, the pods
@@ -80,7 +84,15 @@ func (p *pass) finalize(ctx context.Context) error {
 		return nil
 	}
 	if p.work.released == nil {
-		settled, err := p.undoTraces(ctx)
+		var why *apierror.SpecError
+		var err error
+		settled := true
+		if p.target, err = p.env.Find(ctx); err == nil {
+			p.goal = evaluate.GoalOf(p.rollout)
+			settled, err = p.release(ctx, "the InPlaceRollout was deleted")
+		} else if errors.As(err, &why) {
+			err = nil
+		}
 		if err != nil {
 			return err
 		}
@@ -91,32 +103,12 @@ func (p *pass) finalize(ctx context.Context) error {
 		if err := p.env.GiveBack(ctx, p.target); err != nil {
 			return err
 		}
-		p.releasePins(ctx)
 	}
-	select {
-	case <-p.work.released:
-	default:
-		return nil
+	done, err := p.removeFinalizer(ctx)
+	if done {
+		p.r.forget(key)
 	}
-	if err := p.writer.removeFinalizer(ctx); err != nil {
-		return err
-	}
-	p.r.forget(key)
-	return nil
-}
-
-// undoTraces releases the pods and the workload of a rollout that has not ended. It returns true
-// when all is done.
-func (p *pass) undoTraces(ctx context.Context) (bool, error) {
-	var why *apierror.SpecError
-	var err error
-	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
-		return true, nil
-	} else if err != nil {
-		return false, err
-	}
-	p.goal = evaluate.GoalOf(p.rollout)
-	return p.release(ctx, "the InPlaceRollout was deleted")
+	return err
 }
 
 // release lets the pods and the workload go: nodes take back what they have prepared, the pods go
@@ -132,14 +124,14 @@ func (p *pass) release(ctx context.Context, why string) (bool, error) {
 		if !pods.Active(pod) {
 			continue
 		}
-		if m.Stale(pod) {
+		if m.Fresh.Stale(pod) {
 			done = false // the gate may have been closed by what the cache does not show yet
 			continue
 		}
 		if shut, _ := evaluate.OutOfServiceBy(pod); shut != p.rollout.UID {
 			continue
 		}
-		if err := p.setGates(ctx, &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod}, Ops: m}, ""); err != nil {
+		if err := p.pods.setGates(ctx, m, pod, ""); err != nil {
 			return false, client.IgnoreNotFound(err)
 		}
 	}
@@ -164,7 +156,7 @@ func (p *pass) supersede(ctx context.Context, text string) error {
 	}
 	if workload.Newer(p.rollout) == "" {
 		p.wait = requeue.StaleInterval
-		return p.writer.status(ctx, next)
+		return p.writeStatus(ctx, next)
 	}
 	done, err := p.release(ctx, "the InPlaceRollout is superseded")
 	if err != nil {

@@ -22,7 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/objects"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -92,7 +92,7 @@ func (b *bed) addWorkload(o client.Object, sync func()) {
 	}
 	b.wg.Go(func() {
 		seen := int64(-1)
-		for ok := true; ok; ok = nodeops.Pause(b.ctx, controllerPeriod) {
+		for ok := true; ok; ok = retry.Sleep(b.ctx, controllerPeriod) {
 			if now := b.moves.Load(); now != seen { // else there is nothing to do: hours would take long
 				sync()
 				seen = now

@@ -10,6 +10,6 @@
 // this one ends.
 //
 // A reconcile looks at all pods of a rollout, finds out how far each is (package evaluate), decides
-// which are next, and takes those one step further (act.go). The workload's template goes along
-// (package workload). Nodes are told what to do by package nodeops.
+// which are next (gather.go), and takes those one step further (act.go). The workload's template
+// goes along (package workload). Package nodeops tells nodes what to do.
 package rollout

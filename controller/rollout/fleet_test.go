@@ -20,7 +20,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // fleet are nodes that do as the Ops service says, in one process. It outlives controllers.
@@ -118,7 +118,7 @@ func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode
 		if method == "WatchOperation" {
 			patience = 24 * time.Hour
 		}
-		nodeops.Pause(ctx, patience)
+		retry.Sleep(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
@@ -190,7 +190,7 @@ func (f *fleet) PrepareUpgrade(
 	takes, deaf := f.pulls, node.deaf
 	holds := cmp.Or(f.holds, r.GetHoldTimeout().AsDuration())
 	f.wg.Go(func() {
-		if deaf || !nodeops.Pause(f.ctx, takes) {
+		if deaf || !retry.Sleep(f.ctx, takes) {
 			return
 		}
 		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
@@ -219,7 +219,7 @@ func (f *fleet) PrepareUpgrade(
 			}
 		})
 		f.wg.Go(func() {
-			if !nodeops.Pause(f.ctx, holds) {
+			if !retry.Sleep(f.ctx, holds) {
 				return
 			}
 			f.mu.Lock()
@@ -309,7 +309,7 @@ func (f *fleet) CommitUpgrade(
 	default:
 		o.committed = true
 		f.wg.Go(func() {
-			if nodeops.Pause(f.ctx, 100*time.Millisecond) {
+			if retry.Sleep(f.ctx, 100*time.Millisecond) {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
@@ -422,7 +422,7 @@ func (f *fleet) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartReque
 	node.ops[r.GetUid()] = o
 	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !nodeops.Pause(f.ctx, lasts) {
+		if !retry.Sleep(f.ctx, lasts) {
 			return
 		}
 		if fails != "" {

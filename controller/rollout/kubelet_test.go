@@ -14,8 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container
@@ -77,7 +76,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil ||
 			!strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
-	if !stale || !nodeops.Pause(b.ctx, b.kubelet.sync) {
+	if !stale || !retry.Sleep(b.ctx, b.kubelet.sync) {
 		return
 	}
 	pod = b.stored(key)
@@ -139,7 +138,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	crash, slow := strings.HasSuffix(image, ":crash"), strings.HasSuffix(image, ":slow")
 	done := false
 	b.status(key, uid, func(p *corev1.Pod) bool {
-		if c, _ := evaluate.ContainerOf(p, name); c == nil || c.Image != image {
+		if c := pods.Changeable(p, name); c == nil || c.Image != image {
 			return false
 		}
 		cs := pods.Status(p, name)
@@ -161,7 +160,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error",
 				ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
-		if c, _ := evaluate.ContainerOf(p, name); c.StartupProbe != nil && !crash {
+		if c := pods.Changeable(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
 		} else {
 			started := !crash
@@ -173,12 +172,12 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	if !done || crash || slow {
 		return
 	}
-	if c, _ := evaluate.ContainerOf(b.stored(key), name); c.StartupProbe != nil {
+	if c := pods.Changeable(b.stored(key), name); c.StartupProbe != nil {
 		b.startupWorker(key, uid, name, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, start)
 		return
 	}
 	b.wg.Go(func() {
-		if !nodeops.Pause(b.ctx, start) {
+		if !retry.Sleep(b.ctx, start) {
 			return
 		}
 		b.status(key, uid, func(p *corev1.Pod) bool {
@@ -231,7 +230,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	b.mu.Unlock()
 	b.wg.Go(func() {
 		begun := time.Now()
-		for nodeops.Pause(b.ctx, period) {
+		for retry.Sleep(b.ctx, period) {
 			if time.Since(begun) < needs {
 				if !set(false) {
 					return
@@ -253,16 +252,16 @@ func (b *bed) swapped(podUID, container, id string) {
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			cs := pods.Status(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
-			if c, _ := evaluate.ContainerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
+			if c := pods.Changeable(p, container); c.ImagePullPolicy == corev1.PullAlways {
 				cs.ImageID = b.content(c.Image)
 			}
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
-			if c, _ := evaluate.ContainerOf(p, container); c.StartupProbe != nil {
+			if c := pods.Changeable(p, container); c.StartupProbe != nil {
 				b.carry(cs)
 			}
 			return true
 		})
-		if c, _ := evaluate.ContainerOf(pod, container); c.StartupProbe != nil {
+		if c := pods.Changeable(pod, container); c.StartupProbe != nil {
 			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id,
 				time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
 		}
@@ -303,7 +302,7 @@ func (b *bed) moveTag(image, content string) {
 func (b *bed) moved(podUID, container string) bool {
 	for _, pod := range b.pods() {
 		if string(pod.UID) == podUID {
-			c, _ := evaluate.ContainerOf(pod, container)
+			c := pods.Changeable(pod, container)
 			return pods.Status(pod, container).ImageID != b.content(c.Image)
 		}
 	}

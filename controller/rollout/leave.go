@@ -17,8 +17,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/pages"
 )
 
@@ -58,26 +58,18 @@ func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (Left, 
 
 // leaveWorkloads lets the workloads of all rollouts go on, as if the rollouts were deleted.
 func (r *Reconciler) leaveWorkloads(ctx context.Context, left *Left) error {
-	var errs []error
-	list := &inplace.InPlaceRolloutList{}
-	for {
-		if err := r.Client.List(ctx, list, client.Limit(pages.PageSize), client.Continue(list.Continue)); err != nil {
-			if meta.IsNoMatchError(err) {
+	err := pages.Each(ctx, r.Client, &inplace.InPlaceRolloutList{},
+		func(l *inplace.InPlaceRolloutList) []inplace.InPlaceRollout { return l.Items },
+		func(o *inplace.InPlaceRollout) error {
+			if !slices.Contains(o.Finalizers, inplace.RolloutFinalizer) {
 				return nil
 			}
-			return err
-		}
-		for i := range list.Items {
-			if o := &list.Items[i]; slices.Contains(o.Finalizers, inplace.RolloutFinalizer) {
-				if err := r.leaveWorkload(ctx, o, left); err != nil {
-					errs = append(errs, fmt.Errorf("%s: %w", client.ObjectKeyFromObject(o), err))
-				}
-			}
-		}
-		if list.Continue == "" {
-			return errors.Join(errs...)
-		}
+			return r.leaveWorkload(ctx, o, left)
+		})
+	if meta.IsNoMatchError(err) {
+		return nil
 	}
+	return err
 }
 
 func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlaceRollout, left *Left) error {
@@ -101,7 +93,7 @@ func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlace
 			}
 			return nil
 		}
-		if !nodeops.Pause(ctx, leaveInterval) {
+		if !retry.Sleep(ctx, leaveInterval) {
 			return errors.Join(errors.New("the workload does not go on yet"), err)
 		}
 	}

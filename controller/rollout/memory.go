@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
@@ -24,12 +25,11 @@ type work struct {
 	uid types.UID
 	// ops is what is known of the pods and of what nodes do for them.
 	ops *nodeops.State
-	// written is the resourceVersion of the last write of the rollout. An older one in the cache is
-	// stale.
-	written   uint64
+	// fresh knows the last write of the rollout, lastWrite is when its status was last written.
+	fresh     objects.Freshness
 	lastWrite time.Time
-	// told are the Events that must not be repeated.
-	told map[string]bool
+	// reported are the Events that must not be repeated.
+	reported map[string]bool
 	// revision is the revision that ops, failures and progress are about.
 	revision string
 	failures map[types.UID]inplace.PodFailure

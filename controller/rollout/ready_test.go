@@ -38,13 +38,13 @@ func TestTellReady(t *testing.T) {
 		{inplace.ReasonNotInPlace, false, false, 0, kstatus.Stalled},
 	} {
 		s := &inplace.InPlaceRolloutStatus{ObservedGeneration: 3, Failed: tt.failed}
-		tellReady(s)
+		setKstatus(s)
 		if len(s.Conditions) != 0 {
 			t.Errorf("%s: conditions before anything is known: %v", tt.reason, s.Conditions)
 		}
 		notice.SetCondition(s, inplace.ConditionComplete, tt.complete, tt.reason, "")
 		notice.SetCondition(s, inplace.ConditionProgressing, tt.progressing, tt.reason, "")
-		tellReady(s)
+		setKstatus(s)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
 			c := meta.FindStatusCondition(s.Conditions, kind)
 			if c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) ||

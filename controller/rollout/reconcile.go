@@ -4,13 +4,11 @@
 package rollout
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,22 +19,21 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
-	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -74,9 +71,9 @@ type Reconciler struct {
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew   *crew.Crew
-	driver *nodeops.Driver
-	wakes  chan wakeUp
+	crew    *crew.Crew
+	driver  *nodeops.Driver
+	tracker *nodes.Tracker[*opsv1.Operation]
 
 	admissions admissions
 
@@ -84,16 +81,11 @@ type Reconciler struct {
 	works map[types.NamespacedName]*work
 }
 
-// wakeUp makes the reconciler look at a rollout.
-type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
-
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(r.Metrics.Crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
-	port := r.NodePort
-	if port == 0 {
-		port = nodes.DefaultPort
-	}
-	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew, Port: port}
+	r.crew, r.works = crew.New(r.Metrics.Crew()), map[types.NamespacedName]*work{}
+	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew,
+		Port: cmp.Or(r.NodePort, nodes.DefaultPort)}
+	r.tracker = nodes.NewTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.Following})
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
@@ -107,7 +99,7 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, key, r.tracker), reported: map[string]bool{},
 			failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
@@ -133,20 +125,6 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	}
 }
 
-// waker returns a function that wakes the reconciler for a rollout.
-func (r *Reconciler) waker(key types.NamespacedName) func() {
-	return func() {
-		r.crew.Do(func(ctx context.Context) {
-			rollout := &inplace.InPlaceRollout{}
-			rollout.Namespace, rollout.Name = key.Namespace, key.Name
-			select {
-			case r.wakes <- wakeUp{Object: rollout}:
-			case <-ctx.Done():
-			}
-		})
-	}
-}
-
 // Reconcile takes one rollout as far as it goes, and says when to look at it again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	rollout := &inplace.InPlaceRollout{}
@@ -158,7 +136,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	p := r.newPass(rollout)
-	if nodeops.VersionOf(rollout.ResourceVersion) < p.work.written {
+	if p.work.fresh.Stale(rollout) {
 		// the cache has not caught up with the last write
 		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	}
@@ -197,7 +175,8 @@ type pass struct {
 	// ops has nodes do what the pods need.
 	ops    *nodeops.Session
 	teller *teller
-	writer *writer
+	pods   *podWriter
+	writer *objects.Writer[*inplace.InPlaceRollout]
 	target *workload.Target
 	goal   evaluate.Goal
 	items  []*nodeops.Item
@@ -216,12 +195,20 @@ func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 		strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
 		log:      r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
 	}
-	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
-	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
+	p.teller = &teller{recorder: r.Recorder, rollout: rollout, reported: p.work.reported}
+	p.pods = &podWriter{client: r.Client, metrics: r.Metrics, rollout: rollout, now: p.now, log: p.log}
+	p.writer = &objects.Writer[*inplace.InPlaceRollout]{Client: r.Client, Kind: "rollout",
+		Wrote: func(what string, o *inplace.InPlaceRollout) {
+			r.Metrics.Wrote(what)
+			p.work.fresh.Wrote(o)
+		}}
 	p.env = &workload.Env{
 		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log,
 		Wrote: r.Metrics.Wrote,
-		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose,
+		Event: p.teller.event, Tell: p.teller.tell, Choose: p.work.choose,
+		PatchRollout: func(ctx context.Context, before *inplace.InPlaceRollout) error {
+			return p.writer.Patch(ctx, rollout, before)
+		},
 		Memory: &p.work.memory,
 	}
 	p.ops = &nodeops.Session{
@@ -250,7 +237,7 @@ func (p *pass) advance(ctx context.Context) error {
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		before := p.rollout.DeepCopy()
 		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
-		if err := p.writer.patch(ctx, before); err != nil {
+		if err := p.writer.Patch(ctx, p.rollout, before); err != nil {
 			return err
 		}
 	}
@@ -272,14 +259,14 @@ func (p *pass) advance(ctx context.Context) error {
 			next.PreviousImages = map[string]string{}
 		}
 		if p.target.FindPrevious(p.goal.Images, next.PreviousImages) {
-			if err := p.writer.status(ctx, next); err != nil {
+			if err := p.writeStatus(ctx, next); err != nil {
 				return err
 			}
 		}
 	}
 	if p.work.revision != p.goal.Revision {
 		p.work.revision, p.work.failures = p.goal.Revision, map[types.UID]inplace.PodFailure{}
-		clear(p.work.told)
+		clear(p.work.reported)
 		p.work.progressed, p.work.released = p.now, nil
 		p.work.refused, p.work.api = nil, dryrun.Trouble{}
 		p.work.memory.Forget()
@@ -310,9 +297,7 @@ func (p *pass) advance(ctx context.Context) error {
 		len(p.rollout.Status.PreviousImages) > 0 {
 		return p.startRollback(ctx)
 	}
-	if err := p.act(ctx); err != nil {
-		return err
-	}
+	p.act(ctx)
 	return p.conclude(ctx)
 }
 
@@ -367,220 +352,6 @@ func undoing(r *inplace.InPlaceRollout, s *evaluate.Strategy) bool {
 	return r.Status.FailedRevision == evaluate.RevisionOf(r) && s.OnFailure == inplace.Rollback
 }
 
-// gather finds out how far each pod is.
-func (p *pass) gather(ctx context.Context) {
-	there := map[types.UID]bool{}
-	begun := p.now
-	if t := p.rollout.Status.StartTime; t != nil {
-		begun = t.Time
-	}
-	for _, pod := range p.target.Pods {
-		m := p.ops.Pod(pod, p.goal.Revision)
-		there[pod.UID] = true
-		if !pods.Active(pod) {
-			if pod.DeletionTimestamp == nil && m.State.IsOf(p.goal) {
-				p.ended = append(p.ended, pod)
-			}
-			continue
-		}
-		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m,
-			Ordinal: -1, Stale: m.Stale(pod)}
-		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
-			i.Goal.Restarts = pods.Names(pod)
-		}
-		if p.target.Ordered {
-			i.Ordinal = ordinalOf(pod.Name)
-		}
-		if !i.Stale {
-			m.NoteReady(pod, p.now)
-			m.NoteStarted(pod, p.now)
-		}
-		p.ops.SettlePreparation(i)
-		p.ops.SettleTags(i)
-		k := p.work.ops.Knowledge(m, pod, begun)
-		k.Carried = len(m.Started) > 0 && p.r.driver.Carries(ctx, pod)
-		i.Facts, i.Status = k, evaluate.Pod(pod, m.State, i.Goal, k, &p.strategy, p.now)
-		p.wait = retry.Sooner(p.wait, i.Status.Wait)
-		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating ||
-			s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken &&
-			i.Status.Failure.Reason == evaluate.FailNoContainer) {
-			if why := p.target.Workload.NotInPlaceReason(pod); why != "" {
-				i.Status.Stage, p.notInPlaceReason = evaluate.Skipped, why
-			} else if p.blocked != "" && s == evaluate.Broken {
-				i.Status.Stage = evaluate.Skipped // that is not known yet
-			}
-		}
-		if p.target.Workload != nil && i.Status.Stage == evaluate.Updated {
-			label := p.target.Workload.RevisionLabel(&i.PodRef, nil)
-			i.Unlabelled = label != "" && label != pod.Labels[podtemplate.RevisionLabel]
-		}
-		if v := &i.Status; !i.Stale && (v.Recovered || v.Stage == evaluate.Broken && !v.Disrupted ||
-			v.Stage == evaluate.Updated && v.Available) {
-			if m.Updating {
-				p.r.Jobs.Return(takenAs(p.rollout, pod))
-			}
-			m.Updating, m.Settled = false, v.Recovered || m.Settled
-			v.Disrupted = v.Open
-		}
-		p.items = append(p.items, i)
-	}
-	p.ops.Keep(there)
-}
-
-// decide plans which pods are next.
-func (p *pass) decide(ctx context.Context, halted bool) error {
-	s := &p.strategy
-	candidates := make([]evaluate.Candidate, len(p.items))
-	failed := false
-	for n, i := range p.items {
-		shut, _ := evaluate.OutOfServiceBy(i.Pod)
-		updating := i.Ops.Updating || shut == p.rollout.UID && i.Status.Stage == evaluate.Outdated
-		candidates[n] = evaluate.Candidate{
-			Pod: i.Pod, Ordinal: i.Ordinal, Status: i.Status, Updating: updating, Preparation: p.ops.Preparation(i),
-		}
-		failed = failed || i.Status.Stage == evaluate.Broken
-	}
-	l := evaluate.Limits{
-		Desired: p.target.Desired, MaxUnavailable: s.UnavailableLimit(p.target.Desired),
-		Keep: evaluate.Resolve(s.Partition, p.target.Desired, true), FirstOrdinal: p.target.FirstOrdinal,
-		Ordered: p.target.Ordered,
-		Halted:  halted || p.rollout.Spec.Paused,
-	}
-	if p.goal.Undo {
-		l.Keep = 0
-	} else if (failed || len(p.ended) > 0) && s.OnFailure != inplace.Continue {
-		l.Halted = true
-	}
-	var budgets []*evaluate.Disruptions
-	read := false
-	var err error
-	l.Allowed = func(pod *corev1.Pod) (bool, string) {
-		if !read {
-			read = true
-			budgets, err = evaluate.Budgets(ctx, p.r.Client, p.rollout.Namespace, candidates, doomed(p.items))
-		}
-		if err != nil {
-			return false, err.Error()
-		}
-		return evaluate.Take(budgets, pod)
-	}
-	p.plan = evaluate.Next(candidates, l)
-	if err != nil {
-		return err
-	}
-	if p.plan.Blocked != "" {
-		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
-	}
-	return nil
-}
-
-// doomed returns a function that says whether this rollout is about to disrupt a pod.
-func doomed(items []*nodeops.Item) func(*corev1.Pod) bool {
-	pods := map[types.UID]bool{}
-	for _, i := range items {
-		pods[i.Pod.UID] = i.Status.Disrupted
-	}
-	return func(pod *corev1.Pod) bool { return pods[pod.UID] }
-}
-
-// act takes the pods further. An error with one pod does not hold up the others.
-func (p *pass) act(ctx context.Context) error {
-	for _, n := range p.plan.Prepare {
-		p.ops.Prepare(ctx, p.items[n])
-	}
-	for _, n := range p.plan.Begin {
-		p.settleError(p.items[n], p.step(ctx, p.items[n]))
-	}
-	for _, i := range p.items {
-		if i.Stale {
-			continue
-		}
-		p.teller.warnings(i.Pod, p.ops.Finished(i.Ops))
-		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) &&
-			!p.waits(&i.Ops.API) {
-			var err error
-			if relabels {
-				err = p.relabel(ctx, i)
-			}
-			if i.Status.Open {
-				err = errors.Join(p.setGates(ctx, i, ""), err)
-			}
-			p.settleError(i, err)
-		}
-		if i.Status.Ask {
-			p.ops.Follow(ctx, i)
-		}
-		if i.Status.Restart {
-			p.ops.Restart(ctx, i)
-		}
-		if i.Status.Inquire {
-			p.ops.Inquire(ctx, i)
-		}
-		if i.Status.Stage == evaluate.Updating {
-			p.nudge(ctx, i)
-		}
-	}
-	return nil
-}
-
-// settleError decides what to do about a pod whose change the API server has answered with an
-// error.
-func (p *pass) settleError(i *nodeops.Item, err error) {
-	why := dryrun.Refusal(err)
-	switch {
-	case err == nil:
-		if !i.Stale && !p.now.Before(i.Ops.API.Until) {
-			i.Ops.API = dryrun.Trouble{}
-		}
-	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
-	case why == nil:
-		i.Ops.API.Note(err, p.now)
-		p.waits(&i.Ops.API)
-		if p.now.Sub(i.Ops.API.Since) < p.strategy.Deadline {
-			return
-		}
-		late := dryrun.TooLong(i.Pod.Name, p.strategy.Deadline, err)
-		why = &late
-		fallthrough
-	default:
-		i.Ops.API.Note(err, p.now) // a gate that cannot be opened is tried again
-		p.ops.AbortUpgrade(i.Ops, why.Message)
-		i.Ops.Refused = why
-		p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
-	}
-}
-
-// nudge makes kubelet probe a new container that is not ready at once, if that is due.
-func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
-	var names []string
-	carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
-	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
-		cs := pods.Status(i.Pod, name)
-		if c == nil || cs == nil || cs.ContainerID == i.Ops.State.Containers[name].ID {
-			continue
-		}
-		if passed, _ := pods.StartupPassed(c, cs, i.Ops.Started[cs.ContainerID], carried, p.now); passed {
-			names = append(names, name)
-		}
-	}
-	container, wait := i.Ops.Nudges.Due(i.Pod, names, p.now)
-	p.wait = retry.Sooner(p.wait, wait)
-	if container == "" {
-		return
-	}
-	log := p.log.WithField("pod", i.Pod.Name).WithField("container", container)
-	pod, err := i.Ops.Nudges.Nudge(ctx, p.r.Client, i.Pod, container)
-	if err != nil {
-		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
-		return
-	}
-	i.Ops.Written = nodeops.VersionOf(pod.ResourceVersion)
-	p.r.Metrics.Wrote("pod")
-	log.Debug("kubelet made to probe the new container at once")
-}
-
 // begin takes up the containers of the spec. First of all it writes into the status which images
 // they replace.
 func (p *pass) begin(ctx context.Context) error {
@@ -603,7 +374,7 @@ func (p *pass) begin(ctx context.Context) error {
 	notice.SetCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
 	notice.SetCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
 	notice.SetCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
-	if err := p.writer.status(ctx, &next); err != nil {
+	if err := p.writeStatus(ctx, &next); err != nil {
 		return err
 	}
 	p.work.progressed = p.now
@@ -611,23 +382,4 @@ func (p *pass) begin(ctx context.Context) error {
 		"rolling out to "+p.target.What+": "+notice.Describe(p.rollout.Spec.Containers))
 	p.log.WithField("revision", p.goal.Revision).Info("rollout begins")
 	return nil
-}
-
-// waits returns true if it is too early to ask the API server again, and has the rollout looked at
-// when the time has come.
-func (p *pass) waits(t *dryrun.Trouble) bool {
-	left := t.Until.Sub(p.now)
-	if left > 0 {
-		p.wait = retry.Sooner(p.wait, left)
-	}
-	return left > 0
-}
-
-// ordinalOf returns the number at the end of a name; -1 if there is none.
-func ordinalOf(name string) int {
-	n, err := strconv.Atoi(name[strings.LastIndexByte(name, '-')+1:])
-	if err != nil {
-		return -1
-	}
-	return n
 }

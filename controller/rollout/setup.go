@@ -13,7 +13,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -22,7 +21,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
-	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
@@ -40,8 +38,12 @@ const (
 )
 
 // gather returns how long to collect events of a rollout.
-func (r *Reconciler) gather(key types.NamespacedName) time.Duration {
-	w := r.knownWork(key)
+func (r *Reconciler) gather(request reconcile.Request) time.Duration {
+	return r.knownWork(request.NamespacedName).gather()
+}
+
+// gather returns how long to collect events of a rollout; the work may be nil.
+func (w *work) gather() time.Duration {
 	if w == nil {
 		return gatherFor
 	}
@@ -55,6 +57,9 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 	if err := m.Add(r.crew); err != nil {
 		return err
 	}
+	if err := m.Add(r.tracker); err != nil {
+		return err
+	}
 	return builder.ControllerManagedBy(m).
 		Named("inplacerollout").
 		For(&inplace.InPlaceRollout{}, builder.WithPredicates(requeue.RolloutChanges())).
@@ -63,28 +68,18 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(workload.KindDaemonSet))).
 		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(workload.KindDeployment))).
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
-		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
+		WatchesRawSource(r.tracker.Source()).
 		WithOptions(requeue.Options(workers)).
 		Complete(apierror.Tell(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
 }
 
 type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
 
-// wakeHandler enqueues the rollouts that operations on nodes wake.
-func (r *Reconciler) wakeHandler() handler.TypedEventHandler[*inplace.InPlaceRollout, reconcile.Request] {
-	return handler.TypedFuncs[*inplace.InPlaceRollout, reconcile.Request]{
-		GenericFunc: func(_ context.Context, e wakeUp, q queue) {
-			key := client.ObjectKeyFromObject(e.Object)
-			q.AddAfter(reconcile.Request{NamespacedName: key}, r.gather(key))
-		},
-	}
-}
-
 // crowd enqueues requests after a while, so that many events make one.
 func (r *Reconciler) crowd(requests func(context.Context, client.Object) []reconcile.Request) handler.EventHandler {
 	add := func(ctx context.Context, o client.Object, q queue) {
 		for _, request := range requests(ctx, o) {
-			q.AddAfter(request, r.gather(request.NamespacedName))
+			q.AddAfter(request, r.gather(request))
 		}
 	}
 	return handler.Funcs{

@@ -33,6 +33,18 @@ const (
 	writeInterval = 2 * time.Second
 )
 
+// writeStatus writes next if it differs.
+func (p *pass) writeStatus(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
+	setKstatus(next)
+	before := p.rollout.DeepCopy()
+	p.rollout.Status = *next
+	wrote, err := p.writer.PatchStatus(ctx, p.rollout, before)
+	if wrote {
+		p.work.lastWrite = p.now
+	}
+	return err
+}
+
 // noteFailures collects the pods that have failed, writes Events of new ones, and returns how many
 // there are.
 func (p *pass) noteFailures() int {
@@ -61,7 +73,7 @@ func (p *pass) noteFailures() int {
 		if was, known := p.work.failures[uid]; !known || p.goal.Undo && was.Reason != f.Reason {
 			p.r.Metrics.Pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
-			if len(p.work.told) < maxTold {
+			if len(p.work.reported) < maxReported {
 				p.teller.tell(corev1.EventTypeWarning, notice.EventPodFailed,
 					notice.Subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
@@ -79,7 +91,7 @@ func (p *pass) startRollback(ctx context.Context) error {
 	next.Message = "rolling back: " + s.firstFailure()
 	notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRollingBack, next.Message)
 	notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRollingBack, next.Message)
-	if err := p.writer.status(ctx, next); err != nil {
+	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
 	p.teller.event(corev1.EventTypeWarning, notice.EventRollingBack, next.Message)
@@ -95,7 +107,7 @@ func summarize(p *pass) *summary {
 		tally: tallyOf(p.rollout.UID, p.items), now: p.now, progressed: p.work.progressed, failed: p.work.failures,
 		template: p.work.memory.Template, refused: p.work.refused[p.goal.Revision] != nil,
 		blockedReason: p.blockedReason, blocked: p.blocked, notInPlaceReason: p.notInPlaceReason,
-		trouble: p.ops.Trouble(p.items),
+		trouble: p.work.ops.Trouble(p.items),
 	}
 }
 
@@ -126,24 +138,30 @@ func (p *pass) conclude(ctx context.Context) error {
 	if err != nil {
 		return err
 	} else if ended {
-		return p.complete(ctx, s, next)
+		for _, i := range p.items {
+			if i.Status.Stage == evaluate.Outdated {
+				p.ops.AbortUpgrade(i.Ops, "the rollout has ended without the pod")
+			}
+		}
+		s.outcome(next)
+		return p.end(ctx, next)
 	}
-	s.aside(next)
+	s.addLeftOut(next)
 	if len(p.work.failures) == 0 && !p.goal.Undo {
 		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
-	if wrong := p.ops.WrongSecrets(); len(wrong) > 0 { // the images are pulled without them
+	if wrong := p.work.ops.WrongSecrets(); len(wrong) > 0 { // the images are pulled without them
 		text := "pulling without: " + strings.Join(wrong, "; ")
 		p.teller.tell(corev1.EventTypeWarning, notice.EventSecrets, text, text)
 	}
 	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
-	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
+	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && numbersOnly(&p.rollout.Status, next) {
 		if !apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
 			p.wait = retry.Sooner(p.wait, left)
 		}
 		return nil
 	}
-	return p.writer.status(ctx, next)
+	return p.writeStatus(ctx, next)
 }
 
 // finish lets the workload go on when the pods are done, and returns true once it does.
@@ -177,7 +195,8 @@ func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRollou
 			return false, err
 		case trouble != "":
 			next.Message = trouble + "; " + next.Message
-		case done && p.strategy.OnFailure == inplace.Continue && s.tally.changing+s.tally.turns+s.tally.open == 0:
+		case done && p.strategy.OnFailure == inplace.Continue &&
+			s.tally.changing+s.tally.updating+s.tally.outOfService == 0:
 			return true, nil // of the pods none can go on
 		}
 	}
@@ -221,23 +240,12 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 	return false, trouble, nil
 }
 
-// complete ends the rollout.
-func (p *pass) complete(ctx context.Context, s *summary, next *inplace.InPlaceRolloutStatus) error {
-	for _, i := range p.items {
-		if i.Status.Stage == evaluate.Outdated {
-			p.ops.AbortUpgrade(i.Ops, "the rollout has ended without the pod")
-		}
-	}
-	s.outcome(next)
-	return p.end(ctx, next)
-}
-
 // end writes the last status of a rollout.
 func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
 	if err := p.env.GiveBack(ctx, p.target); err != nil {
 		return err
 	}
-	if err := p.writer.status(ctx, next); err != nil {
+	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
 	p.r.admissions.end(p.rollout.UID)
@@ -261,5 +269,5 @@ func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) error {
 	setProgressing(next, false, inplace.ReasonInvalidTarget, why.Message)
 	p.teller.tell(corev1.EventTypeWarning, notice.EventInvalid, why.Message, why.Message)
 	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
-	return p.writer.status(ctx, next)
+	return p.writeStatus(ctx, next)
 }

@@ -18,6 +18,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -53,7 +54,7 @@ type summary struct {
 
 // tally counts the pods by where they stand.
 type tally struct {
-	outdated, changing, updated, unlabelled, broken, available, open, turns, left, unwritten int
+	outdated, changing, updated, unlabelled, broken, available, outOfService, updating, skipped, unwritten int
 }
 
 // picture changes when a rollout gets on.
@@ -77,7 +78,7 @@ type standing struct {
 // applies counts.
 func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	t := s.tally
-	atRest := t.changing+t.turns == 0
+	atRest := t.changing+t.updating == 0
 	unchanged := fmt.Sprintf("nothing has changed for %s: ", s.strategy.Deadline)
 	back := ""
 	if s.goal.Undo {
@@ -115,11 +116,11 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 			progressing: true, reason: inplace.ReasonAPIError, message: s.trouble,
 			kind: corev1.EventTypeWarning, event: inplace.ReasonAPIError,
 		}, {
-			when:   t.left > 0 && t.outdated == 0 && atRest,
+			when:   t.skipped > 0 && t.outdated == 0 && atRest,
 			reason: inplace.ReasonNotInPlace,
 			message: fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them "+
 				"made anew",
-				t.left, s.notInPlaceReason),
+				t.skipped, s.notInPlaceReason),
 			kind: corev1.EventTypeWarning, event: notice.EventNotInPlace, key: "left",
 		}, {
 			when:   s.stuck(),
@@ -134,33 +135,33 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	return table[slices.IndexFunc(table, func(row standing) bool { return row.when })]
 }
 
-// through returns true if no pod has anything left to do.
-func (s *summary) through() bool {
+// done returns true if no pod has anything left to do.
+func (s *summary) done() bool {
 	t := s.tally
 	if len(s.items) == 0 {
 		return s.target.Desired == 0 && s.target.Workload != nil && s.blocked == ""
 	}
-	return t.outdated+t.changing+t.left+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.open == 0
+	return t.outdated+t.changing+t.skipped+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.outOfService == 0
 }
 
-// whole returns true if all pods are updated and available.
-func (s *summary) whole() bool {
+// allAvailable returns true if all pods are updated and available.
+func (s *summary) allAvailable() bool {
 	t := s.tally
-	return s.through() && t.broken == 0 && t.available == t.updated && t.available >= s.target.Desired
+	return s.done() && t.broken == 0 && t.available == t.updated && t.available >= s.target.Desired
 }
 
 // finished returns true if the pods have nothing left to do for the rollout.
 func (s *summary) finished() bool {
 	t := s.tally
 	switch {
-	case !s.goal.Undo && s.whole():
+	case !s.goal.Undo && s.allAvailable():
 		return true
-	case s.goal.Undo && s.through() && (s.whole() || s.stuck()):
+	case s.goal.Undo && s.done() && (s.allAvailable() || s.stuck()):
 		return true
-	case s.goal.Undo && t.changing+t.open == 0 && s.blocked == "" && s.cornered():
+	case s.goal.Undo && t.changing+t.outOfService == 0 && s.blocked == "" && s.rollbackBlocked():
 		return true
 	}
-	return s.through() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
+	return s.done() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
 }
 
 // failing returns true if something has failed, and the rollout does not go back.
@@ -171,8 +172,9 @@ func (s *summary) failing() bool {
 // stuck returns true if nothing has changed for longer than a pod may take.
 func (s *summary) stuck() bool { return s.now.Sub(s.progressed) >= s.strategy.Deadline }
 
-// cornered returns true if pods that cannot be put back have kept the others from it for too long.
-func (s *summary) cornered() bool {
+// rollbackBlocked returns true if pods that cannot be put back have kept the others from it for too
+// long.
+func (s *summary) rollbackBlocked() bool {
 	return s.noWayBack() != "" && s.stuck() && s.plan.Blocked == "" && !s.rollout.Spec.Paused
 }
 
@@ -255,7 +257,7 @@ func (s *summary) isTarget(i *nodeops.Item) bool {
 		if c.Image == "" {
 			continue
 		}
-		have, _ := evaluate.ContainerOf(i.Pod, c.Name)
+		have := pods.Changeable(i.Pod, c.Name)
 		if have == nil || !i.Facts.Has(i.Ops.State, c.Name, have.Image, s.template.Of(c.Name, c.Image)) {
 			return false
 		}
@@ -293,15 +295,15 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 		success := metav1.NewMicroTime(s.now)
 		next.LastSuccessTime = &success
 		next.Message = fmt.Sprintf("all %d pods are updated", next.Updated)
-		s.aside(next)
+		s.addLeftOut(next)
 		notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
 		notice.SetCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
 		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
 }
 
-// aside adds to the message how many pods the rollout leaves alone though they have its labels.
-func (s *summary) aside(next *inplace.InPlaceRolloutStatus) {
+// addLeftOut adds to the message how many pods the rollout leaves alone though they have its labels.
+func (s *summary) addLeftOut(next *inplace.InPlaceRolloutStatus) {
 	if text := workload.LeftOut(s.target.Mirrors); text != "" {
 		next.Message += "; " + text
 	}
@@ -330,13 +332,13 @@ func tallyOf(rollout types.UID, items []*nodeops.Item) tally {
 		case evaluate.Broken:
 			t.broken++
 		case evaluate.Skipped:
-			t.left++
+			t.skipped++
 		}
 		if shut, _ := evaluate.OutOfServiceBy(i.Pod); shut == rollout {
-			t.open++
+			t.outOfService++
 		}
 		if i.Ops.Updating {
-			t.turns++
+			t.updating++
 		}
 	}
 	return t
@@ -348,8 +350,8 @@ func setProgressing(next *inplace.InPlaceRolloutStatus, progressing bool, reason
 	notice.SetCondition(next, inplace.ConditionComplete, false, reason, message)
 }
 
-// minor returns true if a status differs from the one before in numbers only.
-func minor(before, after *inplace.InPlaceRolloutStatus) bool {
+// numbersOnly returns true if a status differs from the one before in numbers only.
+func numbersOnly(before, after *inplace.InPlaceRolloutStatus) bool {
 	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed ||
 		len(before.Conditions) != len(after.Conditions) {
 		return false
@@ -363,9 +365,9 @@ func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	return true
 }
 
-// tellReady sets the conditions of kstatus, as kstatus would see a workload: a rollout whose
+// setKstatus sets the conditions of kstatus, as kstatus would see a workload: a rollout whose
 // partition holds pods back on purpose is current, a paused one is not.
-func tellReady(s *inplace.InPlaceRolloutStatus) {
+func setKstatus(s *inplace.InPlaceRolloutStatus) {
 	c, going := meta.FindStatusCondition(s.Conditions, inplace.ConditionComplete),
 		meta.FindStatusCondition(s.Conditions, inplace.ConditionProgressing)
 	if c == nil || going == nil {

@@ -20,12 +20,12 @@ type teller struct {
 	// recorder may be nil.
 	recorder events.EventRecorder
 	rollout  *inplace.InPlaceRollout
-	// told are the Events that must not be repeated.
-	told map[string]bool
+	// reported are the Events that must not be repeated.
+	reported map[string]bool
 }
 
-// maxTold bounds the events of one revision that are about single pods.
-const maxTold = 2 * maxFailures
+// maxReported bounds the events of one revision that are about single pods.
+const maxReported = 2 * maxFailures
 
 // event writes an Event about the rollout.
 func (t *teller) event(kind, reason, text string) {
@@ -34,10 +34,10 @@ func (t *teller) event(kind, reason, text string) {
 
 // tell writes an Event once for a revision and key.
 func (t *teller) tell(kind, reason, text, key string) {
-	if t.told[reason+key] {
+	if t.reported[reason+key] {
 		return
 	}
-	t.told[reason+key] = true
+	t.reported[reason+key] = true
 	t.event(kind, reason, text)
 }
 
@@ -57,10 +57,10 @@ func (t *teller) warnings(pod *corev1.Pod, done []*opsv1.Operation) {
 			}
 		}
 		key := notice.EventWarning + op.GetUid()
-		if len(notes) == 0 || t.told[key] || len(t.told) >= maxTold {
+		if len(notes) == 0 || t.reported[key] || len(t.reported) >= maxReported {
 			continue
 		}
-		t.told[key] = true
+		t.reported[key] = true
 		text := strings.Join(notes, "; ")
 		notice.Announce(t.recorder, pod, corev1.EventTypeWarning, notice.EventWarning, text)
 		t.event(corev1.EventTypeWarning, notice.EventWarning, "pod "+pod.Name+", "+text)

@@ -31,6 +31,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
 	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
 )
 
 // DeploymentName is the controller's Deployment, in manifests and chart.
@@ -145,12 +146,12 @@ func (d *departure) clean(ctx context.Context) error {
 	there, err := lookout.Look(ctx)
 	note(err)
 	ofRequests, ofJobs := []string{accept.Finalizer}, []string{v1beta1.PullFinalizer}
-	gates := []corev1.PodConditionType{inplace.ReadyGate, inplace.KruiseReadyGate}
+	kinds := []corev1.PodConditionType{inplace.ReadyGate, inplace.KruiseReadyGate}
 	if !there && err == nil {
 		opened, err := podready.Leave(ctx, d.client, d.log)
 		note(err)
 		d.say("%d pods are in service again that waited at the gate %s", opened, appsv1alpha1.KruisePodReadyConditionType)
-		gates = append(gates, appsv1alpha1.KruisePodReadyConditionType)
+		kinds = append(kinds, appsv1alpha1.KruisePodReadyConditionType)
 		// Nobody else takes these off.
 		ofRequests = append(ofRequests, appsv1alpha1.UnreadyAcquiredFinalizer)
 		ofJobs = append(ofJobs, v1beta1.DeletionProtectionFinalizer)
@@ -167,7 +168,7 @@ func (d *departure) clean(ctx context.Context) error {
 		note(err)
 		d.say("%d %ss had a finalizer", n, k.kind.Kind)
 	}
-	gated, err := rollout.FindGated(ctx, d.client, gates...)
+	gated, err := gates.FindGated(ctx, d.client, kinds...)
 	note(err)
 	for _, g := range gated {
 		d.say("WARNING: %s has the readiness gate %s in its template: "+

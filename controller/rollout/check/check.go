@@ -141,7 +141,7 @@ func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	pod := &corev1.Pod{Spec: podtemplate.Of(object).Spec}
 	what := ref.Kind + " " + ref.Name
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
+		if found := pods.Changeable(pod, c.Name); found == nil {
 			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c),
 				pods.Names(pod)))
 		}
@@ -156,7 +156,7 @@ func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 		return apierror.Wrong("%s", why)
 	}
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
+		if found := pods.Changeable(pod, c.Name); found == nil {
 			return apierror.Wrong("%s", evaluate.PodLacks(pod, c.Name, changeOf(c)))
 		}
 	}
@@ -170,7 +170,7 @@ func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inpl
 	}
 	var names []string
 	for _, c := range r.Spec.Containers {
-		if found, _ := evaluate.ContainerOf(pod, c.Name); found != nil && found.Image != c.Image {
+		if found := pods.Changeable(pod, c.Name); found != nil && found.Image != c.Image {
 			names = append(names, c.Name)
 		}
 	}
@@ -339,4 +339,24 @@ func somePods(
 		return !pods.Active(&p) || mirrorpod.Is(&p)
 	})
 	return found, mirrors, err
+}
+
+// Over returns true if a rollout has nothing left to do.
+func Over(o *inplace.InPlaceRollout) bool {
+	return o.Status.CompletionTime != nil && o.Status.ObservedRevision == evaluate.RevisionOf(o)
+}
+
+// SharedWith names the workload or pod that a rollout with these pods shares with another rollout;
+// empty if there is none.
+func SharedWith(own []*corev1.Pod, r, other *inplace.InPlaceRollout) string {
+	if ref, theirs := r.Spec.Target.WorkloadRef, other.Spec.Target.WorkloadRef; ref != nil && theirs != nil {
+		return sameWorkload(ref, theirs)
+	}
+	is := members(other.Spec.Target)
+	for _, pod := range own {
+		if pods.Active(pod) && is(pod) {
+			return "pod " + pod.Name
+		}
+	}
+	return ""
 }

@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -91,16 +92,22 @@ func Pod(
 // PodChange is the change of a pod: images, the label of its revision, and the annotation with the
 // state, in one patch.
 type PodChange struct {
-	Pod         *corev1.Pod
-	Images      map[string]string
-	Label       string
-	Annotations map[string]any
+	Pod    *corev1.Pod
+	Images map[string]string
+	Label  string
+	State  *evaluate.InPlaceState
 }
 
 // Patch returns the strategic merge patch. If version is set, the patch fails when the pod has
 // changed since that version.
 func (c *PodChange) Patch(version string) ([]byte, error) {
-	meta := map[string]any{"uid": c.Pod.UID, "annotations": c.Annotations}
+	state, err := json.Marshal(c.State)
+	if err != nil {
+		return nil, err
+	}
+	meta := map[string]any{"uid": c.Pod.UID, "annotations": map[string]any{
+		inplace.PodStateAnnotation: string(state),
+	}}
 	if version != "" {
 		meta["resourceVersion"] = version
 	}

@@ -7,11 +7,11 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"slices"
 
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
@@ -33,7 +33,7 @@ func Template(
 		return nil, err
 	}
 	have := podtemplate.Images(podtemplate.Of(o))
-	for _, name := range slices.Sorted(maps.Keys(all)) {
+	for _, name := range objects.SortedKeys(all) {
 		if alone && images[name] == "" && all[name] != have[name] {
 			return nil, &Error{Failure: evaluate.Failure{Reason: evaluate.FailRewritten,
 				Message: fmt.Sprintf("admission changes container %s of %s %s from %s to %s as well: let the "+
@@ -49,7 +49,7 @@ func Template(
 		if err != nil {
 			return nil, err
 		}
-		for _, name := range slices.Sorted(maps.Keys(images)) {
+		for _, name := range objects.SortedKeys(images) {
 			if then[name] != first[name] {
 				return nil, Unsteady(kind+" "+o.GetName(), name, ask[name], first[name], then[name])
 			}
@@ -63,7 +63,7 @@ func Template(
 func ImagesAfter(
 	ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string,
 ) (become, all map[string]string, err error) {
-	patch, err := podtemplate.Patch(o, podtemplate.Of(o), images, nil, nil)
+	patch, err := podtemplate.Patch(o, images, nil, nil)
 	if err != nil {
 		return nil, nil, err
 	}

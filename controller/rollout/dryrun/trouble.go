@@ -10,6 +10,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -34,7 +35,7 @@ const retryMax = 30 * time.Second
 type Trouble struct {
 	Count int
 	Text  string
-	// Since is when the trouble began. Nobody tries again before until.
+	// Since is when the trouble began. Nobody tries again before Until.
 	Since, Until time.Time
 }
 
@@ -43,5 +44,5 @@ func (t *Trouble) Note(err error, now time.Time) {
 	if t.Count++; t.Count == 1 {
 		t.Since = now
 	}
-	t.Text, t.Until = err.Error(), now.Add(min(time.Second<<min(t.Count-1, 5), retryMax))
+	t.Text, t.Until = err.Error(), now.Add(retry.Backoff(t.Count-1, time.Second, retryMax))
 }

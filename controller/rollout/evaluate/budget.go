@@ -47,8 +47,7 @@ func Budgets(
 		healthy, coming := 0, 0
 		for j := range selected.Items {
 			pod := &selected.Items[j]
-			if ready := pods.Condition(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil &&
-				ready.Status == corev1.ConditionTrue {
+			if pod.DeletionTimestamp == nil && isTrue(pods.Condition(pod, corev1.PodReady)) {
 				healthy++
 				if doomed(pod) {
 					coming++

@@ -160,8 +160,7 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	k.now = now
 	shut, _ := OutOfServiceBy(pod)
 	v.Available, v.Wait = available(pod, k, s, now)
-	ready := pods.Condition(pod, corev1.PodReady)
-	v.Serving = ready != nil && ready.Status == corev1.ConditionTrue
+	v.Serving = isTrue(pods.Condition(pod, corev1.PodReady))
 	moving, wait := m.moving(pod, g, k)
 	v.Wait = retry.Sooner(v.Wait, wait)
 	v.Inquire = moving && !m.IsOf(g) && !k.Rested && m.restarts(pod)
@@ -176,7 +175,7 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	}
 	v.Images = map[string]string{}
 	for name, image := range g.Images {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil {
 			v.fail(FailNoContainer, "%s", PodLacks(pod, name, ToChange))
 			return v
@@ -196,13 +195,13 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	slices.Sort(v.CheckTags)
 	if len(v.Images) > 0 {
 		for name, image := range k.More {
-			if c, _ := ContainerOf(pod, name); c != nil && g.Images[name] == "" && !k.Has(made, name, c.Image, image) {
+			if c := pods.Changeable(pod, name); c != nil && g.Images[name] == "" && !k.Has(made, name, c.Image, image) {
 				v.Images[name] = image // they change together, and go back together
 			}
 		}
 	}
 	for _, name := range g.Restarts {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil {
 			v.fail(FailNoContainer, "%s", PodLacks(pod, name, ToRestart))
 			return v
@@ -320,7 +319,7 @@ func (m *InPlaceState) moving(pod *corev1.Pod, g Goal, k PodFacts) (moving bool,
 		return false, 0
 	}
 	for name, w := range m.Containers {
-		c, _ := ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil || replaced(pod, m, name, w, c.Image, k) {
 			continue
 		}
@@ -360,7 +359,7 @@ func (m *InPlaceState) settled(
 // restarts returns true if a container of the state that keeps its image is still the old one.
 func (m *InPlaceState) restarts(pod *corev1.Pod) bool {
 	for name, w := range m.Containers {
-		if c, _ := ContainerOf(pod, name); c != nil && c.Image == w.Image {
+		if c := pods.Changeable(pod, name); c != nil && c.Image == w.Image {
 			if cs := pods.Status(pod, name); cs != nil && cs.ContainerID == w.ID {
 				return true
 			}
@@ -423,7 +422,7 @@ func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 		}
 		if w := cs.State.Waiting; w != nil {
 			// The status may still show what the old container waited for.
-			c, _ := ContainerOf(pod, name)
+			c := pods.Changeable(pod, name)
 			switch {
 			case w.Reason == waitCrashLoop && (m == nil || cs.ContainerID != m.Containers[name].ID),
 				slices.Contains([]string{waitImagePull, waitInvalidImage, waitNeverPull}, w.Reason) && c != nil &&
@@ -462,95 +461,6 @@ func waitingFor(pod *corev1.Pod) string {
 		}
 	}
 	return ""
-}
-
-// available returns true if the pod has been ready for long enough. The duration is how long that
-// still takes.
-func available(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := pods.Condition(pod, corev1.PodReady)
-	if ready == nil || ready.Status != corev1.ConditionTrue {
-		return false, 0
-	}
-	if passed, wait := started(pod, k, now); !passed {
-		return false, wait
-	}
-	if len(Gates(pod)) > 0 {
-		return containersReady(pod, k, s, now) // the gate may have been opened only now
-	}
-	return readyLongEnough(pod, ready, k, s, now)
-}
-
-// containersReady returns true if the containers alone have been ready for long enough.
-func containersReady(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := pods.Condition(pod, corev1.ContainersReady)
-	if ready == nil || ready.Status != corev1.ConditionTrue {
-		return false, 0
-	}
-	if passed, wait := started(pod, k, now); !passed {
-		return false, wait
-	}
-	return readyLongEnough(pod, ready, k, s, now)
-}
-
-// started returns true if all containers of a pod have passed their startupProbes. wait is how long
-// until time alone may show it.
-func started(pod *corev1.Pod, k PodFacts, now time.Time) (passed bool, wait time.Duration) {
-	passed = true
-	for _, c := range StartupProbed(pod) {
-		cs := pods.Status(pod, c.Name)
-		if cs == nil {
-			continue // the conditions tell
-		}
-		ok, left := pods.StartupPassed(c, cs, k.StartedSeen[cs.ContainerID], k.Carried, now)
-		passed, wait = passed && ok, max(wait, left)
-	}
-	return passed, wait
-}
-
-func readyLongEnough(
-	pod *corev1.Pod, ready *corev1.PodCondition, k PodFacts, s *Strategy, now time.Time,
-) (bool, time.Duration) {
-	if s.MinReady == 0 {
-		return true, 0
-	}
-	since := ready.LastTransitionTime.Time
-	for _, c := range pod.Status.ContainerStatuses {
-		if r := c.State.Running; r != nil && r.StartedAt.After(since) {
-			since = r.StartedAt.Time // so short a gap that readiness did not notice
-		}
-	}
-	// A node whose clock is ahead must not make the wait longer than it is.
-	if !k.ReadySeen.IsZero() && k.ReadySeen.Before(since) {
-		since = k.ReadySeen
-	}
-	left := since.Add(s.MinReady).Sub(now)
-	return left <= 0, max(left, 0)
-}
-
-// wasReady returns true if the pod, which is not ready now, was ready for a while after its change.
-func wasReady(pod *corev1.Pod, m *InPlaceState, k PodFacts) bool {
-	ready := pods.Condition(pod, corev1.ContainersReady)
-	if ready == nil || ready.Status != corev1.ConditionFalse {
-		return false
-	}
-	since := m.Time.Time
-	for name := range m.Containers {
-		cs := pods.Status(pod, name)
-		if cs == nil || cs.State.Running == nil {
-			continue
-		}
-		if cs.State.Running.StartedAt.After(since) {
-			since = cs.State.Running.StartedAt.Time
-		}
-		c, _ := ContainerOf(pod, name)
-		if passed, _ := pods.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
-			return false // what made the pod ready was the start of the old one
-		}
-		if _, left := pods.StartupPassed(c, cs, time.Time{}, k.Carried, since); left > 0 {
-			since = since.Add(left) // until then, too
-		}
-	}
-	return ready.LastTransitionTime.After(since.Add(crashWithin))
 }
 
 // Culprit returns the container for which an operation failed; nil if there is none.

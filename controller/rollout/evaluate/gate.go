@@ -70,8 +70,7 @@ func GatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) (
 			"lastTransitionTime": metav1.NewTime(now),
 		})
 	}
-	if ready := pods.Condition(pod, corev1.PodReady); rollout != "" && ready != nil &&
-		ready.Status == corev1.ConditionTrue {
+	if rollout != "" && isTrue(pods.Condition(pod, corev1.PodReady)) {
 		// Kubelet would do the same at its next sync, but endpoints must not wait for that.
 		conditions = append(conditions, corev1.PodCondition{
 			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: metav1.NewTime(now),

@@ -113,7 +113,7 @@ func RevisionOf(r *inplace.InPlaceRollout) string {
 	return objects.Hash(list, r.Annotations[inplace.RetryAnnotation])
 }
 
-// StrategyOf returns the strategy of a rollout with its defaults.
+// StrategyOf fills in the defaults.
 func StrategyOf(s *inplace.Strategy) Strategy {
 	seconds := func(n int32) time.Duration { return time.Duration(n) * time.Second }
 	t := Strategy{

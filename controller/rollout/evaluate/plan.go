@@ -16,17 +16,17 @@ const (
 	// little in vain.
 	lookAheadMin = 2
 	lookAheadMax = 32
-	// turnsMax is how many pods are changed at once, whatever the budget says: each of them needs a
-	// stream to its node.
-	turnsMax = 500
-	// freeTurns is how many pods are changed at once of those that are not available anyway.
-	freeTurns = 10
+	// updatingMax is how many pods are changed at once, whatever the budget says: each of them needs
+	// a stream to its node.
+	updatingMax = 500
+	// freeMax is how many pods are changed at once of those that are not available anyway.
+	freeMax = 10
 )
 
 // Readiness is how far the node is with the preparation of a pod.
 type Readiness int
 
-// How far the node is.
+// The node has not begun yet, is at it, or is done.
 const (
 	Unprepared Readiness = iota
 	Preparing
@@ -48,7 +48,7 @@ type Candidate struct {
 type Limits struct {
 	Desired, MaxUnavailable int
 	// Keep is how many pods stay as they are; in a StatefulSet those with ordinals below
-	// firstOrdinal + keep.
+	// FirstOrdinal + Keep.
 	Keep, FirstOrdinal int
 	// Halted: no further pod begins.
 	Halted bool
@@ -61,7 +61,7 @@ type Limits struct {
 
 // Plan says which pods are next.
 type Plan struct {
-	// Prepare are the pods whose nodes have to prepare them, begin the pods to change now; both by
+	// Prepare are the pods whose nodes have to prepare them, Begin the pods to change now; both by
 	// index.
 	Prepare, Begin []int
 	// Held is how many outdated pods the partition keeps.
@@ -75,13 +75,13 @@ type Plan struct {
 // Next says which pods are next. The candidates are all active pods.
 func Next(pods []Candidate, l Limits) Plan {
 	var p Plan
-	turns, written := 0, 0
+	updating, written := 0, 0
 	for _, c := range pods {
 		if c.Status.Available && !c.Status.Disrupted {
 			p.Available++
 		}
 		if c.Updating {
-			turns++
+			updating++
 		}
 		if c.Status.Stage != Outdated && c.Status.Stage != Skipped {
 			written++
@@ -93,14 +93,14 @@ func Next(pods []Candidate, l Limits) Plan {
 	order = slices.DeleteFunc(order, func(i int) bool { return pods[i].Status.Stage != Outdated })
 	order, p.Held = unpartitioned(pods, order, written, l)
 
-	unavailable, free := p.Unavailable, max(freeTurns, l.MaxUnavailable)
+	unavailable, free := p.Unavailable, max(freeMax, l.MaxUnavailable)
 	waiting := 0
 	for _, i := range order {
 		if !pods[i].Updating && pods[i].Preparation != Unprepared {
 			waiting++
 		}
 	}
-	ahead := max(min(l.MaxUnavailable-p.Unavailable, turnsMax), 0) + min(max(l.MaxUnavailable, lookAheadMin),
+	ahead := max(min(l.MaxUnavailable-p.Unavailable, updatingMax), 0) + min(max(l.MaxUnavailable, lookAheadMin),
 		lookAheadMax)
 	blocked := false
 	for _, i := range order {
@@ -121,7 +121,7 @@ func Next(pods []Candidate, l Limits) Plan {
 			blocked = blocked || l.Ordered && c.Status.Serving
 			continue
 		}
-		if turns >= turnsMax {
+		if updating >= updatingMax {
 			continue
 		}
 		if c.Status.Serving {
@@ -138,10 +138,10 @@ func Next(pods []Candidate, l Limits) Plan {
 				continue
 			}
 			unavailable += cost
-		} else if turns >= free {
+		} else if updating >= free {
 			continue
 		}
-		turns++
+		updating++
 		p.Begin = append(p.Begin, i)
 	}
 	return p

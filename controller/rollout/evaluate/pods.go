@@ -9,17 +9,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
-// ContainerOf finds a container that can be changed in place: a regular one, or a sidecar, which is
-// an init container with restartPolicy Always.
-func ContainerOf(pod *corev1.Pod, name string) (c *corev1.Container, sidecar bool) {
-	switch c, kind := pods.Container(pod, name); kind {
-	case pods.Regular, pods.Sidecar:
-		return c, kind == pods.Sidecar
-	default:
-		return nil, false
-	}
-}
-
 // StartupProbed returns the containers with a startupProbe that run as long as the pod does.
 func StartupProbed(pod *corev1.Pod) []*corev1.Container {
 	var probed []*corev1.Container
@@ -28,7 +17,7 @@ func StartupProbed(pod *corev1.Pod) []*corev1.Container {
 			if list[i].StartupProbe == nil {
 				continue
 			}
-			if c, _ := ContainerOf(pod, list[i].Name); c != nil {
+			if c := pods.Changeable(pod, list[i].Name); c != nil {
 				probed = append(probed, c)
 			}
 		}

@@ -4,8 +4,7 @@
 package evaluate
 
 import (
-	"maps"
-	"slices"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // Rewrite is an image that a rollout asked for, and the image that admission has made of it. Both
@@ -53,7 +52,7 @@ func RewritesOf(asked, got map[string]string) Rewrites {
 
 // Differs names the first container for which two answers differ.
 func (r Rewrites) Differs(from Rewrites, asked map[string]string) (string, bool) {
-	for _, name := range slices.Sorted(maps.Keys(asked)) {
+	for _, name := range objects.SortedKeys(asked) {
 		if r.Of(name, asked[name]) != from.Of(name, asked[name]) {
 			return name, true
 		}

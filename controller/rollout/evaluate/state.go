@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // InPlaceState is the value of PodStateAnnotation. It says what a rollout has changed in a pod, and
@@ -64,7 +65,7 @@ func (m *InPlaceState) IsOf(g Goal) bool {
 func (m *InPlaceState) RestartUID(pod *corev1.Pod) string {
 	ids := map[string]string{}
 	for name, old := range m.Containers {
-		if c, _ := ContainerOf(pod, name); c != nil && c.Image == old.Image && old.ID != "" {
+		if c := pods.Changeable(pod, name); c != nil && c.Image == old.Image && old.ID != "" {
 			ids[name] = old.ID
 		}
 	}

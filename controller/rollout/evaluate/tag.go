@@ -14,11 +14,11 @@ import (
 // Tag is what a container's tag names, as the node has found out.
 type Tag int
 
-// What a tag names.
+// Nobody knows yet, or the tag names an image.
 const (
-	TagUnknown Tag = iota // the node has not said it
-	TagSame               // the image that runs
-	TagMoved              // another one
+	TagUnknown Tag = iota
+	TagSame        // the image that runs
+	TagMoved       // another one
 )
 
 // mayMove returns true if the image reference of a running container may name another image by now.

@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -200,7 +199,7 @@ func (r *Reconciler) ownerOf(owner client.Object) metav1.OwnerReference {
 func changesOf(template *corev1.PodTemplateSpec) []inplace.ContainerChange {
 	images := podtemplate.Images(template)
 	var list []inplace.ContainerChange
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	for _, name := range objects.SortedKeys(images) {
 		list = append(list, inplace.ContainerChange{Name: name, Image: images[name]})
 	}
 	return list

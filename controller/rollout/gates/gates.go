@@ -55,12 +55,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		r.Log.WithField("pod", req.String()).Warn(
 			"the rollout that took the pod out of service has gone: putting it back")
 	}
-	patch, err := evaluate.GatePatch(&pod, "", "", time.Now())
-	if err != nil {
-		return reconcile.Result{}, err
-	}
-	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
-	err = r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch))
+	_, err := Set(ctx, r.Client, &pod, "", "", time.Now())
 	if apierrors.IsConflict(err) {
 		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	}
@@ -68,6 +63,19 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		r.Metrics.Wrote("pod status")
 	}
 	return reconcile.Result{}, client.IgnoreNotFound(err)
+}
+
+// Set closes the gates of a pod for a rollout; with an empty UID it opens them. It returns the pod
+// as it is then.
+func Set(
+	ctx context.Context, c client.Client, pod *corev1.Pod, rollout types.UID, text string, now time.Time,
+) (*corev1.Pod, error) {
+	patch, err := evaluate.GatePatch(pod, rollout, text, now)
+	if err != nil {
+		return nil, err
+	}
+	after := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
+	return after, c.Status().Patch(ctx, after, client.RawPatch(types.StrategicMergePatchType, patch))
 }
 
 // works returns true if a rollout with that UID exists and has not finished with its pods.

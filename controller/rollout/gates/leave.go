@@ -12,13 +12,10 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/pages"
 )
 
@@ -65,13 +62,7 @@ func OpenAll(ctx context.Context, c client.Client) (opened int, err error) {
 				if !pods.Active(pod) || !Needs(pod) {
 					return nil
 				}
-				patch, err := evaluate.GatePatch(pod, "", "", time.Now())
-				if err != nil {
-					return err
-				}
-				target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
-				raw := client.RawPatch(types.StrategicMergePatchType, patch)
-				if err = c.Status().Patch(ctx, target, raw); err != nil {
+				if _, err := Set(ctx, c, pod, "", "", time.Now()); err != nil {
 					if again := c.Get(ctx, client.ObjectKeyFromObject(pod), pod); again != nil {
 						return again
 					}

@@ -4,13 +4,13 @@
 package nodeops
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -21,8 +21,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -31,7 +33,7 @@ import (
 // Driver commands nodes for the pods of rollouts.
 type Driver struct {
 	Nodes Nodes
-	// Client reads from the cache and asks the API server. live reads past the cache, which has no
+	// Client reads from the cache and asks the API server. Live reads past the cache, which has no
 	// secrets.
 	Client client.Client
 	Live   client.Reader
@@ -74,9 +76,9 @@ func (d *Driver) Carries(ctx context.Context, pod *corev1.Pod) bool {
 	return pods.CarriesStarted(&n)
 }
 
-// stillSo asks the API server once more, before the node is told that the patch comes. The error
+// recheck asks the API server again, before the node is told that the patch comes. The error
 // says that admission answers otherwise now.
-func (d *Driver) stillSo(ctx context.Context, i *Item, change *dryrun.PodChange, before evaluate.Rewrites) error {
+func (d *Driver) recheck(ctx context.Context, i *Item, change *dryrun.PodChange, before evaluate.Rewrites) error {
 	now, more, err := dryrun.Pod(ctx, d.Client, i.Pod, change)
 	if err != nil {
 		return err
@@ -104,16 +106,14 @@ func (d *Driver) commitRequest(
 		return nil, err
 	}
 	request := &opsv1.CommitUpgradeRequest{Uid: uid}
-	var pulled []string
-	for _, name := range slices.Sorted(maps.Keys(images)) {
-		policy, env, err := now.container(ctx, name)
+	for _, name := range objects.SortedKeys(images) {
+		_, env, err := now.container(ctx, name, images[name])
 		if err != nil {
 			return nil, err
 		}
-		pulled = append(pulled, pullsecrets.Pulled(images[name], policy, env)...)
 		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
 	}
-	request.Credentials = now.ring.For(pulled...)
+	request.Credentials = now.credentials()
 	return request, nil
 }
 
@@ -121,6 +121,7 @@ func (d *Driver) commitRequest(
 type launch struct {
 	reader *environment.Reader
 	ring   *pullsecrets.Keyring // nil for a pod that a node has made
+	pulled []string             // what may be pulled for the containers that were asked for
 }
 
 // launch reads what kubelet would start the containers of a pod with; if label is set, once the pod
@@ -143,19 +144,23 @@ func (d *Driver) launch(ctx context.Context, w *State, pod *corev1.Pod, label st
 	return &launch{reader: now, ring: ring}, nil
 }
 
-func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
+// container returns what kubelet would start a container with, once the container has that image;
+// with an empty one, the image of its spec.
+func (l *launch) container(
+	ctx context.Context, name, image string,
+) (opsv1.PullPolicy, *opsv1.Environment, error) {
 	env, err := l.reader.Container(ctx, name)
 	if err != nil {
 		return 0, nil, err
 	}
-	c, _ := evaluate.ContainerOf(l.reader.Pod(), name)
-	return environment.PullPolicy(c.ImagePullPolicy), env, nil
+	c := pods.Changeable(l.reader.Pod(), name)
+	policy := environment.PullPolicy(c.ImagePullPolicy)
+	l.pulled = append(l.pulled, pullsecrets.Pulled(cmp.Or(image, c.Image), policy, env)...)
+	return policy, env, nil
 }
 
-func (l *launch) image(name string) string {
-	c, _ := evaluate.ContainerOf(l.reader.Pod(), name)
-	return c.Image
-}
+// credentials returns the credentials for all that may be pulled for the containers asked for.
+func (l *launch) credentials() []*opsv1.RegistryCredential { return l.ring.For(l.pulled...) }
 
 // keyring reads secrets, unless they are fresh.
 func (d *Driver) keyring(
@@ -193,12 +198,23 @@ func podRefOf(pod *corev1.Pod) *opsv1.PodRef {
 	return &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}
 }
 
+// orFind looks for the operation that the node has already under the UID of a request that it
+// refuses for that: a controller of another version has begun it, with some other detail.
+func (d *Driver) orFind(
+	ctx context.Context, node nodes.Node, uid string, op *opsv1.Operation, err error,
+) (*opsv1.Operation, error) {
+	if nodes.Code(err) == codes.AlreadyExists {
+		return d.Nodes.GetOperation(ctx, node, uid)
+	}
+	return op, err
+}
+
 // takeBack tells a node to take back an upgrade.
 func (d *Driver) takeBack(node nodes.Node, uid, why string) {
 	d.Crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := d.Nodes.AbortUpgrade(ctx, node, uid, why)
-			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, retryInterval<<tries) {
+			if t := troubleOf(err); err == nil || t.final || t.stale || !retry.Sleep(ctx, backOff(tries)) {
 				return
 			}
 		}

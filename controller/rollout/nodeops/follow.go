@@ -17,80 +17,62 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 )
 
-// operationTracker runs one operation on a node, and writes into the nodeOperation what the node
-// says.
-type operationTracker struct {
-	d    *Driver
-	w    *State
-	t    *nodeOperation
-	node nodes.Node
-	// pod is the name of the pod.
-	pod string
-	// begin starts the operation, or finds it if it was started before.
-	begin func(context.Context) (*opsv1.Operation, error)
-	// timeout is how long the node may be away.
-	timeout time.Duration
+// run has the node carry out an operation, and follows it until it has ended: what the node says
+// goes into t. begin starts the operation, or finds it if it was started before. pod is the name of
+// the pod.
+func (s *Session) run(
+	t *nodeOperation, node nodes.Node, pod string, begin func(context.Context) (*opsv1.Operation, error),
+) {
+	w, deadline := s.State, s.Strategy.Deadline
+	f := nodes.Follow[*opsv1.Operation]{
+		Node: node, UID: t.uid, For: w.request, Renew: watchRenew, Retry: backOff,
+		Begin: func(ctx context.Context) (*opsv1.Operation, error) {
+			op, err := begin(ctx)
+			w.noteAPI(t, err)
+			return op, err
+		},
+		Each: func(_ context.Context, _, op *opsv1.Operation) bool {
+			w.note(t, op)
+			return false // note has
+		},
+		Until: func(op *opsv1.Operation) (nodes.Next, time.Duration) {
+			if slices.ContainsFunc(op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
+				return c.GetPull().GetReason() == opsv1.ReasonCredentialsNeeded
+			}) {
+				return nodes.Again, 0
+			}
+			return nodes.GoOn, 0
+		},
+		GiveUp: func(err error, silent time.Duration, _ bool) bool { return w.givesUp(t, err, silent, deadline, pod) },
+		End:    func(context.Context, nodes.State[*opsv1.Operation]) bool { return false },
+	}
+	key := f.Key() // f holds much, and lasts as long as the follow only
+	t.forget = func() { w.tracker.Forget(key) }
+	w.tracker.Ensure(f)
 }
 
-// start follows the operation in the background until it has ended.
-func (c *operationTracker) start() {
-	c.d.Crew.Do(func(ctx context.Context) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		c.w.mu.Lock()
-		c.t.cancel = cancel
-		over := c.t.over
-		c.w.mu.Unlock()
-		if !over {
-			c.run(ctx)
+// givesUp writes into t how an operation has ended for the controller because of an error, and
+// returns true if it has. The node may be silent until the deadline.
+func (w *State) givesUp(t *nodeOperation, err error, silent, deadline time.Duration, pod string) bool {
+	if errors.Is(err, errImageThere) {
+		w.change(t, func() { t.same = true })
+		return true
+	}
+	why := troubleOf(err)
+	if !why.final && !why.stale {
+		if silent < deadline {
+			return false
 		}
-	})
-}
-
-func (c *operationTracker) run(ctx context.Context) {
-	var silent time.Time
-	for tries := 0; ; tries++ {
-		op, err := c.begin(ctx)
-		c.w.noteAPI(c.t, err)
-		if err == nil {
-			silent, tries = time.Time{}, 0
-			c.note(op)
-			if op.GetFinishTime() != nil {
-				return
-			}
-			if op, err = c.watch(ctx, op.GetUid()); err == nil && op.GetFinishTime() != nil {
-				return
-			}
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		if errors.Is(err, errThere) {
-			c.change(func() { c.t.same = true })
-			return
-		}
-		if err != nil {
-			if t := troubleOf(err); t.final || t.stale {
-				c.change(func() { c.t.failed, c.t.stale, c.t.answered = &t.Failure, t.stale, true })
-				return
-			} else if silent.IsZero() {
-				silent = time.Now()
-			} else if time.Since(silent) >= c.timeout {
-				if dryrun.IsAPIStatus(err) {
-					t.Failure = dryrun.TooLong(c.pod, c.timeout, err)
-				}
-				c.change(func() { c.t.failed, c.t.answered = &t.Failure, true })
-				return
-			}
-		}
-		if !Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
-			return
+		if dryrun.IsAPIStatus(err) {
+			why.Failure = dryrun.TooLong(pod, deadline, err)
 		}
 	}
+	w.change(t, func() { t.failed, t.stale, t.answered = &why.Failure, why.stale, true })
+	return true
 }
 
-// errThere: a container already has the image that admission makes of the goal's.
-var errThere = errors.New("the image is there")
+// errImageThere: a container already has the image that admission makes of the goal's.
+var errImageThere = errors.New("the image is there")
 
 // noteAPI counts errors of the API server, so that people are told after some of them.
 func (w *State) noteAPI(t *nodeOperation, err error) {
@@ -107,65 +89,32 @@ func (w *State) noteAPI(t *nodeOperation, err error) {
 	}
 }
 
-// watch follows the operation until it has ended, or needs credentials, or until there were no news
-// for watchRenew.
-func (c *operationTracker) watch(ctx context.Context, uid string) (*opsv1.Operation, error) {
-	watching, cancel := context.WithCancel(ctx)
-	defer cancel()
-	patience := time.AfterFunc(watchRenew, cancel)
-	defer patience.Stop()
-	var last *opsv1.Operation
-	err := c.d.Nodes.WatchOperation(watching, c.node, uid, func(op *opsv1.Operation) {
-		patience.Reset(watchRenew)
-		last = op
-		c.note(op)
-		if slices.ContainsFunc(op.GetContainers(),
-			func(x *opsv1.ContainerOperation) bool {
-				return x.GetPull().GetReason() == opsv1.ReasonCredentialsNeeded
-			}) {
-			cancel()
-		}
-	})
-	if watching.Err() != nil {
-		err = nil // it is asked again
-	}
-	return last, err
-}
-
 // note keeps what the node says. An operation that has finished does not change any more.
-func (c *operationTracker) note(op *opsv1.Operation) {
-	c.change(func() {
-		c.t.answered = true
-		if c.t.op.GetFinishTime() != nil {
+func (w *State) note(t *nodeOperation, op *opsv1.Operation) {
+	w.change(t, func() {
+		t.answered = true
+		if t.op.GetFinishTime() != nil {
 			return
 		}
-		if was := c.t.op.GetCreateTime(); was != nil && !proto.Equal(was, op.GetCreateTime()) {
-			c.t.commitRequested = false // the node has lost its journal and begun anew
+		if was := t.op.GetCreateTime(); was != nil && !proto.Equal(was, op.GetCreateTime()) {
+			t.commitRequested = false // the node has lost its journal and begun anew
 		}
-		c.t.op = op
+		t.op = op
 	})
 }
 
-func (c *operationTracker) change(f func()) {
-	c.w.mu.Lock()
-	over := c.t.over
+// change changes an operation that is still of interest, and wakes the reconciler.
+func (w *State) change(t *nodeOperation, f func()) {
+	w.mu.Lock()
+	over := t.over
 	if !over {
 		f()
 	}
-	c.w.mu.Unlock()
+	w.mu.Unlock()
 	if !over {
-		c.w.wake()
+		w.wake()
 	}
 }
 
-// Pause waits and says whether to go on.
-func Pause(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
+// wake has the rollout reconciled. The caller does not hold the mutex.
+func (w *State) wake() { w.tracker.Wake(w.request) }

@@ -55,20 +55,20 @@ func troubleOf(err error) trouble {
 	if why := dryrun.Refusal(err); why != nil {
 		return trouble{Failure: *why, final: true}
 	}
+	t := trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}}
 	var missing *environment.MissingError
-	if errors.As(err, &missing) {
-		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, final: true}
-	}
-	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
-		// the pod is not what it was
-		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, stale: true}
-	}
 	var unreadable *pullsecrets.UnreadableError
 	var nodeError *nodes.Error
-	if errors.As(err, &unreadable) || !errors.As(err, &nodeError) {
-		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}}
+	switch {
+	case errors.As(err, &missing):
+		t.final = true
+		return t
+	case apierrors.IsNotFound(err) || apierrors.IsConflict(err):
+		t.stale = true // the pod is not what it was
+		return t
+	case errors.As(err, &unreadable) || !errors.As(err, &nodeError):
+		return t
 	}
-	t := trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}}
 	switch c := nodeError.Code(); {
 	case nodeError.Refused():
 		t.Reason = evaluate.FailUnreachable

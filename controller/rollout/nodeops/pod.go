@@ -4,11 +4,6 @@
 package nodeops
 
 import (
-	"context"
-	"encoding/json"
-	"maps"
-	"slices"
-	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -18,6 +13,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -29,8 +25,8 @@ type PodOps struct {
 	node nodes.Node
 	// revision is the revision of the goal that the fields below are about.
 	revision string
-	// Written is the resourceVersion of the last write of the pod.
-	Written  uint64
+	// Fresh knows the last write of the pod.
+	Fresh    objects.Freshness
 	Updating bool      // the rollout changes the pod
 	Plain    bool      // change the pod without a preparation by the node
 	round    int       // how often the preparation has begun anew
@@ -50,7 +46,7 @@ type PodOps struct {
 	// Started is when the controller first saw each container with a startupProbe running, by ID.
 	Started map[string]time.Time
 	Nudges  pods.Nudges
-	marked  string // the annotation that mark was read from
+	marked  string // the annotation that State was read from
 	State   *evaluate.InPlaceState
 
 	// The mutex of the state guards the rest.
@@ -77,8 +73,8 @@ func (m *PodOps) AnswersOf(w *State) evaluate.Rewrites {
 type nodeOperation struct {
 	uid    string
 	begun  time.Time
-	cancel context.CancelFunc // nil until the tracker runs
-	over   bool               // the controller has lost interest
+	forget func() // ends the follow; nil if there is none
+	over   bool   // the controller has lost interest
 	// answered says that the node has answered. If op is nil then, the node does not have the
 	// operation.
 	answered bool
@@ -136,18 +132,6 @@ func (m *PodOps) NoteStarted(pod *corev1.Pod, now time.Time) {
 	m.Started = seen
 }
 
-// Stale returns true if the cache has not caught up with the last write of the pod.
-func (m *PodOps) Stale(pod *corev1.Pod) bool { return VersionOf(pod.ResourceVersion) < m.Written }
-
-// VersionOf returns a resource version as a number, and 0 for one that is none.
-func VersionOf(text string) uint64 {
-	version, err := strconv.ParseUint(text, 10, 64)
-	if err != nil {
-		return 0
-	}
-	return version
-}
-
 // roundsMax is how often the preparation of a pod begins anew.
 const roundsMax = 8
 
@@ -163,14 +147,13 @@ type Item struct {
 }
 
 // Change returns the change of a pod. answers are what admission has made of its images before.
-func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (*dryrun.PodChange, error) {
+func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) *dryrun.PodChange {
 	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,
 		Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
-	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
 	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID &&
 		i.Ops.State.Time.After(lastSuccess(s.Rollout))
-	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range append(objects.SortedKeys(i.Status.Images), i.Status.Restarts...) {
+		c := pods.Changeable(i.Pod, name)
 		w := evaluate.Previous{Image: c.Image, Base: c.Image}
 		if cs := pods.Status(i.Pod, name); cs != nil {
 			w.ID, w.ImageID = cs.ContainerID, cs.ImageID
@@ -187,7 +170,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	}
 	if unfinished { // containers that are not changed now can still be undone
 		for name, old := range i.Ops.State.Containers {
-			if c, _ := evaluate.ContainerOf(i.Pod, name); c != nil && old.Base != "" && old.Base != c.Image {
+			if c := pods.Changeable(i.Pod, name); c != nil && old.Base != "" && old.Base != c.Image {
 				if _, ok := m.Containers[name]; !ok {
 					m.Containers[name] = old
 				}
@@ -202,12 +185,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 			m.There[name] = a
 		}
 	}
-	text, err := json.Marshal(m)
-	if err != nil {
-		return nil, err
-	}
-	change.Annotations = map[string]any{inplace.PodStateAnnotation: string(text)}
-	return change, nil
+	return &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i), State: m}
 }
 
 // lastSuccess is when the rollout last succeeded.

@@ -4,17 +4,14 @@
 package nodeops
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
-
-	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
-	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -34,12 +31,13 @@ func (s *Session) SettlePreparation(i *Item) {
 	once, unchanged, held := false, false, false
 	switch {
 	case t.same:
+		t.end()
 		m.Upgrade = nil
 		return
 	case t.failed != nil && !t.stale:
 		if !t.takenBack {
 			t.takenBack = true
-			s.abort(m.node, t, t.failed.Message)
+			s.Driver.abort(m.node, t, t.failed.Message)
 		}
 		m.gaveWay = false
 	case t.failed != nil:
@@ -47,26 +45,22 @@ func (s *Session) SettlePreparation(i *Item) {
 		m.gaveWay = m.gaveWay && t.stale && !t.commitRequested
 		held = m.gaveWay
 	case t.op.GetFinishTime() != nil && t.op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED:
-		c := evaluate.Culprit(t.op)
-		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)}
-		if c.GetReason() != "" {
-			t.failed.Reason = c.GetReason()
-		}
+		reason := evaluate.Culprit(t.op).GetReason()
+		t.failed = failureOf(t.op)
 		// A restart takes precedence over a preparation, which then finds another container.
 		// Neither is the pod's fault.
-		m.gaveWay = !t.commitRequested && (c.GetReason() == opsv1.ReasonCancelled || m.gaveWay &&
-			c.GetReason() == opsv1.ReasonExpectedIDDiffers)
-		held = c.GetReason() == opsv1.ReasonHoldTimeout || m.gaveWay
-		once, unchanged = retryable(c.GetReason()), c.GetReason() == opsv1.ReasonImageUnchanged
+		m.gaveWay = !t.commitRequested && (reason == opsv1.ReasonCancelled || m.gaveWay &&
+			reason == opsv1.ReasonExpectedIDDiffers)
+		held = reason == opsv1.ReasonHoldTimeout || m.gaveWay
+		once, unchanged = retryable(reason), reason == opsv1.ReasonImageUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !opsv1.Armed(t.op.GetPhase()):
-		if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
-			*s.Wait = retry.Sooner(*s.Wait, left)
+		if !s.overdue(t) {
 			return
 		}
 		t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
 			Message: fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, s.Strategy.Deadline)}
 		t.takenBack = true
-		s.abort(m.node, t, "it took too long")
+		s.Driver.abort(m.node, t, "it took too long")
 	default:
 		m.gaveWay = false
 		return
@@ -76,8 +70,9 @@ func (s *Session) SettlePreparation(i *Item) {
 		if m.round++; !held { // a budget may hold a pod back for days
 			m.tries++
 		}
+		t.end()
 		m.Upgrade = nil
-		after := min(retryInterval<<m.tries, retryIntervalMax)
+		after := backOff(m.tries)
 		if m.gaveWay {
 			after = gaveWayInterval
 		}
@@ -85,6 +80,7 @@ func (s *Session) SettlePreparation(i *Item) {
 	case i.Goal.Undo, unchanged:
 		// A rollback must come, with the node's help or without. An image that runs already needs
 		// no help.
+		t.end()
 		m.Plain, m.Upgrade = true, nil
 	}
 }
@@ -92,6 +88,24 @@ func (s *Session) SettlePreparation(i *Item) {
 // again has the pod looked at again after a while.
 func (s *Session) again(m *PodOps, after time.Duration) {
 	m.retryAt, *s.Wait = s.Now.Add(after), retry.Sooner(*s.Wait, after)
+}
+
+// overdue returns true if the node has taken too long for an operation. Until then it has the pod
+// looked at again when the time has come.
+func (s *Session) overdue(t *nodeOperation) bool {
+	left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now)
+	if left > 0 {
+		*s.Wait = retry.Sooner(*s.Wait, left)
+	}
+	return left <= 0
+}
+
+// failureOf says why the preparation of a pod by an operation has failed.
+func failureOf(op *opsv1.Operation) *evaluate.Failure {
+	return &evaluate.Failure{
+		Reason:  cmp.Or(evaluate.Culprit(op).GetReason(), evaluate.FailPreparation),
+		Message: evaluate.AccountOf(op),
+	}
 }
 
 // Preparation is how far the node is with everything that the pod needs.
@@ -104,7 +118,7 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 	if len(i.Status.Images) == 0 || i.Ops.Plain {
 		return evaluate.Prepared
 	}
-	if _, running := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images))); !running {
+	if _, running := evaluate.RunningIDs(i.Pod, objects.SortedKeys(i.Status.Images)); !running {
 		return evaluate.Prepared // there is nothing to take over from
 	}
 	s.State.mu.Lock()
@@ -124,23 +138,24 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 
 // preparation begins the upgrade of a pod on its node.
 type preparation struct {
-	tracker *operationTracker
+	d       *Driver
+	w       *State
+	t       *nodeOperation
+	node    nodes.Node
 	item    *Item
 	request *opsv1.PrepareUpgradeRequest
-	// change is the change of the pod that follows, label the label of revision that the pod gets
-	// by it.
+	// change is the change of the pod that follows.
 	change *dryrun.PodChange
-	label  string
 }
 
 // begin asks the API server what it would make of the change, and has the node prepare that.
 func (p *preparation) begin(ctx context.Context) (*opsv1.Operation, error) {
-	c, pod := p.tracker, p.item.Pod
-	c.w.mu.Lock()
-	phase := c.t.op.GetPhase()
-	c.w.mu.Unlock()
+	pod := p.item.Pod
+	p.w.mu.Lock()
+	phase := p.t.op.GetPhase()
+	p.w.mu.Unlock()
 	if opsv1.Armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
-		if op, err := c.d.Nodes.GetOperation(ctx, c.node, c.t.uid); nodes.Code(err) != codes.NotFound {
+		if op, err := p.d.Nodes.GetOperation(ctx, p.node, p.t.uid); !nodes.NotFound(err) {
 			return op, err
 		}
 	}
@@ -148,24 +163,18 @@ func (p *preparation) begin(ctx context.Context) (*opsv1.Operation, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := c.d.launch(ctx, c.w, pod, p.label)
+	now, err := p.d.launch(ctx, p.w, pod, p.change.Label)
 	if err != nil {
 		return nil, err
 	}
-	var images []string
 	for _, r := range p.request.GetContainers() {
-		if r.PullPolicy, r.Environment, err = now.container(ctx, r.GetName()); err != nil {
+		if r.PullPolicy, r.Environment, err = now.container(ctx, r.GetName(), r.GetImage()); err != nil {
 			return nil, err
 		}
-		images = append(images, pullsecrets.Pulled(r.GetImage(), r.GetPullPolicy(), r.GetEnvironment())...)
 	}
-	p.request.Credentials = now.ring.For(images...)
-	op, err := c.d.Nodes.PrepareUpgrade(ctx, c.node, p.request)
-	if nodes.Code(err) == codes.AlreadyExists {
-		// A controller of another version has begun it, with some other detail.
-		op, err = c.d.Nodes.GetOperation(ctx, c.node, c.t.uid)
-	}
-	if err != nil {
+	p.request.Credentials = now.credentials()
+	op, err := p.d.Nodes.PrepareUpgrade(ctx, p.node, p.request)
+	if op, err = p.d.orFind(ctx, p.node, p.t.uid, op, err); err != nil {
 		return nil, err
 	}
 	// The node may have prepared what admission answered before.
@@ -173,25 +182,25 @@ func (p *preparation) begin(ctx context.Context) (*opsv1.Operation, error) {
 		asked := p.change.Images[has.GetName()]
 		if expected := answers.Of(has.GetName(), asked); asked != "" && has.GetImage() != expected {
 			err = dryrun.Unsteady("pod "+pod.Name, has.GetName(), asked, has.GetImage(), expected)
-			c.change(func() { c.t.op, c.t.failed, c.t.answered = op, dryrun.Refusal(err), true })
+			p.w.change(p.t, func() { p.t.op, p.t.failed, p.t.answered = op, dryrun.Refusal(err), true })
 			return nil, err
 		}
 	}
-	c.w.Learn(p.item.Ops, c.t, p.change.Images, answers)
+	p.w.Learn(p.item.Ops, p.t, p.change.Images, answers)
 	return op, nil
 }
 
 // admission asks the API server what it makes of the images of the change, and puts that into the
-// request. The error is errThere if the change has to be another one.
+// request. The error is errImageThere if the change has to be another one.
 func (p *preparation) admission(ctx context.Context) (evaluate.Rewrites, error) {
-	c, pod := p.tracker, p.item.Pod
-	answers, more, err := dryrun.Pod(ctx, c.d.Client, pod, p.change)
+	pod := p.item.Pod
+	answers, more, err := dryrun.Pod(ctx, p.d.Client, pod, p.change)
 	if err == nil && len(more) > 0 {
-		c.w.LearnMore(p.item.Ops, c.t, more)
-		return nil, errThere // all of them are prepared together
+		p.w.LearnMore(p.item.Ops, p.t, more)
+		return nil, errImageThere // all of them are prepared together
 	}
 	if err == nil && len(answers) > 0 { // is it the same each time?
-		err = c.d.stillSo(ctx, p.item, p.change, answers)
+		err = p.d.recheck(ctx, p.item, p.change, answers)
 	}
 	if err != nil {
 		return nil, err
@@ -202,8 +211,8 @@ func (p *preparation) admission(ctx context.Context) (evaluate.Rewrites, error) 
 		there = there || r.GetImage() == have[r.GetName()]
 	}
 	if there {
-		c.w.Learn(p.item.Ops, c.t, p.change.Images, answers)
-		return nil, errThere // those that are not are prepared without those that are
+		p.w.Learn(p.item.Ops, p.t, p.change.Images, answers)
+		return nil, errImageThere // those that are not are prepared without those that are
 	}
 	return answers, nil
 }

@@ -5,8 +5,6 @@ package nodeops
 
 import (
 	"context"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -14,6 +12,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -58,10 +58,10 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 		}
 	}
 	var left []nodes.Node
-	for _, name := range slices.Sorted(maps.Keys(s.State.nodes)) {
+	for _, name := range objects.SortedKeys(s.State.nodes) {
 		left = append(left, s.State.nodes[name])
 	}
-	owner, wake := evaluate.OwnerOf(s.Rollout), s.State.wake
+	owner := evaluate.OwnerOf(s.Rollout)
 	s.State.Close()
 	if len(left) == 0 {
 		close(done)
@@ -70,18 +70,15 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 	s.Driver.Crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 		defer cancel()
-		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
+		for tries := 0; len(left) > 0 && (tries == 0 || retry.Sleep(ctx, backOff(tries-1))); tries++ {
 			left = s.Driver.releaseOnce(ctx, left, owner)
-			if len(left) == 0 || !Pause(ctx, wait) {
-				break
-			}
 		}
 		if len(left) > 0 {
 			s.Log.WithField("nodes", len(left)).Warn(
 				"nodes could not be told that the rollout has ended: what they pin expires")
 		}
 		close(done)
-		wake()
+		s.State.wake()
 	})
 	return done
 }

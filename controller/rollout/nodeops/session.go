@@ -8,24 +8,21 @@ package nodeops
 
 import (
 	"context"
-	"fmt"
-	"maps"
-	"slices"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
 
 const (
@@ -50,6 +47,9 @@ const (
 	secretsFor = 5 * time.Minute
 )
 
+// backOff returns the wait after a number of tries that came before the last one.
+func backOff(tries int) time.Duration { return retry.Backoff(tries, retryInterval, retryIntervalMax) }
+
 // retryable returns true if a preparation that ended for this reason is worth another try.
 func retryable(reason string) bool {
 	return opsv1.RetryablePreparation(reason) || reason == "Aborted" // a word of older nodes
@@ -69,52 +69,60 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		return
 	}
 	if old := m.Upgrade; old != nil {
-		s.abort(m.node, old, "something else is wanted of the pod")
+		s.Driver.abort(m.node, old, "something else is wanted of the pod")
 		old.end()
 	}
 	t := &nodeOperation{uid: uid, begun: s.Now}
 	m.Upgrade = t
-	node, err := s.Driver.node(ctx, i.Pod)
+	node, err := s.reach(ctx, i)
 	if err != nil {
-		// If the node was removed, its pods will be gone soon, too.
-		if m.lost.IsZero() {
-			m.lost = s.Now
-		}
-		if s.Now.Sub(m.lost) >= s.Strategy.Deadline {
-			t.failed = &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
-		} else {
+		if t.failed = s.unreachable(m, err); t.failed == nil {
 			m.Upgrade = nil
-			s.again(m, retryIntervalMax)
 		}
 		return
 	}
-	m.node, w.nodes[node.Name] = node, node
 	if m.State != nil && m.State.Operation != uid && s.Now.Sub(m.State.Time.Time) >= s.Strategy.Deadline {
 		s.AbortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
 	}
-	request := s.prepareRequest(ctx, i, uid)
-	label := s.NewLabel(i)
-	c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
-	change, err := s.Change(i, uid, nil)
-	if err != nil {
-		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}
-		return
-	}
-	c.begin = (&preparation{tracker: c, item: i, request: request, change: change, label: label}).begin
-	c.start()
+	s.run(t, node, i.Pod.Name, (&preparation{
+		d: s.Driver, w: w, t: t, node: node, item: i, request: s.prepareRequest(ctx, i, uid),
+		change: s.Change(i, uid, nil),
+	}).begin)
 	s.Log.WithField("pod", i.Pod.Name).WithField("op", uid).Debug("preparing")
+}
+
+// reach returns the node of a pod, and remembers that the node is told something.
+func (s *Session) reach(ctx context.Context, i *Item) (nodes.Node, error) {
+	node, err := s.Driver.node(ctx, i.Pod)
+	if err == nil {
+		i.Ops.node, s.State.nodes[node.Name] = node, node
+	}
+	return node, err
+}
+
+// unreachable returns a failure once the node of a pod has been missing for too long. Until then
+// the pod is looked at again: if the node was removed, its pods will be gone soon, too.
+func (s *Session) unreachable(m *PodOps, err error) *evaluate.Failure {
+	if m.lost.IsZero() {
+		m.lost = s.Now
+	}
+	if s.Now.Sub(m.lost) < s.Strategy.Deadline {
+		s.again(m, retryIntervalMax)
+		return nil
+	}
+	return &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
 }
 
 // upgradeUID returns the UID of the node's operation that upgrades a pod.
 func (s *Session) upgradeUID(i *Item) string {
-	ids, _ := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	ids, _ := evaluate.RunningIDs(i.Pod, objects.SortedKeys(i.Status.Images))
 	return evaluate.OperationUID("u", i.Goal, i.Pod, ids, i.Ops.round)
 }
 
 func (s *Session) prepareRequest(ctx context.Context, i *Item, uid string) *opsv1.PrepareUpgradeRequest {
 	request := s.upgradeRequest(i, uid)
-	for _, name := range slices.Sorted(maps.Keys(i.Status.Images)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range objects.SortedKeys(i.Status.Images) {
+		c := pods.Changeable(i.Pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.Status.Images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
 		if cs := pods.Status(i.Pod, name); cs != nil {
 			u.ExpectedContainerId = cs.ContainerID
@@ -150,78 +158,83 @@ func (s *Session) Commit(i *Item) {
 	}
 	t.commitRequested = true
 	w.mu.Unlock()
-	label, answers := s.NewLabel(i), i.Ops.AnswersOf(w)
-	images := answers.All(i.Status.Images)
-	change, err := s.Change(i, t.uid, answers)
-	if err != nil {
-		w.mu.Lock()
-		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}
-		w.mu.Unlock()
-		return
-	}
+	answers := i.Ops.AnswersOf(w)
+	images, change := answers.All(i.Status.Images), s.Change(i, t.uid, answers)
 	s.Driver.Crew.Do(func(ctx context.Context) {
-		var since time.Time
-		for tries := 0; ; tries++ {
-			err := s.Driver.stillSo(ctx, i, change, answers)
-			var request *opsv1.CommitUpgradeRequest
-			if err == nil {
-				request, err = s.Driver.commitRequest(ctx, w, i.Pod, label, t.uid, images)
+		if w.commitUntil(ctx, t, func(ctx context.Context) (*opsv1.Operation, error) {
+			if err := s.Driver.recheck(ctx, i, change, answers); err != nil {
+				return nil, err
 			}
-			var op *opsv1.Operation
-			if err == nil {
-				op, err = s.Driver.Nodes.CommitUpgrade(ctx, node, request)
+			request, err := s.Driver.commitRequest(ctx, w, i.Pod, change.Label, t.uid, images)
+			if err != nil {
+				return nil, err
 			}
-			w.mu.Lock()
-			over := t.over || t.op.GetFinishTime() != nil
-			if err == nil && !over && op.GetPhase() != t.op.GetPhase() &&
-				t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
-				t.op = op // unless the stream was quicker
-			}
-			w.mu.Unlock()
-			if !over {
-				w.noteAPI(t, err)
-			}
-			tr := troubleOf(err)
-			if !dryrun.IsAPIStatus(err) {
-				since = time.Time{}
-			} else if since.IsZero() {
-				since = time.Now()
-			} else if time.Since(since) >= s.Strategy.Deadline && !tr.final && !tr.stale {
-				tr.Failure, tr.final = dryrun.TooLong(i.Pod.Name, s.Strategy.Deadline, err), true
-			}
-			if err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
-				if err != nil && !over && ctx.Err() == nil {
-					w.mu.Lock()
-					t.failed, t.stale = &tr.Failure, tr.stale
-					w.mu.Unlock()
-				}
-				w.wake()
-				return
-			}
-			if !Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
-				return
-			}
+			return s.Driver.Nodes.CommitUpgrade(ctx, node, request)
+		}, i.Pod.Name, s.Strategy.Deadline) {
+			w.wake()
 		}
 	})
 }
 
+// commitUntil calls commit until the node has accepted it, or it is of no use any more. It returns
+// false if the controller ends before that.
+func (w *State) commitUntil(
+	ctx context.Context, t *nodeOperation, commit func(context.Context) (*opsv1.Operation, error), pod string,
+	deadline time.Duration,
+) bool {
+	var since time.Time
+	for tries := 0; ; tries++ {
+		op, err := commit(ctx)
+		w.mu.Lock()
+		over := t.over || t.op.GetFinishTime() != nil || ctx.Err() != nil
+		if err == nil && !over && op.GetPhase() != t.op.GetPhase() &&
+			t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+			t.op = op // unless the stream was quicker
+		}
+		w.mu.Unlock()
+		if over {
+			return true
+		}
+		if w.noteAPI(t, err); err == nil {
+			return true
+		}
+		why := troubleOf(err)
+		if !dryrun.IsAPIStatus(err) {
+			since = time.Time{}
+		} else if since.IsZero() {
+			since = time.Now()
+		} else if time.Since(since) >= deadline && !why.final && !why.stale {
+			why.Failure, why.final = dryrun.TooLong(pod, deadline, err), true
+		}
+		if why.final || why.stale {
+			w.mu.Lock()
+			t.failed, t.stale = &why.Failure, why.stale
+			w.mu.Unlock()
+			return true
+		}
+		if !retry.Sleep(ctx, backOff(tries)) {
+			return false
+		}
+	}
+}
+
 // abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there
 // after holdFor. The caller holds the mutex of the state.
-func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
+func (d *Driver) abort(node nodes.Node, t *nodeOperation, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == opsv1.KindRestart {
 		return
 	}
-	s.Driver.takeBack(node, t.uid, why)
+	d.takeBack(node, t.uid, why)
 }
 
 // Pod returns what is known of a pod. If that is about another revision, the node is told to take
 // back what it has prepared for it, unless the pod was changed for that.
 func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
 	m, dropped := s.State.pod(pod, revision)
-	if dropped != nil && !m.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
+	if dropped != nil && !m.Fresh.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
 		s.State.mu.Lock()
 		defer s.State.mu.Unlock()
-		s.abort(m.node, dropped, "something else is wanted of the pod")
+		s.Driver.abort(m.node, dropped, "something else is wanted of the pod")
 	}
 	return m
 }
@@ -232,7 +245,7 @@ func (s *Session) Keep(pods map[types.UID]bool) {
 	s.State.mu.Lock()
 	for uid, m := range s.State.pods {
 		if t := m.Upgrade; !pods[uid] && t != nil && (m.State == nil || m.State.Operation != t.uid) {
-			s.abort(m.node, t, "the pod is not the rollout's any more")
+			s.Driver.abort(m.node, t, "the pod is not the rollout's any more")
 		}
 	}
 	s.State.mu.Unlock()
@@ -259,29 +272,25 @@ func (s *Session) Follow(ctx context.Context, i *Item) {
 	m.Upgrade.end()
 	t := &nodeOperation{uid: uid}
 	m.Upgrade = t
-	node, err := s.Driver.node(ctx, i.Pod)
+	node, err := s.reach(ctx, i)
 	if err != nil {
 		t.answered = true // there is nobody to ask
 		return
 	}
-	m.node, w.nodes[node.Name] = node, node
 	s.listen(t, node, i.Pod.Name)
 }
 
 // listen follows an operation that was begun before. If the node does not know it, or not any more,
 // it has ended.
 func (s *Session) listen(t *nodeOperation, node nodes.Node, pod string) {
-	c := &operationTracker{d: s.Driver, w: s.State, t: t, node: node, pod: pod, timeout: s.Strategy.Deadline}
-	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+	s.run(t, node, pod, func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := s.Driver.Nodes.GetOperation(ctx, node, t.uid)
-		if nodes.Code(err) == codes.NotFound {
-			c.change(func() { t.answered = true })
+		if nodes.NotFound(err) {
 			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.Now), Phase: opsv1.Phase_PHASE_CANCELLED},
 				nil
 		}
 		return op, err
-	}
-	c.start()
+	})
 }
 
 // Inquire asks the node whether it still restarts containers for another goal: of a rollout that
@@ -295,15 +304,14 @@ func (s *Session) Inquire(ctx context.Context, i *Item) {
 		return
 	}
 	m.restart.end()
-	t := &nodeOperation{uid: uid, inquires: true}
-	m.restart = t
+	m.restart = &nodeOperation{uid: uid, inquires: true}
 	node, err := s.Driver.node(ctx, i.Pod)
 	if err != nil {
-		t.answered = true // there is nobody to ask
-		w.wake()
+		m.restart.answered = true // there is nobody to ask
+		*s.Wait = retry.Sooner(*s.Wait, requeue.StaleInterval)
 		return
 	}
-	s.listen(t, node, i.Pod.Name)
+	s.listen(m.restart, node, i.Pod.Name)
 }
 
 // Restart has the node restart the containers of a pod that keep their images.
@@ -318,41 +326,32 @@ func (s *Session) Restart(ctx context.Context, i *Item) {
 	m.restart.end()
 	t := &nodeOperation{uid: request.GetUid()}
 	m.restart = t
-	node, err := s.Driver.node(ctx, i.Pod)
+	node, err := s.reach(ctx, i)
 	if err != nil {
 		t.failed = &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
 		return
 	}
-	m.node, w.nodes[node.Name] = node, node
-	c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
-	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+	s.run(t, node, i.Pod.Name, func(ctx context.Context) (*opsv1.Operation, error) {
 		now, err := s.Driver.launch(ctx, w, i.Pod, "")
 		if err != nil {
 			return nil, err
 		}
-		var images []string
 		for _, c := range request.GetContainers() {
-			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
+			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName(), ""); err != nil {
 				return nil, err
 			}
-			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(),
-				c.GetEnvironment())...)
 		}
-		request.Credentials = now.ring.For(images...)
+		request.Credentials = now.credentials()
 		op, err := s.Driver.Nodes.Restart(ctx, node, request)
-		if nodes.Code(err) == codes.AlreadyExists {
-			op, err = s.Driver.Nodes.GetOperation(ctx, node, request.GetUid())
-		}
-		return op, err
-	}
-	c.start()
+		return s.Driver.orFind(ctx, node, request.GetUid(), op, err)
+	})
 }
 
 func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartRequest {
 	request := &opsv1.RestartRequest{Uid: i.Ops.State.RestartUID(i.Pod), Pod: podRefOf(i.Pod),
 		Requester: evaluate.OwnerOf(s.Rollout)}
-	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+	for _, name := range objects.SortedKeys(i.Ops.State.Containers) {
+		c := pods.Changeable(i.Pod, name)
 		old := i.Ops.State.Containers[name]
 		if c == nil || c.Image != old.Image || old.ID == "" {
 			continue
@@ -390,7 +389,7 @@ func (s *Session) Upgrade(i *Item) (uid string, phase opsv1.Phase) {
 func (s *Session) AbortUpgrade(m *PodOps, why string) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
-	s.abort(m.node, m.Upgrade, why)
+	s.Driver.abort(m.node, m.Upgrade, why)
 }
 
 // Withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed
@@ -399,53 +398,9 @@ func (s *Session) Withdraw(m *PodOps, why string) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
 	if t := m.Upgrade; t != nil && !t.over && (m.State == nil || m.State.Operation != t.uid) {
-		s.abort(m.node, t, why)
+		s.Driver.abort(m.node, t, why)
 		t.end()
 		m.Upgrade = nil
 		m.round++ // what was taken back stays so
 	}
-}
-
-// Trouble says what the API server has failed with several times in a row; empty if there is
-// nothing.
-func (s *Session) Trouble(items []*Item) string {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	for _, i := range items {
-		all := []dryrun.Trouble{i.Ops.API}
-		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
-			all = append(all, t.api)
-		}
-		for _, t := range all {
-			if t.Count >= apierror.Tries {
-				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
-					t.Since.UTC().Format(time.RFC3339), t.Text)
-			}
-		}
-	}
-	return ""
-}
-
-// WrongSecrets says which pull secrets of the pods cannot be used, and why.
-func (s *Session) WrongSecrets() []string {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	var wrong []string
-	for _, name := range slices.Sorted(maps.Keys(s.State.keys)) {
-		wrong = append(wrong, s.State.keys[name].ring.Wrong...)
-	}
-	return wrong
-}
-
-// Finished returns the operations that have changed a pod and have succeeded.
-func (s *Session) Finished(m *PodOps) []*opsv1.Operation {
-	s.State.mu.Lock()
-	defer s.State.mu.Unlock()
-	var done []*opsv1.Operation
-	for _, t := range []*nodeOperation{m.Upgrade, m.restart} {
-		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
-			done = append(done, t.op)
-		}
-	}
-	return done
 }

@@ -4,24 +4,32 @@
 package nodeops
 
 import (
+	"fmt"
 	"maps"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // State is what the controller remembers of the pods of a rollout and of what nodes do for them.
 // Operation trackers write into it, too: the mutex is for that.
 type State struct {
-	uid  types.UID
-	wake func()
+	uid types.UID
+	// request names the rollout to the tracker, which wakes the reconciler.
+	request reconcile.Request
+	tracker *nodes.Tracker[*opsv1.Operation]
 	// nodes are the nodes that were told anything, and may hold pins.
 	nodes map[string]nodes.Node
 
@@ -30,10 +38,10 @@ type State struct {
 	keys map[string]*keys
 }
 
-// NewState returns what the nodes do for the rollout with the UID. News calls wake.
-func NewState(uid types.UID, wake func()) *State {
-	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
-		keys: map[string]*keys{}}
+// NewState returns the state of a rollout with that UID and name.
+func NewState(uid types.UID, name types.NamespacedName, tracker *nodes.Tracker[*opsv1.Operation]) *State {
+	return &State{uid: uid, request: reconcile.Request{NamespacedName: name}, tracker: tracker,
+		nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
 }
 
 // Size returns how many pods there are.
@@ -92,7 +100,7 @@ func (w *State) pod(pod *corev1.Pod, revision string) (m *PodOps, dropped *nodeO
 		dropped = m.Upgrade
 		w.drop(m)
 		*m = PodOps{
-			uid: pod.UID, revision: revision, Written: m.Written, Updating: m.Updating, node: m.node,
+			uid: pod.UID, revision: revision, Fresh: m.Fresh, Updating: m.Updating, node: m.node,
 			readySeen: m.readySeen,
 			readyIDs:  m.readyIDs, Started: m.Started, Nudges: m.Nudges, marked: m.marked, State: m.State,
 		}
@@ -117,8 +125,8 @@ func (w *State) drop(m *PodOps) {
 func (t *nodeOperation) end() {
 	if t != nil {
 		t.over = true
-		if t.cancel != nil {
-			t.cancel()
+		if t.forget != nil {
+			t.forget()
 		}
 	}
 }
@@ -174,4 +182,48 @@ func (w *State) Knowledge(m *PodOps, pod *corev1.Pod, begun time.Time) evaluate.
 		k.Failed = m.Refused
 	}
 	return k
+}
+
+// Trouble says what the API server has failed with several times in a row; empty if there is
+// nothing.
+func (w *State) Trouble(items []*Item) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, i := range items {
+		all := []dryrun.Trouble{i.Ops.API}
+		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
+			all = append(all, t.api)
+		}
+		for _, t := range all {
+			if t.Count >= apierror.Tries {
+				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
+					t.Since.UTC().Format(time.RFC3339), t.Text)
+			}
+		}
+	}
+	return ""
+}
+
+// WrongSecrets says which pull secrets of the pods cannot be used, and why.
+func (w *State) WrongSecrets() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var wrong []string
+	for _, name := range objects.SortedKeys(w.keys) {
+		wrong = append(wrong, w.keys[name].ring.Wrong...)
+	}
+	return wrong
+}
+
+// Finished returns the operations that have changed a pod and have succeeded.
+func (w *State) Finished(m *PodOps) []*opsv1.Operation {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var done []*opsv1.Operation
+	for _, t := range []*nodeOperation{m.Upgrade, m.restart} {
+		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
+			done = append(done, t.op)
+		}
+	}
+	return done
 }

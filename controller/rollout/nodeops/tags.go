@@ -6,16 +6,12 @@ package nodeops
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 
-	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/nodes"
-	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
-	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -61,17 +57,11 @@ func (s *Session) checkTags(ctx context.Context, i *Item) {
 		}
 		m.Tags[name].end()
 		t := &nodeOperation{uid: uid, begun: s.Now}
-		node, err := s.Driver.node(ctx, i.Pod)
+		node, err := s.reach(ctx, i)
 		if err != nil {
-			// A node that is taken away takes its pods with it, soon.
-			if m.lost.IsZero() {
-				m.lost = s.Now
-			}
-			if s.Now.Sub(m.lost) < s.Strategy.Deadline {
-				s.again(m, retryIntervalMax)
+			if t.failed = s.unreachable(m, err); t.failed == nil {
 				return
 			}
-			t.failed = &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
 		}
 		if m.Tags == nil {
 			m.Tags = map[string]*nodeOperation{}
@@ -80,28 +70,20 @@ func (s *Session) checkTags(ctx context.Context, i *Item) {
 		if t.failed != nil {
 			return
 		}
-		m.node, w.nodes[node.Name] = node, node
-		container, _ := evaluate.ContainerOf(i.Pod, name)
-		request := s.upgradeRequest(i, uid)
-		c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
-		c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		image, request := pods.Changeable(i.Pod, name).Image, s.upgradeRequest(i, uid)
+		s.run(t, node, i.Pod.Name, func(ctx context.Context) (*opsv1.Operation, error) {
 			now, err := s.Driver.launch(ctx, w, i.Pod, "")
 			if err != nil {
 				return nil, err
 			}
-			want := &opsv1.ContainerUpgrade{Name: name, Image: container.Image, Order: opsv1.Order_ORDER_STOP_FIRST}
-			if want.PullPolicy, want.Environment, err = now.container(ctx, name); err != nil {
+			want := &opsv1.ContainerUpgrade{Name: name, Image: image, Order: opsv1.Order_ORDER_STOP_FIRST}
+			if want.PullPolicy, want.Environment, err = now.container(ctx, name, image); err != nil {
 				return nil, err
 			}
-			request.Credentials, request.Containers = now.ring.For(pullsecrets.Pulled(want.Image, want.PullPolicy,
-				want.Environment)...), []*opsv1.ContainerUpgrade{want}
+			request.Credentials, request.Containers = now.credentials(), []*opsv1.ContainerUpgrade{want}
 			op, err := s.Driver.Nodes.PrepareUpgrade(ctx, node, request)
-			if nodes.Code(err) == codes.AlreadyExists {
-				op, err = s.Driver.Nodes.GetOperation(ctx, node, uid)
-			}
-			return op, err
-		}
-		c.start()
+			return s.Driver.orFind(ctx, node, uid, op, err)
+		})
 	}
 }
 
@@ -110,7 +92,7 @@ func (s *Session) SettleTags(i *Item) {
 	w, m := s.State, i.Ops
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, name := range slices.Sorted(maps.Keys(m.Tags)) {
+	for _, name := range objects.SortedKeys(m.Tags) {
 		t := m.Tags[name]
 		if t.tag != evaluate.TagUnknown || t.over {
 			continue
@@ -122,16 +104,15 @@ func (s *Session) SettleTags(i *Item) {
 		case t.op.GetFinishTime() == nil && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
 			// The node knows the container with another image than the pod has: kubelet is about to
 			// replace it.
-			s.abort(m.node, t, "the container has another image than the pod's spec")
+			s.Driver.abort(m.node, t, "the container has another image than the pod's spec")
 			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation,
 				Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has",
 					name, m.node.Name)}, true
 		case t.op.GetFinishTime() == nil:
-			if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
-				*s.Wait = retry.Sooner(*s.Wait, left)
+			if !s.overdue(t) {
 				continue
 			}
-			s.abort(m.node, t, "it took too long")
+			s.Driver.abort(m.node, t, "it took too long")
 			t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
 				Message: fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name,
 					s.Strategy.Deadline)}
@@ -142,15 +123,11 @@ func (s *Session) SettleTags(i *Item) {
 			t.tag = evaluate.TagMoved
 			continue
 		default:
-			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)},
-				retryable(reason)
-			if reason != "" {
-				t.failed.Reason = reason
-			}
+			t.failed, again = failureOf(t.op), retryable(reason)
 		}
 		if again && m.tagTries < roundsMax {
 			m.tagTries++
-			s.again(m, min(retryInterval<<m.tagTries, retryIntervalMax))
+			s.again(m, backOff(m.tagTries))
 		}
 	}
 }

@@ -48,17 +48,24 @@ func (m *Metrics) Completed(reason string) {
 	}
 }
 
-// Pod counts a pod that is done.
+// Pod counts a pod that has failed.
 func (m *Metrics) Pod(reason string) {
 	if m != nil {
 		m.pods.WithLabelValues(reason).Inc()
 	}
 }
 
-// Wrote counts a write of the object.
+// Wrote counts a write to the API server.
 func (m *Metrics) Wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
+	}
+}
+
+// Following counts operations on nodes that are followed, by +1 and -1.
+func (m *Metrics) Following(n int) {
+	if m != nil {
+		m.working.Add(float64(n))
 	}
 }
 

@@ -55,10 +55,7 @@ const (
 
 // Announce writes an Event. The recorder may be nil.
 func Announce(recorder events.EventRecorder, about client.Object, kind, reason, text string) {
-	if recorder == nil {
-		return
-	}
-	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", objects.Clip(text, 1000)) // the API's limit is 1024
+	objects.Announce(recorder, about, kind, reason, eventAction, text)
 }
 
 // Describe says in words what happens to the containers.

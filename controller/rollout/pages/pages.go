@@ -12,8 +12,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// PageSize is how many objects one answer of the API server has.
-const PageSize = 500
+// pageSize is how many objects one answer of the API server has.
+const pageSize = 500
 
 // Each calls f with all objects of a kind, page by page. It goes on after an error of f, and
 // ignores objects that do not exist any more.
@@ -22,7 +22,7 @@ func Each[L client.ObjectList, T any](
 ) error {
 	var errs []error
 	for {
-		if err := c.List(ctx, list, client.Limit(PageSize), client.Continue(list.GetContinue())); err != nil {
+		if err := c.List(ctx, list, client.Limit(pageSize), client.Continue(list.GetContinue())); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
 		page := items(list)

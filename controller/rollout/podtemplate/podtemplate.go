@@ -8,7 +8,6 @@ package podtemplate
 import (
 	"encoding/json"
 	"maps"
-	"slices"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -16,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
@@ -25,7 +25,7 @@ func Images(t *corev1.PodTemplateSpec) map[string]string {
 	images := map[string]string{}
 	pod := &corev1.Pod{Spec: t.Spec}
 	for _, name := range pods.Names(pod) {
-		c, _ := evaluate.ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		images[name] = c.Image
 	}
 	return images
@@ -55,7 +55,7 @@ func Diff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map
 		switch was, ok := have[name]; {
 		case !ok:
 			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, name, evaluate.ToChange,
-				slices.Sorted(maps.Keys(have))))
+				objects.SortedKeys(have)))
 		case was != image:
 			diff[name] = image
 		}
@@ -67,9 +67,9 @@ func Diff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map
 func ImageLists(s *corev1.PodSpec, images map[string]string) map[string][]any {
 	lists := map[string][]any{}
 	pod := &corev1.Pod{Spec: *s}
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	for _, name := range objects.SortedKeys(images) {
 		list := "containers"
-		if _, sidecar := evaluate.ContainerOf(pod, name); sidecar {
+		if _, kind := pods.Container(pod, name); kind == pods.Sidecar {
 			list = "initContainers"
 		}
 		lists[list] = append(lists[list], map[string]any{"name": name, "image": images[name]})
@@ -79,12 +79,10 @@ func ImageLists(s *corev1.PodSpec, images map[string]string) map[string][]any {
 
 // Patch returns the strategic merge patch that puts images into the template of a workload. The
 // patch also sets annotations of the workload and other fields of its spec.
-func Patch(
-	o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any,
-) ([]byte, error) {
+func Patch(o client.Object, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
 	body := map[string]any{}
 	maps.Copy(body, spec)
-	if lists := ImageLists(&t.Spec, images); len(lists) > 0 {
+	if lists := ImageLists(&Of(o).Spec, images); len(lists) > 0 {
 		body["template"] = map[string]any{"spec": lists}
 	}
 	meta := map[string]any{"uid": o.GetUID(), "resourceVersion": o.GetResourceVersion()}
@@ -120,7 +118,7 @@ func SameButImages(a, b *corev1.PodTemplateSpec) bool {
 		}
 		pod := &corev1.Pod{Spec: t.Spec}
 		for _, name := range pods.Names(pod) {
-			c, _ := evaluate.ContainerOf(pod, name)
+			c := pods.Changeable(pod, name)
 			c.Image = ""
 		}
 		return t

@@ -17,7 +17,7 @@ func TestPatch(t *testing.T) {
 	set := &appsv1.StatefulSet{}
 	set.Spec.Template.Spec.Containers = []corev1.Container{{Name: "app", Image: "app:1"},
 		{Name: "side", Image: "side:1"}}
-	got, err := podtemplate.Patch(set, &set.Spec.Template, map[string]string{"app": "app:2"}, map[string]any{"a": "b"},
+	got, err := podtemplate.Patch(set, map[string]string{"app": "app:2"}, map[string]any{"a": "b"},
 		nil)
 	if err != nil {
 		t.Fatal(err)

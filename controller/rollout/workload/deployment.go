@@ -175,12 +175,8 @@ func (w *deployment) SyncTemplate(ctx context.Context, images map[string]string)
 		w.env.Event(corev1.EventTypeNormal, notice.EventPaused, name+" is paused until its pods are changed")
 		return false, name + " has just been paused", nil
 	case len(sets) > 0:
-		patch, err := podtemplate.Patch(w.current, &w.current.Spec.Template, sets, nil, nil)
-		if err != nil {
-			return false, "", err
-		}
 		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed",
-			w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
+			w.env.writeImages(ctx, w.current, "ReplicaSet", sets, nil, nil)
 	}
 	patch, err := w.marked(ctx, own, nil, nil)
 	if err != nil {
@@ -198,7 +194,7 @@ func (w *deployment) marked(
 	write := func(become map[string]string) ([]byte, error) {
 		mark := w.env.templateMark(become)
 		maps.Copy(mark, annotations)
-		return podtemplate.Patch(w.d, &w.d.Spec.Template, images, mark, spec)
+		return podtemplate.Patch(w.d, images, mark, spec)
 	}
 	become := podtemplate.Images(&w.d.Spec.Template)
 	maps.Copy(become, images)
@@ -256,11 +252,7 @@ func (w *deployment) Resume(ctx context.Context) (bool, error) {
 		}
 	}
 	off := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
-	patch, err := podtemplate.Patch(w.d, &w.d.Spec.Template, nil, off, map[string]any{"paused": false})
-	if err != nil {
-		return false, err
-	}
-	if err := w.env.patchWorkload(ctx, w.d, patch, KindDeployment, nil); err != nil {
+	if err := w.env.writeImages(ctx, w.d, KindDeployment, nil, off, map[string]any{"paused": false}); err != nil {
 		return false, err
 	}
 	w.env.Event(corev1.EventTypeNormal, notice.EventResumed, fmt.Sprintf("Deployment %s goes on", w.d.Name))
@@ -283,10 +275,7 @@ func (w *deployment) agree(ctx context.Context, images map[string]string) error 
 			back[name] = image
 		}
 	}
-	if patch, err = podtemplate.Patch(w.current, &w.current.Spec.Template, back, nil, nil); err != nil {
-		return err
-	}
-	return w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
+	return w.env.writeImages(ctx, w.current, "ReplicaSet", back, nil, nil)
 }
 
 // halfDone returns true if this rollout was about to replace the Deployment's image, and false if

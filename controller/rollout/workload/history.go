@@ -16,8 +16,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
@@ -84,7 +84,7 @@ func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateS
 	pod := &corev1.Pod{Spec: t.Spec}
 	images := map[string]string{}
 	for name, target := range s.TargetImages {
-		c, _ := evaluate.ContainerOf(pod, name)
+		c := pods.Changeable(pod, name)
 		if c == nil || s.PreviousImages[name] == "" {
 			return nil, nil, nil
 		}
@@ -118,11 +118,7 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 			continue
 		}
 		if podtemplate.SameTemplate(&set.Spec.Template, &w.d.Spec.Template) && before(set, w.current) {
-			patch, err := podtemplate.Patch(set, &set.Spec.Template, images, clean(nil), nil)
-			if err != nil {
-				return false, err
-			}
-			return w.noHistory(w.env.patchWorkload(ctx, set, patch, "ReplicaSet", images))
+			return w.noHistory(w.env.writeImages(ctx, set, "ReplicaSet", images, clean(nil), nil))
 		}
 		if podtemplate.SameTemplate(&set.Spec.Template, previous) && (there == nil ||
 			revisionNumber(set) > revisionNumber(there)) {
@@ -135,12 +131,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	case there != nil && revisionNumber(there) == highest:
 		return highest <= revisionNumber(w.current), nil // its controller is about to give that a higher one
 	case there != nil:
-		patch, err := podtemplate.Patch(there, &there.Spec.Template, nil,
-			clean(map[string]any{deploymentRevision: number}), nil)
-		if err != nil {
-			return false, err
-		}
-		return w.noHistory(w.env.patchWorkload(ctx, there, patch, "ReplicaSet", nil))
+		return w.noHistory(w.env.writeImages(ctx, there, "ReplicaSet", nil,
+			clean(map[string]any{deploymentRevision: number}), nil))
 	case limit != nil && *limit == 0:
 		return true, nil // nobody wants any
 	case w.env.Memory.history == w.env.templateKey():

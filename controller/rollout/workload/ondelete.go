@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -16,6 +15,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -120,10 +121,6 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	if len(diff) > 0 {
 		become := podtemplate.Images(w.template)
 		maps.Copy(become, diff)
-		patch, err := podtemplate.Patch(w.object, w.template, diff, w.env.templateMark(become), nil)
-		if err != nil {
-			return false, "", err
-		}
 		if w.env.Goal.Undo && w.follows() {
 			if err := w.env.notePutBack(ctx, w.object); err != nil {
 				return false, "", err
@@ -131,7 +128,7 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 		}
 		w.env.Log.WithField("images", diff).Info("changing the template of " + w.name())
 		return false, "the template of " + w.name() + " has just been changed",
-			w.env.noteTemplate(w.env.patchWorkload(ctx, w.object, patch, w.kind, diff))
+			w.env.noteTemplate(w.env.writeImages(ctx, w.object, w.kind, diff, w.env.templateMark(become), nil))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -139,8 +136,7 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	if err := w.readRevisions(ctx); err != nil {
 		return false, "", err
 	}
-	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameButImages(t, w.template) ||
-		!podtemplate.SameImages(t, w.template) {
+	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameTemplate(t, w.template) {
 		w.env.Memory.revisions = nil
 		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
 	}
@@ -266,7 +262,7 @@ func (w *onDelete) RevisionLabel(i *evaluate.PodRef, images map[string]string) s
 	// Somebody has the template otherwise. The pod is of the revision that it goes back to.
 	own := pod.Labels[podtemplate.RevisionLabel]
 	was := w.revisions.templates[own]
-	for _, label := range append([]string{own}, slices.Sorted(maps.Keys(w.revisions.templates))...) {
+	for _, label := range append([]string{own}, objects.SortedKeys(w.revisions.templates)...) {
 		if t := w.revisions.templates[label]; t != nil && was != nil && podtemplate.SameButImages(t, was) &&
 			w.willHave(i, images, t) {
 			return label
@@ -279,7 +275,7 @@ func (w *onDelete) RevisionLabel(i *evaluate.PodRef, images map[string]string) s
 func (w *onDelete) willHave(i *evaluate.PodRef, images map[string]string, t *corev1.PodTemplateSpec) bool {
 	own := w.revisions.templates[i.Pod.Labels[podtemplate.RevisionLabel]]
 	for name, want := range podtemplate.Images(t) {
-		c, _ := evaluate.ContainerOf(i.Pod, name)
+		c := pods.Changeable(i.Pod, name)
 		if c == nil {
 			return false
 		}

@@ -4,13 +4,10 @@
 package workload
 
 import (
-	"maps"
-	"slices"
-
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // FindPrevious adds to previous the images that these images replace, as far as they are known. It
@@ -39,12 +36,12 @@ func (t *Target) FindPrevious(images, previous map[string]string) bool {
 func Usual(list []*corev1.Pod, name, besides string) string {
 	counts := map[string]int{}
 	for _, pod := range list {
-		if c, _ := evaluate.ContainerOf(pod, name); c != nil && pods.Active(pod) && c.Image != besides {
+		if c := pods.Changeable(pod, name); c != nil && pods.Active(pod) && c.Image != besides {
 			counts[c.Image]++
 		}
 	}
 	best := ""
-	for _, image := range slices.Sorted(maps.Keys(counts)) {
+	for _, image := range objects.SortedKeys(counts) {
 		if best == "" || counts[image] > counts[best] {
 			best = image
 		}

@@ -19,7 +19,7 @@ import (
 // has noted there.
 const PutBackAnnotation = "cri-proxy.io/put-back-generation"
 
-// PutBack returns the value of putBackAnnotation for a workload in a generation.
+// PutBack returns the value of PutBackAnnotation for a workload in a generation.
 func PutBack(o client.Object, generation int64) string {
 	return fmt.Sprintf("%d %s %s", generation, ShapeOf(o), AppliedTo(o))
 }

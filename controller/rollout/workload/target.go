@@ -33,7 +33,7 @@ type Target struct {
 	What string
 	// Workload is nil unless the target is one.
 	Workload Workload
-	// FirstOrdinal is the lowest ordinal of a StatefulSet. ordered says that its pods go one after
+	// FirstOrdinal is the lowest ordinal of a StatefulSet. Ordered says that its pods go one after
 	// the other.
 	FirstOrdinal int
 	Ordered      bool

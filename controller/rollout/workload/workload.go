@@ -24,6 +24,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -193,6 +194,18 @@ func (m *Memory) rewrite(more evaluate.Rewrites) {
 	maps.Copy(m.Template, more)
 }
 
+// writeImages writes images into the template of a workload, with annotations of the workload and
+// other fields of its spec. Otherwise it is like patchWorkload.
+func (e *Env) writeImages(
+	ctx context.Context, o client.Object, kind string, images map[string]string, annotations, spec map[string]any,
+) error {
+	patch, err := podtemplate.Patch(o, images, annotations, spec)
+	if err != nil {
+		return err
+	}
+	return e.patchWorkload(ctx, o, patch, kind, images)
+}
+
 // patchWorkload writes a patch, unless someone else wrote in between, and checks that the template
 // has got the expected images.
 func (e *Env) patchWorkload(
@@ -205,7 +218,7 @@ func (e *Env) patchWorkload(
 	}
 	e.Wrote(object)
 	got := podtemplate.Images(podtemplate.Of(o))
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	for _, name := range objects.SortedKeys(images) {
 		if got[name] != images[name] {
 			return dryrun.Unsteady(what, name, images[name], images[name], got[name])
 		}
