@@ -60,7 +60,7 @@ type Reconciler struct {
 	// NodePort is the port of nodes that have no address of their own in an annotation.
 	NodePort int
 	// Limits bound what jobs may ask.
-	Limits Limits
+	Limits spec.Limits
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
 	// Metrics may be nil.
