@@ -6,6 +6,8 @@ package imagepull
 import (
 	"context"
 	"time"
+
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 )
 
 // cleanUpTimeout is how long nodes that do not answer are told to forget a job.
@@ -18,16 +20,16 @@ func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func
 	if len(nodes) == 0 {
 		return
 	}
-	var left []removedNode
+	var left []command.Removed
 	for _, n := range nodes {
-		left = append(left, removedNode{n.target.Node, n.ended})
+		left = append(left, command.Removed{Node: n.target.Node, Quiet: n.ended})
 	}
 	s := j.table.spec
 	j.crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, cleanUpTimeout)
 		defer cancel()
 		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
-			left = j.calls.cleanUp(ctx, s, left, pins, code)
+			left = j.calls.CleanUp(ctx, s, left, pins, code)
 			if len(left) == 0 || !sleep(ctx, wait) {
 				break
 			}

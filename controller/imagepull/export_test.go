@@ -57,6 +57,3 @@ func (r *Reconciler) ForgetAll() { r.forgetAll() }
 
 // Known is how many jobs the reconciler remembers.
 func (r *Reconciler) Known() int { return len(r.memories) }
-
-// FailureOf reads the message of a node.
-var FailureOf = failureOf

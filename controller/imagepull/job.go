@@ -12,19 +12,17 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
-
-// maxProbes is how many nodes of a job are probed at once.
-const maxProbes = 128
 
 // jobState is one job at work: the table of its nodes, and the goroutines that talk to them.
 type jobState struct {
 	crew    *crew.Crew
 	metrics *Metrics
 	log     logrus.FieldLogger
-	calls   *calls
+	calls   *command.Client
 	// wake lets the reconciler look at the job, soon.
 	wake func()
 
@@ -46,7 +44,7 @@ func newJobState(r *Reconciler, s *spec.Spec, resume, again bool, wake func()) *
 		crew: r.crew, metrics: r.Metrics, wake: wake, log: log,
 		table: &table{metrics: r.Metrics, log: log, spec: s, byName: map[string]*nodeState{}, older: resume},
 	}
-	j.calls = &calls{nodes: r.Nodes, log: log, credentials: credentials{from: r.APIReader, noted: j.noteKeys}}
+	j.calls = command.New(r.Nodes, r.APIReader, j.noteKeys)
 	j.table.setSpec(s, resume)
 	for _, n := range j.table.nodes {
 		n.staleFailures = again
@@ -97,7 +95,7 @@ func (j *jobState) schedule(now time.Time) {
 			j.pull(n)
 		case !n.target.Ready:
 			t.leaveOut(n, now)
-		case n.phase != pending && !now.Before(n.retryAt) && t.probes < maxProbes:
+		case n.phase != pending && !now.Before(n.retryAt) && t.probes < command.MaxAtOnce:
 			j.probe(n)
 		}
 	}
@@ -136,7 +134,7 @@ func (j *jobState) notify() {
 		return
 	}
 	idle := j.table.idle()
-	if p := &j.table.throttle; p.dirty && (p.worthIt(len(j.table.nodes)) || idle) {
+	if p := &j.table.throttle; p.WorthWaking(len(j.table.nodes), idle) {
 		j.woken = true
 		j.wake()
 	}
@@ -198,17 +196,17 @@ func (j *jobState) probe(n *nodeState) {
 	t.probes++
 	s, node, older := t.spec, n.target.Node, t.older
 	j.talk(n, func(ctx context.Context, epoch int) {
-		found, err := j.calls.probe(ctx, s, node, older)
+		found, err := j.calls.Probe(ctx, s, node, older)
 		j.mu.Lock()
 		defer j.mu.Unlock()
 		t.probes--
-		t.throttle.add(0)
+		t.throttle.Add(0)
 		if n.epoch != epoch || j.closed || ctx.Err() != nil {
 			return
 		}
 		t.setUnverified(n, false)
 		if err != nil {
-			t.unreached(n, troubleOf(err), time.Now())
+			t.unreached(n, command.TroubleOf(err), time.Now())
 			return
 		}
 		t.adopt(n, found, time.Now())
@@ -220,8 +218,7 @@ func (j *jobState) noteKeys(before, keys *pullsecrets.Keyring) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if before == nil && keys.Asked || len(keys.Wrong) > 0 != (before != nil && len(before.Wrong) > 0) {
-		j.table.throttle.urgent = true
-		j.table.throttle.add(0)
+		j.table.throttle.Urge()
 	}
 	j.table.keys = keys
 }

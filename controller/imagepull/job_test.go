@@ -13,6 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
@@ -46,7 +47,7 @@ func TestEnsureWakeup(t *testing.T) {
 			j.table.setPhase(n, failed)
 			n.retryAt = time.Now().Add(10 * time.Minute)
 			// What the reconciler leaves, for another node.
-			j.planned, j.woken, j.table.throttle.dirty = time.Now().Add(19*time.Hour), false, false
+			j.planned, j.woken, j.table.throttle = time.Now().Add(19*time.Hour), false, report.Throttle{}
 		})
 		j.mu.Unlock()
 		synctest.Wait()

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 )
 
@@ -45,7 +47,7 @@ type nodeState struct {
 	// again.
 	staleFailures bool
 	// away is why the node cannot be commanded, since when, and how often that was tried.
-	away  trouble
+	away  command.Trouble
 	since time.Time
 	tries int
 	// untaken says that the node answered and did not take the command.
@@ -83,7 +85,7 @@ func (n *nodeState) unit() float64 {
 func (n *nodeState) busy() bool { return n.ended != nil }
 
 // gaveUp says that the node's pull failed, and not the commands to the node.
-func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.reason == "" }
+func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.Reason == "" }
 
 // interrupt ends what is being said to the node.
 func (n *nodeState) interrupt() {
@@ -95,18 +97,18 @@ func (n *nodeState) interrupt() {
 
 // reached notes that the node can be commanded.
 func (n *nodeState) reached() {
-	n.away, n.since, n.tries, n.untaken = trouble{}, time.Time{}, 0, false
+	n.away, n.since, n.tries, n.untaken = command.Trouble{}, time.Time{}, 0, false
 }
 
 // standing says how far a node is that is not done.
 func (n *nodeState) standing() string {
 	switch {
-	case n.away.reason != "":
-		return n.away.reason + ": " + n.away.message
+	case n.away.Reason != "":
+		return n.away.Reason + ": " + n.away.Message
 	case n.phase != active:
 		return "its turn had not come"
 	}
-	text := "it was " + phaseName(n.op.GetPhase())
+	text := "it was " + pull.PhaseName(n.op.GetPhase())
 	if n.fraction > 0 {
 		text += fmt.Sprintf(", %.0f %% of the image there", 100*n.fraction)
 	}
@@ -116,16 +118,4 @@ func (n *nodeState) standing() string {
 		}
 	}
 	return text
-}
-
-func phaseName(p opsv1.PullPhase) string {
-	switch p {
-	case opsv1.PullPhase_PULL_RESOLVING:
-		return "Resolving"
-	case opsv1.PullPhase_PULL_FETCHING:
-		return "Fetching"
-	case opsv1.PullPhase_PULL_UNPACKING:
-		return "Unpacking"
-	}
-	return "Waiting"
 }

@@ -7,9 +7,9 @@ import (
 	"context"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
@@ -29,19 +29,19 @@ func (j *jobState) pull(n *nodeState) {
 		defer j.metrics.pulling(-1)
 		taken := false // the node has the command
 		var silent time.Time
-		left, over := newAllowance(s.Request, time.Now()), ""
-		var renewal renewal
-		maxAge := secretsMaxAge
+		left, over := pull.NewAllowance(s.Request, time.Now()), ""
+		var renewal pull.Renewal
+		maxAge := command.SecretsMaxAge
 		for tries := 0; ; tries++ {
-			op, err := j.calls.pull(ctx, s, node, round, maxAge)
-			maxAge = secretsMaxAge
+			op, err := j.calls.Pull(ctx, s, node, round, maxAge)
+			maxAge = command.SecretsMaxAge
 			if err == nil && op.GetFinishTime() == nil {
 				taken = true
 				j.progress(n, epoch, op)
-				op, err = j.calls.watch(ctx, node, op.GetUid(), &renewal, func(op *opsv1.PullOperation) bool {
+				op, err = j.calls.Watch(ctx, node, op.GetUid(), &renewal, func(op *opsv1.PullOperation) bool {
 					silent, tries = time.Time{}, 0
 					j.progress(n, epoch, op)
-					over = left.spend(op, time.Now())
+					over = left.Spend(op, time.Now())
 					return over == ""
 				})
 			}
@@ -57,8 +57,8 @@ func (j *jobState) pull(n *nodeState) {
 				j.endOverdue(ctx, n, epoch, node, op, over)
 				return
 			}
-			if err == nil && renewal.due(now) {
-				maxAge = secretsMaxAgeForRenewal
+			if err == nil && renewal.Due(now) {
+				maxAge = command.SecretsMaxAgeForRenewal
 				continue
 			}
 			if err != nil && nodes.NotFound(err) {
@@ -68,7 +68,7 @@ func (j *jobState) pull(n *nodeState) {
 				if silent.IsZero() {
 					silent = now
 				}
-				if why := troubleOf(err); !taken || why.final || now.Sub(silent) >= silenceTimeout {
+				if why := command.TroubleOf(err); !taken || why.Final || now.Sub(silent) >= silenceTimeout {
 					j.change(n, epoch, func() { j.table.yield(n, err, why, silent) })
 					return
 				}
@@ -89,13 +89,7 @@ func (j *jobState) progress(n *nodeState, epoch int, op *opsv1.PullOperation) {
 func (j *jobState) endOverdue(
 	ctx context.Context, n *nodeState, epoch int, node nodes.Node, op *opsv1.PullOperation, why string,
 ) {
-	end := proto.Clone(op).(*opsv1.PullOperation)
-	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, reasonOverdue, why
-	// The pull counts as failed even if the node does not cancel it.
-	last, err := j.calls.nodes.CancelPull(ctx, node, op.GetUid(), opsv1.CancelCodeOverdue, overdueReason+why)
-	if err == nil && last.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
-		end = last
-	}
+	end := j.calls.EndOverdue(ctx, node, op, why)
 	if ctx.Err() == nil {
 		j.change(n, epoch, func() { j.table.finish(n, end, time.Now()) })
 	}

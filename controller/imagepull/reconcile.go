@@ -29,6 +29,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
@@ -56,7 +57,7 @@ type Reconciler struct {
 	// APIReader reads past the cache, which has no secrets.
 	APIReader client.Reader
 	// Nodes commands the nodes.
-	Nodes Nodes
+	Nodes command.Nodes
 	// NodePort is the port of nodes that have no address of their own in an annotation.
 	NodePort int
 	// Limits bound what jobs may ask.
@@ -240,7 +241,7 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	s.Begun = p.job.Status.StartTime.Time
 	if p.memory.state == nil {
 		p.memory.state = newJobState(p.r, s, resume, again, p.r.waker(s.Job))
-		p.memory.state.table.throttle.last = p.now
+		p.memory.state.table.throttle.Begin(p.now)
 	}
 	p.memory.state.apply(s)
 	return p.conclude(ctx)
@@ -338,7 +339,7 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	if wait == 0 {
-		wait = refreshFirst
+		wait = report.RefreshFirst
 	}
 	return wait, nil
 }

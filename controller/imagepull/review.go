@@ -9,6 +9,7 @@ import (
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
@@ -23,7 +24,7 @@ type review struct {
 	// wait is when to look again; 0 means at the next change.
 	wait time.Duration
 	// throttle is as it was before the write that is due.
-	throttle statusThrottle
+	throttle report.Throttle
 }
 
 // review looks at all nodes. before is the status that the job has. observe sets in a status about
@@ -38,9 +39,9 @@ func (j *jobState) review(
 	observe(r.status)
 	n, idle := len(t.nodes), t.idle()
 	if t.setRunning(r.status); !apiequality.Semantic.DeepEqual(r.status.Conditions, before.Conditions) {
-		t.throttle.add(0)
+		t.throttle.Add(0)
 	}
-	r.due, r.wait = t.throttle.due(now, n, idle)
+	r.due, r.wait = t.throttle.Due(now, n, idle)
 	if r.status.ObservedGeneration != before.ObservedGeneration {
 		r.due = true
 	}
@@ -49,9 +50,9 @@ func (j *jobState) review(
 	}
 	r.throttle = t.throttle
 	if r.due {
-		t.throttle.wrote(now, n, idle)
+		t.throttle.Wrote(now, n, idle)
 	}
-	j.woken, j.planned = !r.due && r.wait > 0 && r.wait <= writeGap, time.Time{}
+	j.woken, j.planned = !r.due && r.wait > 0 && r.wait <= report.WriteGap, time.Time{}
 	if r.wait > 0 {
 		j.planned = now.Add(r.wait)
 	}
@@ -62,7 +63,7 @@ func (j *jobState) review(
 func (j *jobState) unwritten(r review) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.table.throttle.undo(r.throttle)
+	j.table.throttle.Undo(r.throttle)
 }
 
 // lateFailures are the nodes that have failed, or were not done at the job's deadline.

@@ -6,13 +6,15 @@ package imagepull
 import (
 	"fmt"
 	"math"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
@@ -52,7 +54,7 @@ type table struct {
 	// older says that nodes may know the job from before: from another controller, or for another
 	// image.
 	older    bool
-	throttle statusThrottle
+	throttle report.Throttle
 	// keys are the pull secrets that were read last; nil before that.
 	keys     *pullsecrets.Keyring
 	reported reported
@@ -70,7 +72,7 @@ func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
 			n = &nodeState{target: target}
 			t.counts[unknown]++
 			t.setUnverified(n, unverified)
-			t.throttle.add(0)
+			t.throttle.Add(0)
 		}
 		moved := n.target.Node != target.Node
 		if target.Ready && !n.target.Ready {
@@ -86,14 +88,14 @@ func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
 		if byName[name] == nil {
 			t.setUnverified(n, false)
 			t.counts[n.phase]--
-			t.throttle.add(0)
+			t.throttle.Add(0)
 			n.interrupt()
 			gone = append(gone, n)
 		}
 	}
 	t.nodes, t.byName, t.older = nodes, byName, t.older || newWork
 	if newWork || newParams {
-		t.throttle.reset()
+		t.throttle.Reset()
 		t.reported.retries = nil
 	}
 	return gone
@@ -133,13 +135,13 @@ func (t *table) setPhase(n *nodeState, p phase) {
 		n.reason, n.message = "", ""
 	}
 	n.lastFailure = ""
-	t.throttle.add(math.Abs(n.unit() - before))
+	t.throttle.Add(math.Abs(n.unit() - before))
 }
 
 func (t *table) setFraction(n *nodeState, f float64) {
 	before := n.unit()
 	n.fraction = f
-	t.throttle.add(math.Abs(n.unit() - before))
+	t.throttle.Add(math.Abs(n.unit() - before))
 }
 
 // begin lets a node pull.
@@ -151,7 +153,7 @@ func (t *table) begin(n *nodeState, now time.Time) {
 // fail gives a node up, with the reason in one word and the message for people.
 func (t *table) fail(n *nodeState, reason, message string) {
 	if t.counts[failed] == 0 {
-		t.throttle.urgent = true
+		t.throttle.Urge()
 	}
 	n.verifying = false
 	t.setPhase(n, failed)
@@ -161,20 +163,20 @@ func (t *table) fail(n *nodeState, reason, message string) {
 }
 
 // unreached notes that the node could not be commanded, and decides when to try again.
-func (t *table) unreached(n *nodeState, why trouble, now time.Time) {
+func (t *table) unreached(n *nodeState, why command.Trouble, now time.Time) {
 	if n.since.IsZero() {
 		n.since = now
 	}
 	n.tries++
 	n.away = why
-	t.throttle.add(0)
+	t.throttle.Add(0)
 	switch {
 	case n.phase == failed:
-		n.reason, n.message = why.reason, why.message
+		n.reason, n.message = why.Reason, why.Message
 		n.retryAt = now.Add(reprobeInterval)
-	case why.final || why.reason == reasonNoProxy && n.tries >= maxRefusals || now.Sub(n.since) >= nodeTimeout:
-		t.fail(n, why.reason, why.message)
-		t.metrics.failed(why.reason)
+	case why.Final || why.Reason == command.ReasonNoProxy && n.tries >= maxRefusals || now.Sub(n.since) >= nodeTimeout:
+		t.fail(n, why.Reason, why.Message)
+		t.metrics.failed(why.Reason)
 		n.retryAt = now.Add(reprobeInterval)
 	default:
 		t.setPhase(n, unknown)
@@ -186,9 +188,9 @@ func (t *table) unreached(n *nodeState, why trouble, now time.Time) {
 func (t *table) leaveOut(n *nodeState, now time.Time) {
 	t.setUnverified(n, false)
 	reason, message := n.target.Reason, n.target.Message
-	if n.away.reason != reason {
-		n.away = trouble{reason: reason, message: message}
-		t.throttle.add(0)
+	if n.away.Reason != reason {
+		n.away = command.Trouble{Reason: reason, Message: message}
+		t.throttle.Add(0)
 	}
 	if n.since.IsZero() {
 		n.since = now
@@ -216,7 +218,7 @@ func (t *table) nextWakeup(now time.Time) time.Duration {
 			if !n.done() && !n.since.IsZero() {
 				at(n.since.Add(nodeTimeout))
 			}
-		case toProbe && t.probes < maxProbes, n.phase == pending && !full, t.spec.Never && n.done() && !full:
+		case toProbe && t.probes < command.MaxAtOnce, n.phase == pending && !full, t.spec.Never && n.done() && !full:
 			at(n.retryAt)
 		}
 	}
@@ -237,27 +239,27 @@ func (t *table) finished() bool {
 }
 
 // adopt takes over what a probe has found.
-func (t *table) adopt(n *nodeState, f found, now time.Time) {
+func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 	stale := n.staleFailures
-	n.round, n.retryAt, n.staleFailures = f.rounds, time.Time{}, false
-	op := f.latest
+	n.round, n.retryAt, n.staleFailures = f.Rounds, time.Time{}, false
+	op := f.Latest
 	switch {
-	case op == nil && f.pinned:
+	case op == nil && f.Pinned:
 		t.succeed(n, nil, now)
 	case op == nil:
-		if n.away = (trouble{}); !n.untaken { // else it has to take the command first
+		if n.away = (command.Trouble{}); !n.untaken { // else it has to take the command first
 			n.reached()
 		}
 		t.setPhase(n, pending)
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		t.succeed(n, op, now)
 	case op.GetFinishTime() == nil:
-		n.round = f.round
+		n.round = f.Round
 		t.begin(n, now)
 	// The clocks of the node and of the API server may differ. Begun is for a job that another
 	// controller goes on with.
 	case stale, op.GetFinishTime().AsTime().Before(t.spec.Begun),
-		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
+		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && pull.OverdueText(op) == "":
 		n.round++ // the job has begun again since
 		t.setPhase(n, pending)
 	default:
@@ -265,8 +267,8 @@ func (t *table) adopt(n *nodeState, f found, now time.Time) {
 		n.op = op
 		t.reported.count = maxFailureEvents // the controller that saw the failure has reported it
 		reason, message := op.GetReason(), op.GetMessage()
-		if text := overdueText(op); text != "" {
-			reason, message = reasonOverdue, text
+		if text := pull.OverdueText(op); text != "" {
+			reason, message = pull.ReasonOverdue, text
 		}
 		t.fail(n, reason, message)
 		n.retryAt = now.Add(retryMin)
@@ -291,8 +293,7 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	switch {
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		t.succeed(n, op, now)
-	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED &&
-		(op.GetCancelCode() != "" || strings.Contains(op.GetMessage(), cancelReason)):
+	case pull.CancelledByController(op):
 		// This controller has cancelled it, for a change that another one has overtaken.
 		n.round++
 		t.setPhase(n, pending)
@@ -312,7 +313,7 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 }
 
 // yield lets other nodes pull instead of a node that could not be told to, or has become silent.
-func (t *table) yield(n *nodeState, err error, why trouble, since time.Time) {
+func (t *table) yield(n *nodeState, err error, why command.Trouble, since time.Time) {
 	conflict := nodes.Code(err) == codes.AlreadyExists
 	verifying := n.verifying
 	n.verifying = false
@@ -321,11 +322,11 @@ func (t *table) yield(n *nodeState, err error, why trouble, since time.Time) {
 		n.round++
 		n.retries++
 		t.setPhase(n, pending)
-	case why.final && why.reason == reasonInvalidRequest:
+	case why.Final && why.Reason == command.ReasonInvalidRequest:
 		n.reached()
-		t.fail(n, why.reason, why.message)
+		t.fail(n, why.Reason, why.Message)
 		n.retryAt = time.Now().Add(retryMax)
-		t.metrics.failed(why.reason)
+		t.metrics.failed(why.Reason)
 	case verifying:
 		// It had the image when it last answered.
 		t.setPhase(n, succeeded)
@@ -344,7 +345,7 @@ func (t *table) progress(n *nodeState, op *opsv1.PullOperation) {
 	n.reached()
 	op.Layers = nil // many, and never looked at
 	if op.GetPhase() != n.op.GetPhase() || op.GetReason() != n.op.GetReason() {
-		t.throttle.add(0)
+		t.throttle.Add(0)
 	}
 	n.op = op
 	t.noteRetry(n, op)

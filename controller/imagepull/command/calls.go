@@ -1,44 +1,52 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package command
 
 import (
 	"context"
 	"sync"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 const (
+	// MaxAtOnce is how many nodes of a job are probed at once, or told to forget it.
+	MaxAtOnce = 128
+
 	// answerTimeout bounds the wait for the first answer of a stream, newsTimeout the wait for news
 	// on it. A stream without news begins again, which notices a node that has vanished without a
 	// word.
 	answerTimeout = 5 * time.Second
 	newsTimeout   = 20 * time.Second
-
-	// cancelReason begins what the controller says when it cancels a pull.
-	cancelReason = "ImagePullJob: "
 )
 
-// calls are the calls to nodes for one job. They know nothing of the state of the job.
-type calls struct {
+// Client calls nodes for one job. It knows nothing of the state of the job.
+type Client struct {
 	nodes       Nodes
 	credentials credentials
-	log         logrus.FieldLogger
 }
 
-// pull gives a node the command, with credentials that are no older than maxAge.
-func (c *calls) pull(
+// New returns a client that reads the pull secrets of the job from secrets. noted is called with
+// the secrets of before, nil if there are none, and those just read.
+func New(nodes Nodes, secrets client.Reader, noted func(before, keys *pullsecrets.Keyring)) *Client {
+	return &Client{nodes: nodes, credentials: credentials{from: secrets, noted: noted}}
+}
+
+// Pull gives a node the command, with credentials that are no older than maxAge.
+func (c *Client) Pull(
 	ctx context.Context, s *spec.Spec, node nodes.Node, round int, maxAge time.Duration,
 ) (*opsv1.PullOperation, error) {
 	keys, err := c.credentials.read(ctx, s, maxAge)
@@ -48,10 +56,10 @@ func (c *calls) pull(
 	return c.nodes.Pull(ctx, node, s.PullRequest(round, keys.For(s.Request.GetImage())))
 }
 
-// watch follows a pull and returns its last state: once it has ended, when it needs credentials,
+// Watch follows a pull and returns its last state: once it has ended, when it needs credentials,
 // when each returns false, when the renewal is due, or when there has been no news for a while.
-func (c *calls) watch(
-	ctx context.Context, node nodes.Node, uid string, renewal *renewal, each func(*opsv1.PullOperation) bool,
+func (c *Client) Watch(
+	ctx context.Context, node nodes.Node, uid string, renewal *pull.Renewal, each func(*opsv1.PullOperation) bool,
 ) (*opsv1.PullOperation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -59,7 +67,7 @@ func (c *calls) watch(
 	defer timeout.Stop()
 	var last *opsv1.PullOperation
 	err := c.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
-		timeout.Reset(retry.Sooner(newsTimeout, renewal.note(op, time.Now())))
+		timeout.Reset(retry.Sooner(newsTimeout, renewal.Note(op, time.Now())))
 		last = op
 		return each(op) && op.GetFinishTime() == nil && op.GetReason() != opsv1.PullReasonCredentialsNeeded
 	})
@@ -73,20 +81,20 @@ func (c *calls) watch(
 	return last, err
 }
 
-// found is what a node says of a job.
-type found struct {
-	// latest is the most telling pull for what the job asks now, or nil; round is its round.
-	latest *opsv1.PullOperation
-	round  int
-	// rounds is the highest round of any pull.
-	rounds int
-	// pinned says that the node keeps the image for the job.
-	pinned bool
+// Found is what a node says of a job.
+type Found struct {
+	// Latest is the most telling pull for what the job asks now, or nil; Round is its round.
+	Latest *opsv1.PullOperation
+	Round  int
+	// Rounds is the highest round of any pull.
+	Rounds int
+	// Pinned says that the node keeps the image for the job.
+	Pinned bool
 }
 
-// probe asks a node what it does and has done for a job, and cancels what the job no longer wants.
+// Probe asks a node what it does and has done for a job, and cancels what the job no longer wants.
 // With pins, it asks for those, too.
-func (c *calls) probe(ctx context.Context, s *spec.Spec, node nodes.Node, pins bool) (found, error) {
+func (c *Client) Probe(ctx context.Context, s *spec.Spec, node nodes.Node, pins bool) (Found, error) {
 	f, err := c.probePulls(ctx, s, node)
 	if err == nil && pins {
 		err = c.probePins(ctx, s, node, &f)
@@ -94,8 +102,8 @@ func (c *calls) probe(ctx context.Context, s *spec.Spec, node nodes.Node, pins b
 	return f, err
 }
 
-func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (found, error) {
-	var f found
+func (c *Client) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (Found, error) {
+	var f Found
 	ops, err := c.nodes.ListPulls(ctx, node)
 	if err != nil {
 		return f, err
@@ -116,10 +124,10 @@ func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (
 			continue
 		}
 		if params == s.Params {
-			f.rounds = max(f.rounds, round)
+			f.Rounds = max(f.Rounds, round)
 		}
-		if f.latest == nil || rank(op) > rank(f.latest) || rank(op) == rank(f.latest) && round > f.round {
-			f.latest, f.round = op, round
+		if f.Latest == nil || rank(op) > rank(f.Latest) || rank(op) == rank(f.Latest) && round > f.Round {
+			f.Latest, f.Round = op, round
 		}
 	}
 	return f, nil
@@ -127,7 +135,7 @@ func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (
 
 // probePins releases the pins that the job no longer wants. The others tell of pulls that the node
 // has forgotten.
-func (c *calls) probePins(ctx context.Context, s *spec.Spec, node nodes.Node, f *found) error {
+func (c *Client) probePins(ctx context.Context, s *spec.Spec, node nodes.Node, f *Found) error {
 	pins, err := c.nodes.ListPins(ctx, node)
 	if err != nil {
 		return err
@@ -136,7 +144,7 @@ func (c *calls) probePins(ctx context.Context, s *spec.Spec, node nodes.Node, f 
 		switch {
 		case pin.GetOwner() != s.Request.GetOwner():
 		case spec.SameImage(pin.GetImage(), s.Request.GetImage()):
-			f.pinned = f.pinned || !pin.GetGone()
+			f.Pinned = f.Pinned || !pin.GetGone()
 		default:
 			if _, err := c.nodes.ReleasePins(ctx, node, pin.GetOwner(), pin.GetImageId()); err != nil {
 				return err
@@ -158,44 +166,45 @@ func rank(op *opsv1.PullOperation) int {
 }
 
 // cancel cancels a pull. It is no error if the node does not have the pull.
-func (c *calls) cancel(ctx context.Context, node nodes.Node, uid, code string) error {
-	_, err := c.nodes.CancelPull(ctx, node, uid, code, cancelReason+cancelText(code))
+func (c *Client) cancel(ctx context.Context, node nodes.Node, uid, code string) error {
+	_, err := c.nodes.CancelPull(ctx, node, uid, code, pull.CancelText(code))
 	if err != nil && !nodes.NotFound(err) {
 		return err
 	}
 	return nil
 }
 
-// cancelText says to people why a pull is cancelled.
-func cancelText(code string) string {
-	switch code {
-	case opsv1.CancelCodeChanged:
-		return "it has been changed"
-	case opsv1.CancelCodeNotChosen:
-		return "the node is no longer chosen"
-	case opsv1.CancelCodeDeadline:
-		return "activeDeadlineSeconds is over"
+// Removed is a node that has to forget a job.
+type Removed struct {
+	Node nodes.Node
+	// Quiet is closed when the goroutine that talks to the node has ended; nil when there is none.
+	Quiet <-chan struct{}
+}
+
+// EndOverdue cancels a pull whose time is over, for the reason why, and returns how the pull has
+// ended: it counts as failed even if the node does not cancel it.
+func (c *Client) EndOverdue(
+	ctx context.Context, node nodes.Node, op *opsv1.PullOperation, why string,
+) *opsv1.PullOperation {
+	last, err := c.nodes.CancelPull(ctx, node, op.GetUid(), opsv1.CancelCodeOverdue, pull.OverdueReason(why))
+	if err == nil && last.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
+		return last
 	}
-	return "the job was deleted"
+	end := proto.Clone(op).(*opsv1.PullOperation)
+	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, pull.ReasonOverdue, why
+	return end
 }
 
-// removedNode is a node that has to forget a job.
-type removedNode struct {
-	node nodes.Node
-	// quiet is closed when the goroutine that talks to the node has ended; nil when there is none.
-	quiet <-chan struct{}
-}
-
-// cleanUp tries once on each node to cancel the job's pulls, for the reason that code names, and,
+// CleanUp tries once on each node to cancel the job's pulls, for the reason that code names, and,
 // with pins, to release its pins. It returns the nodes that have not answered.
-func (c *calls) cleanUp(ctx context.Context, s *spec.Spec, nodes []removedNode, pins bool, code string) []removedNode {
+func (c *Client) CleanUp(ctx context.Context, s *spec.Spec, nodes []Removed, pins bool, code string) []Removed {
 	var mu sync.Mutex
-	var left []removedNode
+	var left []Removed
 	var g errgroup.Group
-	g.SetLimit(maxProbes)
+	g.SetLimit(MaxAtOnce)
 	for _, n := range nodes {
 		g.Go(func() error {
-			if err := c.cleanUpNode(ctx, s, n, pins, code); err != nil && !troubleOf(err).final {
+			if err := c.cleanUpNode(ctx, s, n, pins, code); err != nil && !TroubleOf(err).Final {
 				mu.Lock()
 				defer mu.Unlock()
 				left = append(left, n)
@@ -207,15 +216,15 @@ func (c *calls) cleanUp(ctx context.Context, s *spec.Spec, nodes []removedNode, 
 	return left
 }
 
-func (c *calls) cleanUpNode(ctx context.Context, s *spec.Spec, n removedNode, pins bool, code string) error {
-	if n.quiet != nil {
+func (c *Client) cleanUpNode(ctx context.Context, s *spec.Spec, n Removed, pins bool, code string) error {
+	if n.Quiet != nil {
 		select {
-		case <-n.quiet:
+		case <-n.Quiet:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	ops, err := c.nodes.ListPulls(ctx, n.node)
+	ops, err := c.nodes.ListPulls(ctx, n.Node)
 	if err != nil {
 		return err
 	}
@@ -223,12 +232,12 @@ func (c *calls) cleanUpNode(ctx context.Context, s *spec.Spec, n removedNode, pi
 		if _, _, _, ours := s.ParseUID(op.GetUid()); !ours || op.GetFinishTime() != nil {
 			continue
 		}
-		if err := c.cancel(ctx, n.node, op.GetUid(), code); err != nil {
+		if err := c.cancel(ctx, n.Node, op.GetUid(), code); err != nil {
 			return err
 		}
 	}
 	if pins {
-		_, err = c.nodes.ReleasePins(ctx, n.node, s.Request.GetOwner(), "")
+		_, err = c.nodes.ReleasePins(ctx, n.Node, s.Request.GetOwner(), "")
 	}
 	return err
 }
