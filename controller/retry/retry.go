@@ -5,6 +5,7 @@
 package retry
 
 import (
+	"context"
 	"time"
 
 	"k8s.io/client-go/util/workqueue"
@@ -22,4 +23,16 @@ func Sooner(a, b time.Duration) time.Duration {
 // RateLimiter returns the back-off of a work queue after errors: 50 ms, doubled up to 30 s.
 func RateLimiter() workqueue.TypedRateLimiter[reconcile.Request] {
 	return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
+}
+
+// Sleep waits, and says whether to go on: ctx is not done.
+func Sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
