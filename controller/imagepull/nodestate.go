@@ -4,7 +4,6 @@
 package imagepull
 
 import (
-	"context"
 	"fmt"
 	"time"
 
@@ -29,17 +28,18 @@ const (
 	phases // their number
 )
 
-// nodeState is what is known of a node of a job. The job's mutex guards it.
+// nodeState is what is known of a node of a job.
 type nodeState struct {
 	target spec.Target
 	phase  phase
-	// epoch counts how often the node has begun again. What a goroutine of an earlier epoch says
-	// does not count.
-	epoch int
-	// ended is closed when the goroutine that talks to the node ends; nil when there is none. cancel
-	// ends it early.
-	ended  chan struct{}
-	cancel context.CancelFunc
+	// order is the node's place in the order of the job, from 1.
+	order int64
+	// turn and alarm are the keys of the node in the lines of the table; 0 if it is in none.
+	turn, alarm int64
+	// call is what is being said to the node; nil if nothing is. quiet is closed when the last call
+	// has ended; nil if there was none.
+	call  *call
+	quiet <-chan struct{}
 	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
 	// before the node has been probed.
 	unverified bool
@@ -81,19 +81,8 @@ func (n *nodeState) unit() float64 {
 	return n.fraction
 }
 
-// busy says that a goroutine talks to the node.
-func (n *nodeState) busy() bool { return n.ended != nil }
-
 // gaveUp says that the node's pull failed, and not the commands to the node.
 func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.Reason == "" }
-
-// interrupt ends what is being said to the node.
-func (n *nodeState) interrupt() {
-	n.epoch++
-	if n.cancel != nil {
-		n.cancel()
-	}
-}
 
 // reached notes that the node can be commanded.
 func (n *nodeState) reached() {

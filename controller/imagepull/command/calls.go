@@ -9,8 +9,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -19,19 +17,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
-	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
-const (
-	// MaxAtOnce is how many nodes of a job are probed at once, or told to forget it.
-	MaxAtOnce = 128
-
-	// answerTimeout bounds the wait for the first answer of a stream, newsTimeout the wait for news
-	// on it. A stream without news begins again, which notices a node that has vanished without a
-	// word.
-	answerTimeout = 5 * time.Second
-	newsTimeout   = 20 * time.Second
-)
+// MaxAtOnce is how many nodes of a job are probed at once, or told to forget it.
+const MaxAtOnce = 128
 
 // Client calls nodes for one job. It knows nothing of the state of the job.
 type Client struct {
@@ -54,31 +43,6 @@ func (c *Client) Pull(
 		return nil, err
 	}
 	return c.nodes.Pull(ctx, node, s.PullRequest(round, keys.For(s.Request.GetImage())))
-}
-
-// Watch follows a pull and returns its last state: once it has ended, when it needs credentials,
-// when each returns false, when the renewal is due, or when there has been no news for a while.
-func (c *Client) Watch(
-	ctx context.Context, node nodes.Node, uid string, renewal *pull.Renewal, each func(*opsv1.PullOperation) bool,
-) (*opsv1.PullOperation, error) {
-	watching, cancel := context.WithCancel(ctx)
-	defer cancel()
-	timeout := time.AfterFunc(answerTimeout, cancel)
-	defer timeout.Stop()
-	var last *opsv1.PullOperation
-	err := c.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
-		timeout.Reset(retry.Sooner(newsTimeout, renewal.Note(op, time.Now())))
-		last = op
-		return each(op) && op.GetFinishTime() == nil && op.GetReason() != opsv1.PullReasonCredentialsNeeded
-	})
-	if watching.Err() != nil && ctx.Err() == nil && last.GetFinishTime() == nil {
-		if last != nil {
-			return last, nil
-		}
-		noAnswer := status.Error(codes.DeadlineExceeded, "no answer")
-		return nil, &nodes.Error{Node: node, Method: "WatchPull", Err: noAnswer, Silent: true}
-	}
-	return last, err
 }
 
 // Found is what a node says of a job.
