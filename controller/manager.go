@@ -22,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/list"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/logadapter"
@@ -213,7 +214,7 @@ func (w *wiring) setUpImagePull(ctx context.Context, gate *kruise.Gate) error {
 	if err := jobs.SetupWithManager(ctx, m, w.Workers); err != nil {
 		return err
 	}
-	lists := &imagepull.ListReconciler{
+	lists := &list.Reconciler{
 		Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: w.log, Gate: gate,
 	}
 	return lists.SetupWithManager(ctx, m, w.Workers)

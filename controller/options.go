@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/cri-proxy/cri-proxy/controller/authority"
-	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
@@ -50,7 +50,7 @@ type Options struct {
 	// NodeConditionPeriod is how often to ask a node whether kubelet bypasses its cri-proxy.
 	NodeConditionPeriod time.Duration
 	// Pins bound what image jobs keep on nodes.
-	Pins imagepull.Limits
+	Pins spec.Limits
 	// OpenKruisePeriod is how often to look for OpenKruise in the cluster.
 	OpenKruisePeriod time.Duration
 	Webhooks         WebhookOptions

@@ -65,12 +65,14 @@ type bed struct {
 
 	mu     sync.Mutex
 	nodes  map[string]*corev1.Node // served without the cost of the fake client
+	looks  int                     // at all nodes
 	writes map[string]int
 	events []string
 	// history has the statuses that the controller has written, by job.
 	history map[string][]v1beta1.ImagePullJobStatus
 	refuse  func(client.Object) error // reads past the cache
 	deny    string                    // the image whose job must not be made
+	slow    func() time.Duration      // how long a write of a status takes
 
 	r     *imagepull.Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -147,6 +149,7 @@ func (b *bed) start() {
 			if l, ok := list.(*corev1.NodeList); ok {
 				b.mu.Lock()
 				defer b.mu.Unlock()
+				b.looks++
 				for _, n := range b.nodes {
 					l.Items = append(l.Items, *n)
 				}
@@ -175,6 +178,12 @@ func (b *bed) start() {
 		},
 		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch,
 			opts ...client.SubResourcePatchOption) error {
+			b.mu.Lock()
+			slow := b.slow
+			b.mu.Unlock()
+			if slow != nil {
+				time.Sleep(slow())
+			}
 			err := c.SubResource(sub).Patch(ctx, o, p, opts...)
 			b.wrote("status", o)
 			return err
@@ -216,7 +225,7 @@ func (b *bed) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	r, queue := b.r, b.queue
-	wg.Go(func() { r.Run(ctx, func(request reconcile.Request) { queue.Add(request) }) })
+	wg.Go(func() { r.Run(ctx, queue) })
 	for range 2 {
 		b.work(ctx, &wg, b.queue, b.r)
 		b.work(ctx, &wg, b.lists, lists)

@@ -6,6 +6,9 @@ package imagepull
 import (
 	"context"
 	"time"
+
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // cleanUpTimeout is how long nodes that do not answer are told to forget a job.
@@ -13,22 +16,22 @@ const cleanUpTimeout = 30 * time.Second
 
 // cleanUp cancels the job's pulls on the nodes, with code, and, with pins, releases its pins. It
 // goes on until all nodes have answered or cleanUpTimeout has passed, and then calls done with the
-// number of nodes that have not answered. The caller holds the mutex.
+// number of nodes that have not answered.
 func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func(left int)) {
 	if len(nodes) == 0 {
 		return
 	}
-	var left []removedNode
+	var left []command.Removed
 	for _, n := range nodes {
-		left = append(left, removedNode{n.target.Node, n.ended})
+		left = append(left, command.Removed{Node: n.target.Node, Quiet: n.quiet})
 	}
 	s := j.table.spec
 	j.crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, cleanUpTimeout)
 		defer cancel()
 		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
-			left = j.calls.cleanUp(ctx, s, left, pins, code)
-			if len(left) == 0 || !sleep(ctx, wait) {
+			left = j.command.CleanUp(ctx, s, left, pins, code)
+			if len(left) == 0 || !retry.Sleep(ctx, wait) {
 				break
 			}
 		}
@@ -42,8 +45,6 @@ func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func
 
 // cleanUpAll is cleanUp on all nodes of the job. It returns how many these are.
 func (j *jobState) cleanUpAll(pins bool, code string, done func(left int)) int {
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	j.cleanUp(j.table.nodes, pins, code, done)
 	return len(j.table.nodes)
 }

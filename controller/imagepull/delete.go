@@ -60,7 +60,7 @@ func (r *Reconciler) deletedState(ctx context.Context, job *v1beta1.ImagePullJob
 	if s.Nodes, err = spec.Match(ctx, r.Client, job, r.NodePort); err != nil && !errors.As(err, &why) {
 		return nil, err
 	}
-	return newJobState(r, s, false, false, func() {}), nil
+	return newJobState(r, s, &inbox{}, false, false), nil
 }
 
 // finalize lets a deleted job go. Before, it cancels the job's pulls and releases its pins on all
@@ -98,11 +98,11 @@ func (p *pass) cleanUp(ctx context.Context) error {
 	}
 	done := make(chan struct{})
 	p.memory.cleanedUp = done
-	j, wake := p.memory.state, p.r.waker(client.ObjectKeyFromObject(p.job))
+	j := p.memory.state
 	j.close()
 	count := j.cleanUpAll(true, opsv1.CancelCodeDeleted, func(int) {
 		close(done)
-		wake()
+		p.r.tracker.Wake(j.request)
 	})
 	if count == 0 {
 		close(done)

@@ -46,7 +46,6 @@ func (r *reported) failed(node, reason, message string) {
 
 // writeEvents writes the Events that have come up.
 func (j *jobState) writeEvents(recorder events.EventRecorder, job client.Object) {
-	j.mu.Lock()
 	t := j.table
 	r := &t.reported
 	failures := r.failures
@@ -61,7 +60,6 @@ func (j *jobState) writeEvents(recorder events.EventRecorder, job client.Object)
 	if text := t.pinsBounded(); (text == "") != (r.pins == "") { // once, and not for each node
 		r.pins, pins = text, text
 	}
-	j.mu.Unlock()
 	if pins != "" {
 		writeEvent(recorder, job, corev1.EventTypeWarning, eventBounded, pins)
 	}

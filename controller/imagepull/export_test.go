@@ -7,6 +7,7 @@ import (
 	"context"
 	"sync"
 
+	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
@@ -22,20 +23,12 @@ const GatherInterval = gatherInterval
 // Prepare is what SetupWithManager does first.
 func (r *Reconciler) Prepare() { r.prepare() }
 
-// Run runs what a manager runs: the goroutines that talk to nodes. woken gets the jobs to look at.
-func (r *Reconciler) Run(ctx context.Context, woken func(reconcile.Request)) {
+// Run runs what a manager runs: the goroutines that talk to nodes. queue gets the jobs to look at.
+func (r *Reconciler) Run(ctx context.Context, queue workqueue.TypedRateLimitingInterface[reconcile.Request]) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() {
-		for {
-			select {
-			case e := <-r.wakes:
-				woken(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)})
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
+	_ = r.tracker.Source().Start(ctx, queue) // returns nil
+	wg.Go(func() { _ = r.tracker.Start(ctx) })
 	_ = r.crew.Start(ctx) // returns nil
 }
 
@@ -57,6 +50,3 @@ func (r *Reconciler) ForgetAll() { r.forgetAll() }
 
 // Known is how many jobs the reconciler remembers.
 func (r *Reconciler) Known() int { return len(r.memories) }
-
-// FailureOf reads the message of a node.
-var FailureOf = failureOf

@@ -5,73 +5,84 @@ package imagepull
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
-// maxProbes is how many nodes of a job are probed at once.
-const maxProbes = 128
-
-// jobState is one job at work: the table of its nodes, and the goroutines that talk to them.
+// jobState is one job at work: the table of its nodes, and the calls to them. The job's reconcile
+// owns it; what the calls bring is in the inbox.
 type jobState struct {
 	crew    *crew.Crew
-	metrics *Metrics
+	tracker *nodes.Tracker[*opsv1.PullOperation]
 	log     logrus.FieldLogger
-	calls   *calls
-	// wake lets the reconciler look at the job, soon.
-	wake func()
-
-	mu    sync.Mutex
-	table *table
-	// closed says that nothing begins any more.
-	closed bool
-	// woken says that the reconciler has been woken, or wakes by itself soon.
-	woken bool
-	// planned is when the reconciler looks by itself, at the latest; zero means never.
-	planned time.Time
+	command *command.Client
+	inbox   *inbox
+	request reconcile.Request
+	table   *table
 }
+
+// call is what is being said to a node.
+type call struct {
+	// stop ends the call early. ended is closed when the call has ended.
+	stop  func()
+	ended <-chan struct{}
+	// key is that of the pull; the zero key is that of a probe.
+	key nodes.Key
+
+	result // guarded by the inbox
+}
+
+// result is what has become of a call.
+type result struct {
+	over bool
+	// found or err is what a probe has found.
+	found command.Found
+	err   error
+	// overdue is how a pull has ended that was overdue. The tracker knows of other pulls.
+	overdue *opsv1.PullOperation
+}
+
+// probes says that the call is a probe.
+func (c *call) probes() bool { return c.key == nodes.Key{} }
 
 // newJobState begins with a job. With resume, another controller may have been at work on it. With
 // again, the job had ended, and the failures from before do not count.
-func newJobState(r *Reconciler, s *spec.Spec, resume, again bool, wake func()) *jobState {
+func newJobState(r *Reconciler, s *spec.Spec, in *inbox, resume, again bool) *jobState {
 	log := r.Log.WithFields(logrus.Fields{"job": s.Job.String(), "image": s.Request.GetImage()})
 	j := &jobState{
-		crew: r.crew, metrics: r.Metrics, wake: wake, log: log,
-		table: &table{metrics: r.Metrics, log: log, spec: s, byName: map[string]*nodeState{}, older: resume},
+		crew: r.crew, tracker: r.tracker, log: log, command: command.New(r.Nodes, r.APIReader, in.noteKeys),
+		inbox: in, request: reconcile.Request{NamespacedName: s.Job}, table: newTable(s, r.Metrics, log, time.Now()),
 	}
-	j.calls = &calls{nodes: r.Nodes, log: log, credentials: credentials{from: r.APIReader, noted: j.noteKeys}}
-	j.table.setSpec(s, resume)
+	j.table.older = resume
+	j.table.setSpec(s, resume, time.Now())
 	for _, n := range j.table.nodes {
 		n.staleFailures = again
 	}
 	return j
 }
 
-// apply takes up a job and nodes that may have changed, and goes on with what can be done.
-func (j *jobState) apply(s *spec.Spec) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.closed {
-		return
-	}
-	gone := j.table.setSpec(s, false)
+// apply takes up a job and nodes that have changed.
+func (j *jobState) apply(s *spec.Spec, now time.Time) {
+	gone := j.table.setSpec(s, false, now)
 	active := countActive(gone)
 	j.table.removed += active
 	// A node that was deleted does not answer, and there is no harm in asking.
 	j.cleanUp(gone, true, opsv1.CancelCodeNotChosen, func(int) {
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		j.table.removed -= active
-		j.schedule(time.Now())
+		j.inbox.noteCleanedUp(active)
+		j.tracker.Wake(j.request)
 	})
-	j.schedule(time.Now())
 }
 
 func countActive(nodes []*nodeState) (count int) {
@@ -83,156 +94,212 @@ func countActive(nodes []*nodeState) (count int) {
 	return count
 }
 
-// schedule begins all that can begin: probes, then pulls in the order of the nodes. The caller
-// holds the mutex.
-func (j *jobState) schedule(now time.Time) {
-	if j.closed {
-		return
-	}
+// step takes in what the nodes have said, and begins all that can begin: probes, then pulls in the
+// order of the nodes. It looks only at nodes of which there is something new.
+func (j *jobState) step(now time.Time) {
 	t := j.table
-	for _, n := range t.nodes {
-		switch {
-		case n.busy() || n.phase == succeeded || n.gaveUp():
-		case n.phase == active: // a probe has found it so
-			j.pull(n)
-		case !n.target.Ready:
-			t.leaveOut(n, now)
-		case n.phase != pending && !now.Before(n.retryAt) && t.probes < maxProbes:
-			j.probe(n)
+	for _, n := range j.inbox.open(t) {
+		if t.byName[n.name()] == n && j.takeIn(n, now) {
+			t.arrange(n, now)
 		}
 	}
-	if t.unverified > 0 {
-		return
+	t.ring(now)
+	for _, n := range t.adopted {
+		j.pull(n)
 	}
-	parallelism := t.spec.Parallelism()
-	for _, n := range t.nodes {
-		if t.full(parallelism) {
-			return
+	t.adopted = nil
+	for t.probes < command.MaxAtOnce {
+		n := t.nextToProbe(now)
+		if n == nil {
+			break
 		}
-		if n.phase == pending && !n.busy() && n.target.Ready && !now.Before(n.retryAt) {
-			t.begin(n, now)
-			j.pull(n)
-		}
+		j.probe(n)
 	}
-	if !t.spec.Never {
-		return
-	}
-	for _, n := range t.nodes {
-		if t.full(parallelism) {
-			return
+	for parallelism := t.spec.Parallelism(); t.unverified == 0 && !t.full(parallelism); {
+		n := t.nextToPull()
+		if n == nil {
+			break
 		}
-		if !n.busy() && n.target.Ready && !now.Before(n.retryAt) && (n.phase == succeeded || n.gaveUp()) {
-			n.verifying = n.phase == succeeded
-			n.round++
-			t.begin(n, now)
-			j.pull(n)
-		}
+		t.beginTurn(n, now)
+		j.pull(n)
 	}
+	j.inbox.wait(len(t.turns) > 0 || len(t.survey) > 0, len(t.nodes))
 }
 
-// notify wakes the reconciler if there is something to write. The caller holds the mutex.
-func (j *jobState) notify() {
-	if j.woken || j.closed {
-		return
+// takeIn takes in what has become of the call to a node, and says whether the call has ended.
+func (j *jobState) takeIn(n *nodeState, now time.Time) (ended bool) {
+	c, t := n.call, j.table
+	if c == nil {
+		return false
 	}
-	idle := j.table.idle()
-	if p := &j.table.throttle; p.dirty && (p.worthIt(len(j.table.nodes)) || idle) {
-		j.woken = true
-		j.wake()
+	r := j.inbox.resultOf(c)
+	if !c.probes() {
+		return j.takeInPull(n, r, now)
 	}
+	if !r.over {
+		return false
+	}
+	n.call = nil
+	t.probes--
+	t.throttle.Add(0)
+	if t.setUnverified(n, false); r.err != nil {
+		t.unreached(n, command.TroubleOf(r.err), now)
+	} else {
+		t.adopt(n, r.found, now)
+	}
+	return true
 }
 
-// ensureWakeup wakes the reconciler if a node that was busy at the last reconcile needs attention
-// before the next planned one. The caller holds the mutex.
-func (j *jobState) ensureWakeup(now time.Time) {
-	if j.woken || j.closed {
-		return
-	}
-	if next := j.table.nextWakeup(now); next > 0 && (j.planned.IsZero() || now.Add(next).Before(j.planned)) {
-		j.woken = true
-		j.wake()
-	}
-}
-
-// talk runs f in the node's goroutine. f gets the epoch to which it belongs. The caller holds the
-// mutex.
-func (j *jobState) talk(n *nodeState, f func(ctx context.Context, epoch int)) {
-	epoch, ended := n.epoch, make(chan struct{})
-	n.ended = ended
-	j.crew.Do(func(ctx context.Context) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		j.mu.Lock()
-		n.cancel = cancel
-		if n.epoch != epoch {
-			cancel()
+func (j *jobState) takeInPull(n *nodeState, r result, now time.Time) (ended bool) {
+	s, _ := j.tracker.Get(n.call.key)
+	if !r.over {
+		if s.Op != nil && s.Op != n.op && !s.Finished() {
+			j.table.progress(n, s.Op)
 		}
-		j.mu.Unlock()
-		f(ctx, epoch)
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		n.ended, n.cancel = nil, nil
-		close(ended)
-		now := time.Now()
-		j.schedule(now)
-		j.notify()
-		j.ensureWakeup(now)
-	})
-}
-
-// change runs f with the mutex, unless the node has begun again since, and wakes the reconciler if
-// the change is worth it.
-func (j *jobState) change(n *nodeState, epoch int, f func()) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if n.epoch != epoch || j.closed {
-		return
+		return false
 	}
-	f()
-	j.notify()
+	j.tracker.Forget(n.call.key)
+	n.call = nil
+	switch {
+	case s.Finished():
+		j.table.finish(n, s.Op, now)
+	case r.overdue != nil:
+		j.table.finish(n, r.overdue, now)
+	default:
+		j.table.yield(n, s.Err, command.TroubleOf(s.Err), s.Since, now)
+	}
+	return true
 }
 
-// probe asks a node what it does and has done for the job. The caller holds the mutex.
+// probe asks a node what it does and has done for the job.
 func (j *jobState) probe(n *nodeState) {
 	t := j.table
 	t.probes++
-	s, node, older := t.spec, n.target.Node, t.older
-	j.talk(n, func(ctx context.Context, epoch int) {
-		found, err := j.calls.probe(ctx, s, node, older)
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		t.probes--
-		t.throttle.add(0)
-		if n.epoch != epoch || j.closed || ctx.Err() != nil {
-			return
+	s, node, older, before := t.spec, n.target.Node, t.older, n.quiet
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	c := &call{stop: stop, ended: ended}
+	n.call, n.quiet = c, ended
+	j.crew.Do(func(running context.Context) {
+		defer close(ended)
+		defer stop()
+		defer context.AfterFunc(running, stop)()
+		if before != nil {
+			select {
+			case <-before:
+			case <-ctx.Done():
+			}
 		}
-		t.setUnverified(n, false)
-		if err != nil {
-			t.unreached(n, troubleOf(err), time.Now())
-			return
+		found, err := j.command.Probe(ctx, s, node, older)
+		if ctx.Err() == nil {
+			j.inbox.noteEnd(n, c, result{over: true, found: found, err: err})
+			j.tracker.Wake(j.request)
 		}
-		t.adopt(n, found, time.Now())
 	})
 }
 
-// noteKeys takes up pull secrets that were read. before is nil if they are the first.
-func (j *jobState) noteKeys(before, keys *pullsecrets.Keyring) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if before == nil && keys.Asked || len(keys.Wrong) > 0 != (before != nil && len(before.Wrong) > 0) {
-		j.table.throttle.urgent = true
-		j.table.throttle.add(0)
+// close ends the calls to nodes. What the nodes do goes on.
+func (j *jobState) close() {
+	for _, n := range j.table.nodes {
+		j.table.interrupt(n)
 	}
-	j.table.keys = keys
 }
 
-// close ends the work on the job: nothing begins any more, and the goroutines end. What the nodes
-// do goes on.
-func (j *jobState) close() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.closed = true
-	for _, n := range j.table.nodes {
-		n.interrupt()
+// gatherMin and gatherPer1000 are how long news of a job are collected: a fixed time, and so much
+// for each 1,000 nodes.
+const gatherMin, gatherPer1000 = 50 * time.Millisecond, 50 * time.Millisecond
+
+// inbox has what calls to nodes have brought since the last reconcile of a job.
+type inbox struct {
+	mu sync.Mutex
+	// news are the nodes of which there is something new.
+	news map[*nodeState]struct{}
+	// cleanedUp is the number of nodes less that were active when the job ceased to choose them.
+	cleanedUp int
+	// keys are pull secrets that were read; nil if none were. urgent says that the status is to tell
+	// of them.
+	keys   *pullsecrets.Keyring
+	urgent bool
+	// waiting says that nodes wait for others to come to an end, and hurry that one has.
+	waiting, hurry bool
+	nodes          int
+}
+
+// open empties the inbox and returns the nodes of which there is something new.
+func (in *inbox) open(t *table) []*nodeState {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	news := slices.Collect(maps.Keys(in.news))
+	t.removed -= in.cleanedUp
+	if in.keys != nil {
+		t.keys = in.keys
 	}
+	if in.urgent {
+		t.throttle.Urge()
+	}
+	in.news, in.cleanedUp, in.keys, in.urgent, in.hurry = nil, 0, nil, false, false
+	return news
+}
+
+// wait notes whether nodes wait for others, and how many nodes there are.
+func (in *inbox) wait(waiting bool, nodes int) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.waiting, in.nodes = waiting, nodes
+}
+
+// gather is how long to collect news. A node that can begin now does not wait for them.
+func (in *inbox) gather() time.Duration {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.hurry {
+		return 0
+	}
+	return gatherMin + time.Duration(in.nodes)*gatherPer1000/1000
+}
+
+// note notes that there is something new of a node.
+func (in *inbox) note(n *nodeState) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.add(n)
+}
+
+func (in *inbox) add(n *nodeState) {
+	if in.news == nil {
+		in.news = map[*nodeState]struct{}{}
+	}
+	in.news[n] = struct{}{}
+}
+
+// noteEnd notes that the call to a node has ended.
+func (in *inbox) noteEnd(n *nodeState, c *call, r result) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	c.result = r
+	in.add(n)
+	in.hurry = in.hurry || in.waiting
+}
+
+func (in *inbox) resultOf(c *call) result {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return c.result
+}
+
+func (in *inbox) noteCleanedUp(active int) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.cleanedUp += active
+	in.hurry = in.hurry || in.waiting
+}
+
+// noteKeys notes pull secrets that were read. before is nil if they are the first.
+func (in *inbox) noteKeys(before, keys *pullsecrets.Keyring) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if before == nil && keys.Asked || len(keys.Wrong) > 0 != (before != nil && len(before.Wrong) > 0) {
+		in.urgent = true
+	}
+	in.keys = keys
 }

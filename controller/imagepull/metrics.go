@@ -89,9 +89,11 @@ func (m *Metrics) failed(reason string) {
 	}
 }
 
+// pulling counts nodes that pull, and the goroutines that talk to them.
 func (m *Metrics) pulling(n int) {
 	if m != nil {
 		m.active.Add(float64(n))
+		m.working.Add(float64(n))
 	}
 }
 

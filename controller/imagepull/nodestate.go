@@ -4,11 +4,12 @@
 package imagepull
 
 import (
-	"context"
 	"fmt"
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 )
 
@@ -27,17 +28,18 @@ const (
 	phases // their number
 )
 
-// nodeState is what is known of a node of a job. The job's mutex guards it.
+// nodeState is what is known of a node of a job.
 type nodeState struct {
 	target spec.Target
 	phase  phase
-	// epoch counts how often the node has begun again. What a goroutine of an earlier epoch says
-	// does not count.
-	epoch int
-	// ended is closed when the goroutine that talks to the node ends; nil when there is none. cancel
-	// ends it early.
-	ended  chan struct{}
-	cancel context.CancelFunc
+	// order is the node's place in the order of the job, from 1.
+	order int64
+	// turn and alarm are the keys of the node in the lines of the table; 0 if it is in none.
+	turn, alarm int64
+	// call is what is being said to the node; nil if nothing is. quiet is closed when the last call
+	// has ended; nil if there was none.
+	call  *call
+	quiet <-chan struct{}
 	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
 	// before the node has been probed.
 	unverified bool
@@ -45,7 +47,7 @@ type nodeState struct {
 	// again.
 	staleFailures bool
 	// away is why the node cannot be commanded, since when, and how often that was tried.
-	away  trouble
+	away  command.Trouble
 	since time.Time
 	tries int
 	// untaken says that the node answered and did not take the command.
@@ -79,34 +81,23 @@ func (n *nodeState) unit() float64 {
 	return n.fraction
 }
 
-// busy says that a goroutine talks to the node.
-func (n *nodeState) busy() bool { return n.ended != nil }
-
 // gaveUp says that the node's pull failed, and not the commands to the node.
-func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.reason == "" }
-
-// interrupt ends what is being said to the node.
-func (n *nodeState) interrupt() {
-	n.epoch++
-	if n.cancel != nil {
-		n.cancel()
-	}
-}
+func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.Reason == "" }
 
 // reached notes that the node can be commanded.
 func (n *nodeState) reached() {
-	n.away, n.since, n.tries, n.untaken = trouble{}, time.Time{}, 0, false
+	n.away, n.since, n.tries, n.untaken = command.Trouble{}, time.Time{}, 0, false
 }
 
 // standing says how far a node is that is not done.
 func (n *nodeState) standing() string {
 	switch {
-	case n.away.reason != "":
-		return n.away.reason + ": " + n.away.message
+	case n.away.Reason != "":
+		return n.away.Reason + ": " + n.away.Message
 	case n.phase != active:
 		return "its turn had not come"
 	}
-	text := "it was " + phaseName(n.op.GetPhase())
+	text := "it was " + pull.PhaseName(n.op.GetPhase())
 	if n.fraction > 0 {
 		text += fmt.Sprintf(", %.0f %% of the image there", 100*n.fraction)
 	}
@@ -116,16 +107,4 @@ func (n *nodeState) standing() string {
 		}
 	}
 	return text
-}
-
-func phaseName(p opsv1.PullPhase) string {
-	switch p {
-	case opsv1.PullPhase_PULL_RESOLVING:
-		return "Resolving"
-	case opsv1.PullPhase_PULL_FETCHING:
-		return "Fetching"
-	case opsv1.PullPhase_PULL_UNPACKING:
-		return "Unpacking"
-	}
-	return "Waiting"
 }

@@ -9,8 +9,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -22,16 +22,18 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
@@ -56,11 +58,11 @@ type Reconciler struct {
 	// APIReader reads past the cache, which has no secrets.
 	APIReader client.Reader
 	// Nodes commands the nodes.
-	Nodes Nodes
+	Nodes command.Nodes
 	// NodePort is the port of nodes that have no address of their own in an annotation.
 	NodePort int
 	// Limits bound what jobs may ask.
-	Limits Limits
+	Limits spec.Limits
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
 	// Metrics may be nil.
@@ -70,23 +72,24 @@ type Reconciler struct {
 	// Gate is closed while OpenKruise carries the jobs out; nil: it never is.
 	Gate *kruise.Gate
 
-	crew  *crew.Crew
-	wakes chan wakeUp
+	crew *crew.Crew
+	// tracker follows the pulls, and wakes the reconciler for a job.
+	tracker *nodes.Tracker[*opsv1.PullOperation]
 
 	mu       sync.Mutex
 	memories map[types.NamespacedName]*memory
 }
-
-// wakeUp makes the reconciler look at a job.
-type wakeUp = event.TypedGenericEvent[*v1beta1.ImagePullJob]
 
 // memory is what the reconciler keeps of a job from one reconcile to the next. A controller that
 // starts finds it out again. One worker at a time reconciles a job.
 type memory struct {
 	uid   types.UID
 	state *jobState // nil when the job is not at work
-	// written is the resourceVersion of the last write. Older versions are not worth looking at.
-	written uint64
+	inbox inbox
+	// matched says that no node or pod has changed since generation was matched with the nodes.
+	matched    atomic.Bool
+	generation int64
+	written    objects.Freshness
 	// cleanedUp is closed when the nodes have been told that the job is deleted; nil until the
 	// controller begins to tell them.
 	cleanedUp chan struct{}
@@ -95,7 +98,28 @@ type memory struct {
 }
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.memories = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*memory{}
+	r.crew, r.memories = crew.New(r.Metrics.crew()), map[types.NamespacedName]*memory{}
+	r.tracker = nodes.NewPullTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.pulling})
+}
+
+// gather is how long to collect news of a job.
+func (r *Reconciler) gather(req reconcile.Request) time.Duration {
+	r.mu.Lock()
+	w := r.memories[req.NamespacedName]
+	r.mu.Unlock()
+	if w == nil {
+		return 0
+	}
+	return w.inbox.gather()
+}
+
+// rematch has the next reconcile of a job find out which nodes the job chooses.
+func (r *Reconciler) rematch(key types.NamespacedName) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w := r.memories[key]; w != nil {
+		w.matched.Store(false)
+	}
 }
 
 func (r *Reconciler) memoryOf(job *v1beta1.ImagePullJob) *memory {
@@ -135,20 +159,6 @@ func (r *Reconciler) forgetAll() {
 	}
 }
 
-// waker wakes the reconciler for a job.
-func (r *Reconciler) waker(key types.NamespacedName) func() {
-	return func() {
-		r.crew.Do(func(ctx context.Context) {
-			job := &v1beta1.ImagePullJob{}
-			job.Namespace, job.Name = key.Namespace, key.Name
-			select {
-			case r.wakes <- wakeUp{Object: job}:
-			case <-ctx.Done():
-			}
-		})
-	}
-}
-
 // Reconcile takes one job as far as possible and says when to look again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	leave, open := r.Gate.Enter()
@@ -168,7 +178,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		r: r, job: job, memory: r.memoryOf(job), now: time.Now(),
 		log: r.Log.WithFields(logrus.Fields{"job": req.String(), "image": job.Spec.Image}),
 	}
-	if p.stale() {
+	if p.memory.written.Stale(job) {
 		return reconcile.Result{RequeueAfter: staleInterval}, nil
 	}
 	var wait time.Duration
@@ -199,19 +209,6 @@ type pass struct {
 	log    logrus.FieldLogger
 }
 
-// stale says that the cache has not caught up with the last write.
-func (p *pass) stale() bool {
-	version, err := strconv.ParseUint(p.job.ResourceVersion, 10, 64)
-	return err == nil && version < p.memory.written
-}
-
-func (p *pass) wrote(object string) {
-	p.r.Metrics.Wrote(object)
-	if version, err := strconv.ParseUint(p.job.ResourceVersion, 10, 64); err == nil {
-		p.memory.written = version
-	}
-}
-
 // advance takes a job that has not ended a step further.
 func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	s, err := p.spec(ctx)
@@ -238,23 +235,36 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	s.Begun = p.job.Status.StartTime.Time
-	if p.memory.state == nil {
-		p.memory.state = newJobState(p.r, s, resume, again, p.r.waker(s.Job))
-		p.memory.state.table.throttle.last = p.now
+	changed := true
+	switch j := p.memory.state; {
+	case j == nil:
+		p.memory.state = newJobState(p.r, s, &p.memory.inbox, resume, again)
+		p.memory.state.table.throttle.Begin(p.now)
+	case j.table.spec == s:
+		changed = false
+	default:
+		j.apply(s, p.now)
 	}
-	p.memory.state.apply(s)
-	return p.conclude(ctx)
+	p.memory.state.step(time.Now())
+	return p.conclude(ctx, changed)
 }
 
-// spec is what the job asks of which nodes. The error is an *apierror.SpecError if the user can
-// correct it.
+// spec is what the job asks of which nodes: the very spec of before if neither has changed. The
+// error is an *apierror.SpecError if the user can correct it.
 func (p *pass) spec(ctx context.Context) (*spec.Spec, error) {
 	s, err := spec.Of(p.job)
 	if err != nil {
 		return nil, err
 	}
 	s.Bound(p.r.Limits)
-	s.Nodes, err = spec.Match(ctx, p.r.Client, p.job, p.r.NodePort)
+	m := p.memory
+	if m.matched.Swap(true) && m.generation == p.job.Generation && m.state != nil && m.state.table.spec.Same(s) {
+		return m.state.table.spec, nil
+	}
+	m.generation = p.job.Generation
+	if s.Nodes, err = spec.Match(ctx, p.r.Client, p.job, p.r.NodePort); err != nil {
+		m.matched.Store(false)
+	}
 	return s, err
 }
 
@@ -306,10 +316,11 @@ func (p *pass) observe(next *v1beta1.ImagePullJobStatus) {
 	next.ObservedWork, next.ObservedEffort = spec.ObservedWork(p.job), spec.ObservedEffort(p.job)
 }
 
-// conclude writes what there is to write and says when to look again.
-func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
+// conclude writes what there is to write and says when to look again. changed says that the job or
+// its nodes have changed.
+func (p *pass) conclude(ctx context.Context, changed bool) (time.Duration, error) {
 	j := p.memory.state
-	s := j.table.spec
+	t, s := j.table, j.table.spec
 	ends := !s.Never
 	var deadline time.Duration // until then; 0 means none
 	late := false
@@ -318,29 +329,52 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 		late = deadline <= 0
 	}
 	now := time.Now()
-	r := j.review(&p.job.Status, p.observe, now)
-	if early := s.Begun.Add(noNodesTimeout).Sub(now); r.status.Desired == 0 && early > 0 {
-		r.finished, deadline = false, retry.Sooner(deadline, early)
+	finished := t.finished()
+	if early := s.Begun.Add(noNodesTimeout).Sub(now); len(t.nodes) == 0 && early > 0 {
+		finished, deadline = false, retry.Sooner(deadline, early)
 	}
-	if ends && (r.finished || late) {
-		return p.complete(ctx, r.status, late && !r.finished)
+	if ends && (finished || late) {
+		return p.complete(ctx, p.status(), late && !finished)
 	}
-	wait := r.wait
-	if deadline > 0 {
-		wait = retry.Sooner(wait, deadline)
+	n, idle := len(t.nodes), t.idle()
+	due, wait := t.throttle.Due(now, n, idle)
+	var next *v1beta1.ImagePullJobStatus
+	if changed && !due {
+		if next = p.status(); !apiequality.Semantic.DeepEqual(next.Conditions, p.job.Status.Conditions) {
+			t.throttle.Add(0)
+			due, wait = t.throttle.Due(now, n, idle)
+		}
 	}
-	if !r.due {
+	due = due || p.job.Status.ObservedGeneration != p.job.Generation
+	for _, more := range []time.Duration{t.nextWakeup(now), max(deadline, 0)} {
+		wait = retry.Sooner(wait, more)
+	}
+	if !due {
 		return wait, nil
 	}
+	if next == nil {
+		next = p.status()
+	}
+	before := t.throttle
+	t.throttle.Wrote(now, n, idle)
 	j.writeEvents(p.r.Recorder, p.job)
-	if err := p.writeStatus(ctx, r.status); err != nil {
-		j.unwritten(r)
+	if err := p.writeStatus(ctx, next); err != nil {
+		t.throttle.Undo(before)
 		return 0, err
 	}
 	if wait == 0 {
-		wait = refreshFirst
+		wait = report.RefreshFirst
 	}
 	return wait, nil
+}
+
+// status is what the status of a job that has not ended is to say.
+func (p *pass) status() *v1beta1.ImagePullJobStatus {
+	t := p.memory.state.table
+	next := t.status(&p.job.Status)
+	p.observe(next)
+	t.setRunning(next)
+	return next
 }
 
 // complete ends a job.
@@ -348,7 +382,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	j := p.memory.state
 	reason := report.End(next, late, p.now)
 	if late {
-		report.SetLateFailures(next, j.lateFailures())
+		report.SetLateFailures(next, j.table.nodes.lateFailures())
 	}
 	if err := p.writeStatus(ctx, next); err != nil {
 		return 0, err
@@ -414,28 +448,23 @@ func expiry(job *v1beta1.ImagePullJob) time.Time {
 // patch writes the change of metadata since before, if there is one, unless somebody else has
 // written in between.
 func (p *pass) patch(ctx context.Context, before *v1beta1.ImagePullJob) error {
-	if apiequality.Semantic.DeepEqual(before, p.job) {
-		return nil
-	}
-	err := p.r.Client.Patch(ctx, p.job, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
-	if err == nil {
-		p.wrote("job")
-	}
-	return err
+	return p.writer().Patch(ctx, p.job, before)
 }
 
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *v1beta1.ImagePullJobStatus) error {
 	report.SetReady(next)
-	if apiequality.Semantic.DeepEqual(&p.job.Status, next) {
-		return nil
-	}
 	before := p.job.DeepCopy()
 	p.job.Status = *next
-	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
-	if err := p.r.Client.Status().Patch(ctx, p.job, patch); err != nil {
-		return err
+	_, err := p.writer().PatchStatus(ctx, p.job, before)
+	return err
+}
+
+func (p *pass) writer() *objects.Writer[*v1beta1.ImagePullJob] {
+	return &objects.Writer[*v1beta1.ImagePullJob]{
+		Client: p.r.Client, Kind: "job", Wrote: func(what string, o *v1beta1.ImagePullJob) {
+			p.r.Metrics.Wrote(what)
+			p.memory.written.Wrote(o)
+		},
 	}
-	p.wrote("job status")
-	return nil
 }

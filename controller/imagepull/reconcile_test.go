@@ -179,6 +179,31 @@ func TestNever(t *testing.T) {
 	})
 }
 
+// A node fails, for a job that never ends, while the reconciler writes a status. The node is tried
+// again in time, though nothing else happens for the better part of a day.
+func TestFailedDuringReconcile(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("well", &simNode{takes: time.Second})
+		b.add("poor", &simNode{takes: time.Minute, outcome: "RegistryUnavailable"})
+		b.create("job",
+			spec{ImagePullJobTemplate: template{Parallelism: parallel(2),
+				CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		begin := time.Now()
+		b.until("half done", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
+		b.mu.Lock()
+		b.slow = func() time.Duration { return max(begin.Add(2*time.Minute).Sub(time.Now()), 0) }
+		b.mu.Unlock()
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		if n := b.fleet.begun("poor")["poor"]; n != 1 {
+			t.Fatalf("%d pulls on the node that fails", n)
+		}
+		b.fleet.change("poor", func(n *simNode) { n.outcome = "" })
+		j := b.until("tried again", "job", 13*time.Minute, func(j *job) bool { return j.Status.Succeeded == 2 })
+		b.want(j, "False UpToDate", "2/0/2/0")
+	})
+}
+
 func TestPausedAndResumed(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(4, time.Minute)

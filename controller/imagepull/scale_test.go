@@ -89,6 +89,9 @@ func TestManyNodes(t *testing.T) {
 		if writes > budget(manyNodes) {
 			t.Errorf("%d API writes, want at most %d", writes, budget(manyNodes))
 		}
+		if b.looks > 5 {
+			t.Errorf("%d times all nodes were looked at, though none has changed", b.looks)
+		}
 		for name, n := range b.fleet.begun(well...) {
 			if n != 1 {
 				t.Errorf("%d pulls on %s", n, name)

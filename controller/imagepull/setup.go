@@ -18,7 +18,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
-	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
@@ -36,8 +35,10 @@ type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
 	r.Gate.OnClose(r.forgetAll)
-	if err := m.Add(r.crew); err != nil {
-		return err
+	for _, runnable := range []manager.Runnable{r.crew, r.tracker} {
+		if err := m.Add(runnable); err != nil {
+			return err
+		}
 	}
 	newJob := func() client.Object { return &v1beta1.ImagePullJob{} }
 	return builder.ControllerManagedBy(m).
@@ -46,7 +47,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&v1beta1.ImagePullJob{}, r.deletions()).
 		Watches(&corev1.Node{}, gathered(r.jobsOfNode), builder.WithPredicates(spec.NodeChanges())).
 		Watches(&corev1.Pod{}, gathered(r.jobsOfPod), builder.WithPredicates(spec.PodChanges())).
-		WatchesRawSource(source.Channel(r.wakes, &handler.TypedEnqueueRequestForObject[*v1beta1.ImagePullJob]{})).
+		WatchesRawSource(r.tracker.Source()).
 		WithOptions(controller.Options{
 			MaxConcurrentReconciles: workers,
 			RateLimiter:             retry.RateLimiter(),
@@ -80,6 +81,7 @@ func gathered(requests func(context.Context, client.Object) []reconcile.Request)
 	}
 }
 
+// jobs are the unfinished jobs that are chosen. They find out again which nodes they choose.
 func (r *Reconciler) jobs(
 	ctx context.Context, chosen func(*v1beta1.ImagePullJob) bool, opts ...client.ListOption,
 ) []reconcile.Request {
@@ -91,7 +93,9 @@ func (r *Reconciler) jobs(
 	var requests []reconcile.Request
 	for i := range list.Items {
 		if job := &list.Items[i]; job.Status.CompletionTime == nil && chosen(job) {
-			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(job)})
+			key := client.ObjectKeyFromObject(job)
+			r.rematch(key)
+			requests = append(requests, reconcile.Request{NamespacedName: key})
 		}
 	}
 	return requests

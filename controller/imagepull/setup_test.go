@@ -34,7 +34,8 @@ func TestSetup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := (&imagepull.Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
+	r := &imagepull.Reconciler{Client: m.GetClient(), Nodes: newFleet(), Log: log}
+	if err := r.SetupWithManager(t.Context(), m, 1); err != nil {
 		t.Error(err)
 	}
 	if err := (&joblist.Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {

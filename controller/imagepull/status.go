@@ -4,7 +4,6 @@
 package imagepull
 
 import (
-	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 )
 
@@ -52,7 +52,7 @@ func (t *table) status(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJob
 		case n.phase == active:
 			s.Active++
 			busy = append(busy, n)
-		case n.away.reason != "":
+		case n.away.Reason != "":
 			s.Skipped++
 			skipped = append(skipped, n)
 		}
@@ -96,7 +96,7 @@ func (t *table) pinsBounded() string {
 	}
 	count, example := 0, ""
 	for _, n := range t.nodes {
-		if why := cmp.Or(n.op.GetNotPinned(), oldNotPinned(n.op)); why != "" && n.phase == succeeded {
+		if why := pull.NotPinned(n.op); why != "" && n.phase == succeeded {
 			if count++; count == 1 {
 				example = fmt.Sprintf("node %s says: %s", n.name(), report.Shorten(why))
 			}
@@ -191,7 +191,7 @@ func (n *nodeState) failure(reason, message string) v1beta1.NodePullFailure {
 func (nodes nodeStates) describeSkipped() (list []v1beta1.NodePullFailure) {
 	slices.SortFunc(nodes, func(a, b *nodeState) int { return strings.Compare(a.name(), b.name()) })
 	for _, n := range report.First(nodes, report.MaxDetails) {
-		list = append(list, n.failure(n.away.reason, n.away.message))
+		list = append(list, n.failure(n.away.Reason, n.away.Message))
 	}
 	return list
 }
@@ -202,7 +202,7 @@ func (nodes nodeStates) describeSlowest() (list []v1beta1.NodePullProgress) {
 	for _, n := range report.First(nodes, maxSlowest) {
 		begun := metav1.NewTime(n.begun)
 		list = append(list, v1beta1.NodePullProgress{
-			Node: n.name(), Phase: phaseName(n.op.GetPhase()), Reason: n.op.GetReason(), Message: n.waitsFor(),
+			Node: n.name(), Phase: pull.PhaseName(n.op.GetPhase()), Reason: n.op.GetReason(), Message: n.waitsFor(),
 			BytesDone: n.op.GetBytesDone(), BytesTotal: n.op.GetBytesTotal(), BytesPerSecond: n.op.GetBytesPerSecond(),
 			Attempt: n.op.GetAttempt(), StartTime: &begun,
 		})
@@ -222,7 +222,7 @@ func (n *nodeState) waitsFor() string {
 func (nodes nodeStates) setLimitKept(s *v1beta1.ImagePullJobStatus) {
 	count, example := 0, ""
 	for _, n := range nodes {
-		if why := cmp.Or(n.op.GetLimitNotKept(), oldLimitNotKept(n.op)); why != "" {
+		if why := pull.LimitNotKept(n.op); why != "" {
 			if count++; count == 1 {
 				example = fmt.Sprintf("node %s: %s", n.name(), report.Shorten(why))
 			}

@@ -6,13 +6,15 @@ package imagepull
 import (
 	"fmt"
 	"math"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/pull"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
@@ -36,7 +38,7 @@ const (
 )
 
 // table is what is known of the nodes of a job, and the rules by which it changes. It commands no
-// node and starts no goroutine. The job's mutex guards it.
+// node and starts no goroutine.
 type table struct {
 	metrics *Metrics
 	log     logrus.FieldLogger
@@ -45,6 +47,14 @@ type table struct {
 	nodes  nodeStates // in the order in which they pull
 	byName map[string]*nodeState
 	counts [phases]int
+	// verifying is the number of nodes that are.
+	verifying int
+	// made is when the table was made: alarms count from then.
+	made time.Time
+	// turns has nodes that wait until fewer nodes pull, alarms those that wait for their time, and
+	// survey those that wait for a probe. adopted nodes pull already, and nobody follows them yet.
+	turns, alarms   line
+	survey, adopted []*nodeState
 	// probes are under way. unverified is the number of nodes that are.
 	probes, unverified int
 	// removed nodes were active when the job ceased to choose them, and may still be pulling.
@@ -52,15 +62,19 @@ type table struct {
 	// older says that nodes may know the job from before: from another controller, or for another
 	// image.
 	older    bool
-	throttle statusThrottle
+	throttle report.Throttle
 	// keys are the pull secrets that were read last; nil before that.
 	keys     *pullsecrets.Keyring
 	reported reported
 }
 
+func newTable(s *spec.Spec, m *Metrics, log logrus.FieldLogger, now time.Time) *table {
+	return &table{metrics: m, log: log, spec: s, byName: map[string]*nodeState{}, made: now}
+}
+
 // setSpec takes up a spec that may have changed, and returns the nodes that the job no longer
 // chooses. With unverified, new nodes may already be pulling.
-func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
+func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*nodeState) {
 	newWork, newParams := s.Work != t.spec.Work, s.Params != t.spec.Params
 	t.spec = s
 	nodes, byName := make(nodeStates, 0, len(s.Nodes)), make(map[string]*nodeState, len(s.Nodes))
@@ -70,14 +84,14 @@ func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
 			n = &nodeState{target: target}
 			t.counts[unknown]++
 			t.setUnverified(n, unverified)
-			t.throttle.add(0)
+			t.throttle.Add(0)
 		}
 		moved := n.target.Node != target.Node
 		if target.Ready && !n.target.Ready {
 			n.retryAt = time.Time{}
 		}
 		n.target = target
-		if newWork || moved && n.phase == active || newParams && (n.phase == active || n.phase == failed) {
+		if newWork || moved && n.phase == active || newParams && (n.call != nil || n.phase == failed) {
 			t.reset(n)
 		}
 		nodes, byName[n.name()] = append(nodes, n), n
@@ -85,17 +99,19 @@ func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
 	for name, n := range t.byName {
 		if byName[name] == nil {
 			t.setUnverified(n, false)
+			t.setVerifying(n, false)
 			t.counts[n.phase]--
-			t.throttle.add(0)
-			n.interrupt()
+			t.throttle.Add(0)
+			t.interrupt(n)
 			gone = append(gone, n)
 		}
 	}
 	t.nodes, t.byName, t.older = nodes, byName, t.older || newWork
 	if newWork || newParams {
-		t.throttle.reset()
+		t.throttle.Reset()
 		t.reported.retries = nil
 	}
+	t.arrangeAll(now)
 	return gone
 }
 
@@ -107,11 +123,34 @@ func (t *table) reset(n *nodeState) {
 	if n.phase == active {
 		t.setUnverified(n, true)
 	}
-	n.interrupt()
+	t.interrupt(n)
 	n.reached()
-	n.verifying, n.op, n.retries, n.retryAt = false, nil, 0, time.Time{}
+	t.setVerifying(n, false)
+	n.op, n.retries, n.retryAt = nil, 0, time.Time{}
 	t.setPhase(n, unknown)
 	t.setFraction(n, 0)
+}
+
+// interrupt ends what is being said to a node.
+func (t *table) interrupt(n *nodeState) {
+	if n.call == nil {
+		return
+	}
+	if n.call.probes() {
+		t.probes--
+	}
+	n.call.stop()
+	n.call = nil
+}
+
+func (t *table) setVerifying(n *nodeState, verifying bool) {
+	switch {
+	case verifying && !n.verifying:
+		t.verifying++
+	case !verifying && n.verifying:
+		t.verifying--
+	}
+	n.verifying = verifying
 }
 
 func (t *table) setUnverified(n *nodeState, unverified bool) {
@@ -133,13 +172,13 @@ func (t *table) setPhase(n *nodeState, p phase) {
 		n.reason, n.message = "", ""
 	}
 	n.lastFailure = ""
-	t.throttle.add(math.Abs(n.unit() - before))
+	t.throttle.Add(math.Abs(n.unit() - before))
 }
 
 func (t *table) setFraction(n *nodeState, f float64) {
 	before := n.unit()
 	n.fraction = f
-	t.throttle.add(math.Abs(n.unit() - before))
+	t.throttle.Add(math.Abs(n.unit() - before))
 }
 
 // begin lets a node pull.
@@ -148,12 +187,22 @@ func (t *table) begin(n *nodeState, now time.Time) {
 	t.setPhase(n, active)
 }
 
+// beginTurn lets a node pull whose turn it is. If the job is done with the node, it makes sure of
+// the image, or tries again.
+func (t *table) beginTurn(n *nodeState, now time.Time) {
+	if n.phase != pending {
+		t.setVerifying(n, n.phase == succeeded)
+		n.round++
+	}
+	t.begin(n, now)
+}
+
 // fail gives a node up, with the reason in one word and the message for people.
 func (t *table) fail(n *nodeState, reason, message string) {
 	if t.counts[failed] == 0 {
-		t.throttle.urgent = true
+		t.throttle.Urge()
 	}
-	n.verifying = false
+	t.setVerifying(n, false)
 	t.setPhase(n, failed)
 	n.reason, n.message = reason, message
 	t.reported.failed(n.name(), reason, message)
@@ -161,20 +210,20 @@ func (t *table) fail(n *nodeState, reason, message string) {
 }
 
 // unreached notes that the node could not be commanded, and decides when to try again.
-func (t *table) unreached(n *nodeState, why trouble, now time.Time) {
+func (t *table) unreached(n *nodeState, why command.Trouble, now time.Time) {
 	if n.since.IsZero() {
 		n.since = now
 	}
 	n.tries++
 	n.away = why
-	t.throttle.add(0)
+	t.throttle.Add(0)
 	switch {
 	case n.phase == failed:
-		n.reason, n.message = why.reason, why.message
+		n.reason, n.message = why.Reason, why.Message
 		n.retryAt = now.Add(reprobeInterval)
-	case why.final || why.reason == reasonNoProxy && n.tries >= maxRefusals || now.Sub(n.since) >= nodeTimeout:
-		t.fail(n, why.reason, why.message)
-		t.metrics.failed(why.reason)
+	case why.Final || why.Reason == command.ReasonNoProxy && n.tries >= maxRefusals || now.Sub(n.since) >= nodeTimeout:
+		t.fail(n, why.Reason, why.Message)
+		t.metrics.failed(why.Reason)
 		n.retryAt = now.Add(reprobeInterval)
 	default:
 		t.setPhase(n, unknown)
@@ -186,9 +235,9 @@ func (t *table) unreached(n *nodeState, why trouble, now time.Time) {
 func (t *table) leaveOut(n *nodeState, now time.Time) {
 	t.setUnverified(n, false)
 	reason, message := n.target.Reason, n.target.Message
-	if n.away.reason != reason {
-		n.away = trouble{reason: reason, message: message}
-		t.throttle.add(0)
+	if n.away.Reason != reason {
+		n.away = command.Trouble{Reason: reason, Message: message}
+		t.throttle.Add(0)
 	}
 	if n.since.IsZero() {
 		n.since = now
@@ -199,65 +248,36 @@ func (t *table) leaveOut(n *nodeState, now time.Time) {
 	}
 }
 
-// nextWakeup is how long until the passing of time alone lets something begin; 0 means never.
-func (t *table) nextWakeup(now time.Time) time.Duration {
-	var next time.Duration
-	at := func(then time.Time) {
-		if d := max(then.Sub(now), time.Millisecond); next == 0 || d < next {
-			next = d
-		}
-	}
-	full := t.full(t.spec.Parallelism()) || t.unverified > 0
-	for _, n := range t.nodes {
-		toProbe := n.phase == unknown || n.phase == failed && !n.gaveUp()
-		switch {
-		case n.busy():
-		case !n.target.Ready:
-			if !n.done() && !n.since.IsZero() {
-				at(n.since.Add(nodeTimeout))
-			}
-		case toProbe && t.probes < maxProbes, n.phase == pending && !full, t.spec.Never && n.done() && !full:
-			at(n.retryAt)
-		}
-	}
-	return next
-}
-
 // idle says that nothing is under way.
 func (t *table) idle() bool { return t.counts[active] == 0 && t.probes == 0 }
 
 // finished says that no node has anything left to do.
 func (t *table) finished() bool {
-	for _, n := range t.nodes {
-		if !n.done() {
-			return false
-		}
-	}
-	return t.unverified == 0
+	return t.counts[succeeded]+t.counts[failed]+t.verifying == len(t.nodes) && t.unverified == 0
 }
 
 // adopt takes over what a probe has found.
-func (t *table) adopt(n *nodeState, f found, now time.Time) {
+func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 	stale := n.staleFailures
-	n.round, n.retryAt, n.staleFailures = f.rounds, time.Time{}, false
-	op := f.latest
+	n.round, n.retryAt, n.staleFailures = f.Rounds, time.Time{}, false
+	op := f.Latest
 	switch {
-	case op == nil && f.pinned:
+	case op == nil && f.Pinned:
 		t.succeed(n, nil, now)
 	case op == nil:
-		if n.away = (trouble{}); !n.untaken { // else it has to take the command first
+		if n.away = (command.Trouble{}); !n.untaken { // else it has to take the command first
 			n.reached()
 		}
 		t.setPhase(n, pending)
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		t.succeed(n, op, now)
 	case op.GetFinishTime() == nil:
-		n.round = f.round
+		n.round = f.Round
 		t.begin(n, now)
 	// The clocks of the node and of the API server may differ. Begun is for a job that another
 	// controller goes on with.
 	case stale, op.GetFinishTime().AsTime().Before(t.spec.Begun),
-		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
+		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && pull.OverdueText(op) == "":
 		n.round++ // the job has begun again since
 		t.setPhase(n, pending)
 	default:
@@ -265,8 +285,8 @@ func (t *table) adopt(n *nodeState, f found, now time.Time) {
 		n.op = op
 		t.reported.count = maxFailureEvents // the controller that saw the failure has reported it
 		reason, message := op.GetReason(), op.GetMessage()
-		if text := overdueText(op); text != "" {
-			reason, message = reasonOverdue, text
+		if text := pull.OverdueText(op); text != "" {
+			reason, message = pull.ReasonOverdue, text
 		}
 		t.fail(n, reason, message)
 		n.retryAt = now.Add(retryMin)
@@ -276,12 +296,13 @@ func (t *table) adopt(n *nodeState, f found, now time.Time) {
 // succeed notes that the node has the image.
 func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	n.reached()
-	n.op, n.verifying, n.retries = op, false, 0
+	t.setVerifying(n, false)
+	n.op, n.retries = op, 0
 	t.setFraction(n, 1)
 	t.setPhase(n, succeeded)
 	since := now
 	if finish := op.GetFinishTime(); finish != nil && finish.AsTime().Before(now) {
-		since = finish.AsTime()
+		since = now.Add(finish.AsTime().Sub(now)) // by the clock of now
 	}
 	n.retryAt = since.Add(t.spec.RenewEvery())
 }
@@ -291,8 +312,7 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	switch {
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		t.succeed(n, op, now)
-	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED &&
-		(op.GetCancelCode() != "" || strings.Contains(op.GetMessage(), cancelReason)):
+	case pull.CancelledByController(op):
 		// This controller has cancelled it, for a change that another one has overtaken.
 		n.round++
 		t.setPhase(n, pending)
@@ -312,39 +332,38 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 }
 
 // yield lets other nodes pull instead of a node that could not be told to, or has become silent.
-func (t *table) yield(n *nodeState, err error, why trouble, since time.Time) {
+func (t *table) yield(n *nodeState, err error, why command.Trouble, since, now time.Time) {
 	conflict := nodes.Code(err) == codes.AlreadyExists
 	verifying := n.verifying
-	n.verifying = false
+	t.setVerifying(n, false)
 	switch {
 	case conflict && n.retries < maxConflicts:
 		n.round++
 		n.retries++
 		t.setPhase(n, pending)
-	case why.final && why.reason == reasonInvalidRequest:
+	case why.Final && why.Reason == command.ReasonInvalidRequest:
 		n.reached()
-		t.fail(n, why.reason, why.message)
-		n.retryAt = time.Now().Add(retryMax)
-		t.metrics.failed(why.reason)
+		t.fail(n, why.Reason, why.Message)
+		n.retryAt = now.Add(retryMax)
+		t.metrics.failed(why.Reason)
 	case verifying:
 		// It had the image when it last answered.
 		t.setPhase(n, succeeded)
-		n.retryAt = time.Now().Add(retryMin)
+		n.retryAt = now.Add(retryMin)
 	default:
 		if n.untaken = true; n.since.IsZero() {
 			n.since = since
 		}
 		t.setPhase(n, unknown)
-		t.unreached(n, why, time.Now())
+		t.unreached(n, why, now)
 	}
 }
 
 // progress notes what a node says of its pull.
 func (t *table) progress(n *nodeState, op *opsv1.PullOperation) {
 	n.reached()
-	op.Layers = nil // many, and never looked at
 	if op.GetPhase() != n.op.GetPhase() || op.GetReason() != n.op.GetReason() {
-		t.throttle.add(0)
+		t.throttle.Add(0)
 	}
 	n.op = op
 	t.noteRetry(n, op)

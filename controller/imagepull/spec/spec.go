@@ -220,6 +220,11 @@ func BeginsAnew(job *v1beta1.ImagePullJob) bool {
 		s.ObservedEffort != "" && s.ObservedEffort != ObservedEffort(job)
 }
 
+// Same says that o asks the same of a node, for a job of the same generation.
+func (s *Spec) Same(o *Spec) bool {
+	return s.Work == o.Work && s.Params == o.Params && s.Shortened == o.Shortened
+}
+
 // PullUID is the UID of a pull on each node. A node has one pull for each round.
 func (s *Spec) PullUID(round int) string {
 	uid := string(s.uid) + "." + s.Work + "." + s.Params

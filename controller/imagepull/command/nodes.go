@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package command
 
 import (
 	"context"
@@ -38,46 +38,47 @@ var _ Nodes = (*nodes.Client)(nil)
 // Reasons of nodes that are left out, or fail, though no pull has failed. spec has two more.
 const (
 	reasonUnreachable    = "NodeUnreachable"
-	reasonNoProxy        = "NoProxy"
+	ReasonNoProxy        = "NoProxy"
 	reasonOutdated       = "ProxyOutdated"
 	reasonRefuses        = "NodeRefuses"
 	reasonBusy           = "NodeBusy"
 	reasonUnavailable    = "NodeUnavailable"
-	reasonInvalidRequest = "InvalidRequest"
+	ReasonInvalidRequest = "InvalidRequest"
 	reasonSecrets        = "PullSecretsUnreadable"
 )
 
-// trouble is why a node cannot be commanded.
-type trouble struct {
-	reason, message string
-	// final says that trying again is of no use for now.
-	final bool
+// Trouble is why a node cannot be commanded.
+type Trouble struct {
+	Reason, Message string
+	// Final says that trying again is of no use for now.
+	Final bool
 }
 
-func troubleOf(err error) trouble {
+// TroubleOf reads an error of [Client].
+func TroubleOf(err error) Trouble {
 	var unreadable *pullsecrets.UnreadableError
 	if errors.As(err, &unreadable) {
-		return trouble{reason: reasonSecrets, message: err.Error()}
+		return Trouble{Reason: reasonSecrets, Message: err.Error()}
 	}
-	t := trouble{reason: reasonUnavailable, message: err.Error()}
+	t := Trouble{Reason: reasonUnavailable, Message: err.Error()}
 	var nodeError *nodes.Error
 	if !errors.As(err, &nodeError) {
 		return t
 	}
 	switch c := nodeError.Code(); {
 	case nodeError.Refused():
-		t.reason = reasonNoProxy
-		t.message = "nothing listens at " + nodeError.Node.Address + ": install cri-proxy on the node, or start it"
+		t.Reason = ReasonNoProxy
+		t.Message = "nothing listens at " + nodeError.Node.Address + ": install cri-proxy on the node, or start it"
 	case nodeError.Silent:
-		t.reason = reasonUnreachable
+		t.Reason = reasonUnreachable
 	case c == codes.Unimplemented:
-		t.reason, t.final = reasonOutdated, true
+		t.Reason, t.Final = reasonOutdated, true
 	case c == codes.PermissionDenied || c == codes.Unauthenticated:
-		t.reason = reasonRefuses
+		t.Reason = reasonRefuses
 	case c == codes.ResourceExhausted:
-		t.reason = reasonBusy
+		t.Reason = reasonBusy
 	case !nodeError.Temporary():
-		t.reason, t.final = reasonInvalidRequest, true
+		t.Reason, t.Final = ReasonInvalidRequest, true
 	}
 	return t
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package command
 
 import (
 	"context"
@@ -15,11 +15,11 @@ import (
 )
 
 const (
-	// secretsMaxAge is how long secrets are used that were read.
-	secretsMaxAge = 30 * time.Second
-	// secretsMaxAgeForRenewal is the same for a node that needs other secrets than it has: a job
+	// SecretsMaxAge is how long secrets are used that were read.
+	SecretsMaxAge = 30 * time.Second
+	// SecretsMaxAgeForRenewal is the same for a node that needs other secrets than it has: a job
 	// reads them at most twice a second, whatever the number of its nodes.
-	secretsMaxAgeForRenewal = 500 * time.Millisecond
+	SecretsMaxAgeForRenewal = 500 * time.Millisecond
 	// secretsTimeout bounds one reading.
 	secretsTimeout = 10 * time.Second
 )

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package pull
 
 import (
 	"fmt"
@@ -17,26 +17,26 @@ const (
 	// ends it.
 	overdueSlack = 2 * time.Minute
 
-	// reasonOverdue is why a node fails that answers and does not come to an end.
-	reasonOverdue = "Overdue"
-	// overdueReason begins what such a node is told.
-	overdueReason = cancelReason + reasonOverdue + ": "
+	// ReasonOverdue is why a node fails that answers and does not come to an end.
+	ReasonOverdue = "Overdue"
+	overdueReason = cancelReason + ReasonOverdue + ": "
 )
 
-// allowance is the time that a pull has left, at work and in its node's queue.
-type allowance struct {
+// Allowance is the time that a pull has left, at work and in its node's queue.
+type Allowance struct {
 	bound, work, queue time.Duration
 	queued             bool
 	since              time.Time
 }
 
-func newAllowance(r *opsv1.PullRequest, now time.Time) *allowance {
+// NewAllowance returns what a pull has that a node is told at a time.
+func NewAllowance(r *opsv1.PullRequest, now time.Time) *Allowance {
 	bound := spec.WorkBound(r)
-	return &allowance{bound: bound, work: bound + overdueSlack, queue: spec.QueueAllowance + overdueSlack, since: now}
+	return &Allowance{bound: bound, work: bound + overdueSlack, queue: spec.QueueAllowance + overdueSlack, since: now}
 }
 
-// spend takes off the time that has passed. It says why the pull has to end, or nothing.
-func (b *allowance) spend(op *opsv1.PullOperation, now time.Time) string {
+// Spend takes off the time that has passed. It says why the pull has to end, or nothing.
+func (b *Allowance) Spend(op *opsv1.PullOperation, now time.Time) string {
 	passed := now.Sub(b.since)
 	if b.queued {
 		b.queue -= passed
@@ -56,11 +56,14 @@ func (b *allowance) spend(op *opsv1.PullOperation, now time.Time) string {
 	return ""
 }
 
-// overdueText is why the controller ended a pull that was overdue; empty if it did not.
-func overdueText(op *opsv1.PullOperation) string {
+// OverdueText is why the controller ended a pull that was overdue; empty if it did not.
+func OverdueText(op *opsv1.PullOperation) string {
 	text, ok := strings.CutPrefix(op.GetMessage(), overdueReason)
 	if op.GetPhase() != opsv1.PullPhase_PULL_CANCELLED || !ok && op.GetCancelCode() != opsv1.CancelCodeOverdue {
 		return ""
 	}
 	return text
 }
+
+// OverdueReason is what a node is told whose pull is cancelled because it is overdue.
+func OverdueReason(why string) string { return overdueReason + why }
