@@ -5,6 +5,7 @@ package ops
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -81,36 +82,21 @@ type Options struct {
 
 // Engine runs operations and keeps their journal.
 type Engine struct {
-	view       *interceptors.View
-	log        logrus.FieldLogger
-	rt         runtimeapi.RuntimeServiceClient
-	img        runtimeapi.ImageServiceClient
-	disk       *store.Store
-	records    *store.Records // that of disk
-	node       *crinode.Client
-	hooks      *hooks.Runner
-	legacyLog  string
-	metrics    *metrics
-	tracer     trace.Tracer // nil: off
-	switchover *switchover.Prober
-	overrides  *store.Overrides // that of disk
-	images     Images           // nil: no upgrades and overrides
-	pods       Pods             // may be nil
+	node    *Node
+	log     logrus.FieldLogger
+	disk    *store.Store
+	metrics *metrics
+	tracer  trace.Tracer // nil: off
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
-	// limits is held while the limits of pods are changed, see [cgroup.Raise].
-	limits sync.Mutex
-
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
 	// judging is held while containers are judged; judged is set once all have been. See Judge.
 	judging chan struct{}
 	judged  atomic.Bool
-
-	turns *operation.Turns
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation.Operation
@@ -153,42 +139,37 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, journal.Close())
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
-	e := &Engine{
-		view:      o.View,
-		log:       log,
-		rt:        rt,
-		img:       runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
-		disk:      &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
-		records:   records,
-		node:      &crinode.Client{Runtime: rt, Log: log},
-		hooks:     hooks.NewRunner(rt),
-		legacyLog: o.LegacyLogDir,
-		switchover: switchover.NewProber(switchover.Options{
+	node := &Node{
+		Client:       &crinode.Client{Runtime: rt, Log: log},
+		ImageService: runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
+		View:         o.View, Records: records, Hooks: hooks.NewRunner(rt), Images: o.Images, Pods: o.Pods,
+		Switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),
-		images:     o.Images,
+		Turns: operation.NewTurns(), LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
+	}
+	e := &Engine{
+		node:       node,
+		log:        log,
+		disk:       &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
 		tracer:     o.Tracer,
-		pods:       o.Pods,
 		queue:      make(chan struct{}, 1),
 		late:       make(chan struct{}, 1),
 		lateCreate: lateCreate,
 		ops:        map[string]*operation.Operation{},
 		tokens:     map[string]bool{},
-		turns:      operation.NewTurns(),
 		settled:    map[string]bool{},
 		incumbents: map[string]bool{},
 		decided:    map[string]bool{},
 		leftSlots:  map[interceptors.Slot]string{},
 		judging:    make(chan struct{}, 1),
 	}
-	if e.legacyLog == "" {
-		e.legacyLog = "/var/log/containers"
-	}
+	node.Active = e.activeOperations
 	records.EachStarted(o.View.SetStarted)
 	records.EachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
-	if e.overrides, err = store.OpenOverrides(journal, e.img, log); err == nil {
-		e.disk.Overrides = e.overrides
+	if node.Overrides, err = store.OpenOverrides(journal, node.ImageService, log); err == nil {
+		e.disk.Overrides = node.Overrides
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
@@ -248,7 +229,7 @@ func (e *Engine) reclaim(
 ) (*interceptors.Claim, error) {
 	isUpgrade := o.Upgrade() != nil
 	e.incumbents[rec.Incumbent] = true
-	claim, err := e.view.TryClaim(c.Slot())
+	claim, err := e.node.View.TryClaim(c.Slot())
 	if err != nil {
 		return nil, fmt.Errorf("slot %s: %w", c.Slot(), err)
 	}
@@ -309,10 +290,10 @@ func (e *Engine) JournalError() error {
 }
 
 // Records returns the store for the interceptors.
-func (e *Engine) Records() *store.Records { return e.records }
+func (e *Engine) Records() *store.Records { return e.node.Records }
 
 // Overrides returns the slots with another image, for the interceptors.
-func (e *Engine) Overrides() *store.Overrides { return e.overrides }
+func (e *Engine) Overrides() *store.Overrides { return e.node.Overrides }
 
 // Run waits for the runtime, finishes what the journal holds and then runs
 // operations until ctx ends. It returns when the last one has come to a point from
@@ -344,11 +325,11 @@ func (e *Engine) Run(ctx context.Context) error {
 // container about any more. wg owns what takes longer.
 func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 	if e.node.AwaitRuntime(ctx) == nil {
-		e.switchover.Probe(ctx)
+		e.node.Switchover.Probe(ctx)
 		e.tidy(ctx, wg)
 	}
 	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
-		e.view.Unguard()
+		e.node.View.Unguard()
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -364,9 +345,9 @@ func (e *Engine) Close() error {
 		e.log.Error("operations have ended that the journal knows as unfinished: " +
 			"the next process will take them up again")
 	}
-	e.overrides.Flush()
-	e.hooks.Close()
-	return errors.Join(e.disk.Journal.Close(), e.records.Close())
+	e.node.Overrides.Flush()
+	e.node.Hooks.Close()
+	return errors.Join(e.disk.Journal.Close(), e.node.Records.Close())
 }
 
 // writeLater queues the end of the operation to be written as soon as the journal can be written.
@@ -428,7 +409,7 @@ func (e *Engine) forget(ctx context.Context) {
 		if _, err := e.forgetRemoved(ctx); err != nil {
 			e.log.WithError(err).Warn("records not tidied")
 		}
-		e.overrides.Flush()
+		e.node.Overrides.Flush()
 		e.forgetOverrides(ctx)
 	}
 }
@@ -452,7 +433,7 @@ func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
 		list, err = e.forgetRemoved(ctx)
 	}
 	e.judge(ctx, list) // what has come about since
-	if err := e.switchover.RemoveStray(e.knows); err != nil {
+	if err := e.node.Switchover.RemoveStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
 	return true
@@ -463,10 +444,10 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 	// What is recorded is read first: a container made between the two reads is in the list but not
 	// in the records read, and stays.
 	recorded := map[string]bool{}
-	for _, id := range e.records.IDs() {
+	for _, id := range e.node.Records.IDs() {
 		recorded[id] = true
 	}
-	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	list, err := e.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		return nil, err
 	}
@@ -474,8 +455,8 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 		delete(recorded, c.GetId())
 	}
 	for id := range recorded {
-		e.records.Removed(id)
-		e.view.Forget(id)
+		e.node.Records.Removed(id)
+		e.node.View.Forget(id)
 	}
 	return list.GetContainers(), nil
 }

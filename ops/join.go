@@ -12,7 +12,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -210,7 +209,7 @@ func (r *restart) joins() {
 func (r *restart) refusalToJoin(ctx context.Context) string {
 	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
 		name, rec := r.want.GetName(), r.rec()
-		request, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		request, err := r.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for nothing.
@@ -278,12 +277,12 @@ func (r *restart) awaitRecreation(ctx context.Context) error {
 
 // isKnown reports whether kubelet tells that it goes by the successor: that is so from the beginning of its next sync of the pod.
 func (r *restart) isKnown(ctx context.Context) bool {
-	if r.pods == nil {
+	if r.node.Pods == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
+	pod, err := r.node.Pods.Pod(ctx, r.o.Pod().GetUid())
 	if err != nil {
 		return false
 	}
@@ -296,7 +295,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	if q.req.GetConfig().GetMetadata().GetAttempt() > r.container().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := r.overridden(ctx, r.slot(), q.req)
+	asked := r.node.Overridden(ctx, r.slot(), q.req)
 	differing := r.differs(ctx, asked)
 	if len(differing) == 0 {
 		r.matchResources(ctx, asked)
@@ -314,30 +313,18 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	return nil
 }
 
-// overridden is the request as it is when it goes to the runtime.
-func (e *Engine) overridden(ctx context.Context, slot interceptors.Slot, req *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
-	if !e.overrides.Any() {
-		return req
-	}
-	out := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
-	if _, err := e.overrides.Apply(ctx, slot, out); err != nil {
-		e.log.WithError(err).Warn("the image that overrides the one in the pod's spec is not known")
-	}
-	return out
-}
-
 // Fits implements [interceptors.Successors].
 func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool {
-	ours := e.records.Request(id)
+	ours := e.node.Records.Request(id)
 	if ours == nil {
 		return false
 	}
 	labels := req.GetConfig().GetLabels()
-	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
+	asked := e.node.Overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
 	if len(criclone.Diff(criclone.AlignMounts(ours, asked), asked)) > 0 {
 		return false
 	}
-	if err := e.match(ctx, id, asked); err != nil {
+	if err := e.node.MatchResources(ctx, id, asked); err != nil {
 		e.log.WithField("container", id).WithError(err).Warn("the container did not take the resources that kubelet asked for")
 	}
 	return true
@@ -345,12 +332,12 @@ func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateCont
 
 // Kept implements [interceptors.Pods].
 func (e *Engine) Kept(ctx context.Context, podUID string) bool {
-	if e.pods == nil {
+	if e.node.Pods == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := e.pods.Pod(ctx, podUID)
+	pod, err := e.node.Pods.Pod(ctx, podUID)
 	return err == nil && goes(pod) == ""
 }
 
@@ -369,12 +356,12 @@ func goes(pod *podsapi.Pod) string {
 // askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells; more is asked of a pod that
 // does not go away.
 func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
-	if r.pods == nil {
+	if r.node.Pods == nil {
 		return ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
+	pod, err := r.node.Pods.Pod(ctx, r.o.Pod().GetUid())
 	switch {
 	case errors.Is(err, podsapi.ErrNotFound):
 		return "kubelet has no such pod any more"

@@ -183,8 +183,8 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.records.Created("c", nil)
-	if e.records.Request("c") != nil || len(e.records.IDs()) != 0 {
+	e.node.Records.Created("c", nil)
+	if e.node.Records.Request("c") != nil || len(e.node.Records.IDs()) != 0 {
 		t.Error("records without a file")
 	}
 	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
@@ -245,7 +245,7 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		e := &Engine{
-			view: interceptors.NewView(), log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
+			node: &Node{View: interceptors.NewView()}, log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
 		}
 		if e.revive("op", r) != nil {

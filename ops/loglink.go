@@ -19,15 +19,15 @@ import (
 // then (pkg/kubelet/kuberuntime/legacy.go): log shippers follow it.
 func (r *restart) logLink(ctx context.Context, id string) {
 	err := func() error {
-		if _, err := os.Stat(r.legacyLog); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(r.node.LogLinks); errors.Is(err, fs.ErrNotExist) {
 			return nil // nobody looks there
 		}
-		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		if err != nil || st.GetStatus().GetLogPath() == "" {
 			return err
 		}
 		pod := r.o.Pod()
-		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.legacyLog, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
+		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
 		if errors.Is(err, fs.ErrExist) {
 			return nil
 		}

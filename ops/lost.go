@@ -71,13 +71,13 @@ func (e *Engine) Judge(ctx context.Context) error {
 	if e.judged.Load() {
 		return nil
 	}
-	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	list, err := e.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		return err
 	}
 	e.judge(ctx, list.GetContainers())
 	e.judged.Store(true)
-	e.view.Judged()
+	e.node.View.Judged()
 	return nil
 }
 
@@ -144,7 +144,7 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		case stray:
 			lost.strays = append(lost.strays, s)
 		default:
-			e.view.Know(token)
+			e.node.View.Know(token)
 			if c == incumbent && !left && e.mayWait(ctx, s) {
 				lost.waits = s
 			}
@@ -164,7 +164,7 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 	if len(lost.strays) == 0 && len(lost.left) == 0 && lost.waits == nil {
 		return
 	}
-	if hold, err := e.view.TryClaim(slot); err == nil {
+	if hold, err := e.node.View.TryClaim(slot); err == nil {
 		newest := list[len(list)-1]
 		hold.Bind(cmp.Or(incumbent.GetPodSandboxId(), newest.GetPodSandboxId()), incumbent.GetId())
 		lost.hold = hold
@@ -175,11 +175,11 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		if s.runs {
 			beside = incumbent.GetId()
 		}
-		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id, beside)
+		s.claim = e.node.View.Stray(slot, s.sandbox, s.token, s.id, beside)
 		e.log.WithFields(s.fields()).Warn("hidden and to be taken away: a staged container that no operation knows")
 	}
 	for _, s := range lost.left {
-		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id, "")
+		s.claim = e.node.View.Stray(slot, s.sandbox, s.token, s.id, "")
 		e.leftSlots[slot] = s.token
 		e.log.WithFields(s.fields()).Warn("hidden: a staged container of an operation that this version does not know; it is taken away when kubelet wants its place")
 	}
@@ -201,14 +201,14 @@ func (e *Engine) undecided(token string) bool {
 
 // mayWait reports whether a container that runs may be waiting at its gate. Mostly its files tell; without any, all containers are asked.
 func (e *Engine) mayWait(ctx context.Context, s *stray) bool {
-	if e.switchover.Gate(s.token).Exists() {
+	if e.node.Switchover.Gate(s.token).Exists() {
 		return true
 	}
-	if !e.switchover.GatesLost() {
+	if !e.node.Switchover.GatesLost() {
 		return false
 	}
 	_, info, err := e.node.Inspect(ctx, s.id)
-	return err == nil && e.switchover.Waits(info.PID, s.id)
+	return err == nil && e.node.Switchover.Waits(info.PID, s.id)
 }
 
 // keepToken keeps the gate of the token from being taken for one that nobody knows, as long as those are looked for.
@@ -240,7 +240,7 @@ func (e *Engine) serves(ctx context.Context, list []*runtimeapi.Container) *runt
 // be shown two that run.
 func (e *Engine) awaitEnd(ctx context.Context, id string) {
 	for until := time.Now().Add(switchover.HookTimeout); time.Now().Before(until); {
-		st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		st, err := e.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || crinode.Sleep(ctx, 20*time.Millisecond) != nil {
 			return
 		}
@@ -254,12 +254,12 @@ func (e *Engine) isShell(ctx context.Context, list []*runtimeapi.Container) bool
 	switch {
 	case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 		return true
-	case err != nil, info.PID == 0, e.switchover.OfContainer(info.PID, list[0].GetId()) == nil:
+	case err != nil, info.PID == 0, e.node.Switchover.OfContainer(info.PID, list[0].GetId()) == nil:
 		return false
 	}
 	return slices.ContainsFunc(list[1:], func(c *runtimeapi.Container) bool {
 		_, info, err := e.node.Inspect(ctx, c.GetId())
-		return err == nil && info.PID != 0 && e.switchover.OfContainer(info.PID, c.GetId()) == nil
+		return err == nil && info.PID != 0 && e.node.Switchover.OfContainer(info.PID, c.GetId()) == nil
 	})
 }
 
@@ -392,23 +392,23 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 		}
 		e.unmask(l, s) // from here on the end of the old container is kubelet's to see
 		grace := crinode.MinGrace
-		if !e.switchover.Waits(info.PID, s.id) {
+		if !e.node.Switchover.Waits(info.PID, s.id) {
 			grace = graceOf(st.GetAnnotations(), maxLateGrace*time.Second)
 		}
 		if err := e.stopHeld(ctx, l.hold, s.id, grace); err != nil {
 			return err
 		}
 	}
-	files := e.tracesOf(s.labels[criclone.LabelPodName], s.labels[criclone.LabelPodNamespace], s.labels[criclone.LabelContainer], s.id)
-	if !ran(st) || e.switchover.Gate(s.token).Exists() {
+	files := e.node.Traces(s.labels[criclone.LabelPodName], s.labels[criclone.LabelPodNamespace], s.labels[criclone.LabelContainer], s.id)
+	if !ran(st) || e.node.Switchover.Gate(s.token).Exists() {
 		files = append(files, st.GetLogPath()) // of an application that ran it says what it did
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := e.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id}); err != nil {
+	if _, err := e.node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id}); err != nil {
 		return err
 	}
-	e.removeFiles(files)
+	e.node.RemoveTraces(files)
 	e.strayGone(s)
 	e.log.WithFields(s.fields()).Warn("removed a staged container that no operation knows")
 	return nil
@@ -427,7 +427,7 @@ func (e *Engine) unmask(l *lostSlot, s *stray) {
 	}
 	s.runs = false
 	before := s.claim
-	s.claim = e.view.Stray(l.slot, s.sandbox, s.token, s.id, "")
+	s.claim = e.node.View.Stray(l.slot, s.sandbox, s.token, s.id, "")
 	before.Discard()
 }
 
@@ -436,11 +436,11 @@ func ran(st *runtimeapi.ContainerStatus) bool { return st.GetStartedAt() != 0 }
 
 // strayGone forgets a stray that does not exist any more.
 func (e *Engine) strayGone(s *stray) {
-	e.records.Removed(s.id)
-	e.view.Forget(s.id)
+	e.node.Records.Removed(s.id)
+	e.node.View.Forget(s.id)
 	s.claim.Discard()
 	s.runs = false
-	if err := e.switchover.Gate(s.token).Remove(); err != nil {
+	if err := e.node.Switchover.Gate(s.token).Remove(); err != nil {
 		e.log.WithError(err).Warn("gate not removed")
 	}
 }
@@ -457,14 +457,14 @@ func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec co
 		criclone.LabelPodName: pod.GetName(), criclone.LabelPodNamespace: pod.GetNamespace(), criclone.LabelPodUID: pod.GetUid(), criclone.LabelContainer: r.want.GetName(),
 	}}
 	s.runs = rec.Incumbent != "" // it may, and its incumbent may have ended
-	s.claim = r.view.Stray(claim.Slot(), s.sandbox, s.token, s.id, rec.Incumbent)
+	s.claim = r.node.View.Stray(claim.Slot(), s.sandbox, s.token, s.id, rec.Incumbent)
 	claim.Discard()
 	l := &lostSlot{slot: claim.Slot(), hold: claim}
 	over := guard.Do(r.log, func() {
 		for crinode.Sleep(ctx, 0) == nil {
-			err := r.findLost(ctx, l, s)
+			err := r.e.findLost(ctx, l, s)
 			if err == nil {
-				r.clear(ctx, l)
+				r.e.clear(ctx, l)
 				return
 			}
 			r.log.WithError(err).Warn("what the operation has left is not found; trying again")
@@ -472,13 +472,13 @@ func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec co
 		}
 	})
 	if !over {
-		r.giveUpLost(l, []*stray{s})
+		r.e.giveUpLost(l, []*stray{s})
 	}
 }
 
 // findLost decides of what an operation has left in the slot.
 func (e *Engine) findLost(ctx context.Context, l *lostSlot, s *stray) error {
-	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: s.sandbox}})
+	list, err := e.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: s.sandbox}})
 	if err != nil {
 		return err
 	}
@@ -509,7 +509,7 @@ func (e *Engine) findLost(ctx context.Context, l *lostSlot, s *stray) error {
 
 // isAlone reports whether nothing else of the slot runs.
 func (e *Engine) isAlone(ctx context.Context, slot interceptors.Slot, s *stray) (bool, error) {
-	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: s.sandbox}})
+	list, err := e.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: s.sandbox}})
 	if err != nil {
 		return false, err
 	}
@@ -524,7 +524,7 @@ func (e *Engine) stopHeld(ctx context.Context, hold *interceptors.Claim, id stri
 	stop := func(ctx context.Context, grace time.Duration) error {
 		ctx, cancel := context.WithTimeout(ctx, grace+crinode.CallTimeout)
 		defer cancel()
-		_, err := e.rt.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)})
+		_, err := e.node.Runtime.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)})
 		return err
 	}
 	if hold == nil {
@@ -545,7 +545,7 @@ func (e *Engine) stopHeld(ctx context.Context, hold *interceptors.Claim, id stri
 func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	s := l.waits
 	log := e.log.WithFields(s.fields())
-	g := e.switchover.Gate(s.token)
+	g := e.node.Switchover.Gate(s.token)
 	defer func() {
 		if !over {
 			return
@@ -558,7 +558,7 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 		log.Warn("a container that no operation knows waits at its gate and is not what the pod's spec asks for: kubelet replaces it")
 		return true
 	}
-	waiting, cancel := context.WithTimeout(ctx, e.switchover.GateTimeout)
+	waiting, cancel := context.WithTimeout(ctx, e.node.Switchover.GateTimeout)
 	defer cancel()
 	if l.hold != nil {
 		var end func()
@@ -570,7 +570,7 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 		switch {
 		case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return errPassed
-		case err == nil && e.switchover.OfContainer(info.PID, s.id) == nil && !gate.Waiting(info.PID):
+		case err == nil && e.node.Switchover.OfContainer(info.PID, s.id) == nil && !gate.Waiting(info.PID):
 			return errPassed
 		}
 		return nil // the runtime may be restarting
@@ -581,7 +581,7 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	switch {
 	case err == nil:
 		log.Warn("a container that no operation knows was waiting at its gate, and the one before it has ended: it begins")
-		e.setStarted(s.id, time.Now())
+		e.node.SetStarted(s.id, time.Now())
 		return true
 	case ctx.Err() != nil:
 		g.Leave() // for the next process
@@ -590,7 +590,7 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 		return true
 	}
 	_, info, ierr := e.node.Inspect(ctx, s.id)
-	waits := ierr == nil && e.switchover.StillWaits(ctx, info.PID, s.id)
+	waits := ierr == nil && e.node.Switchover.StillWaits(ctx, info.PID, s.id)
 	switch {
 	case ctx.Err() != nil:
 		g.Leave() // for the next process
@@ -611,16 +611,16 @@ var errPassed = errors.New("it has passed its gate, or ended")
 // unwanted reports whether kubelet says that the pod's spec has another image than the container was made for. One that waits does not begin
 // then; kubelet finds it running with another hash than the spec's, and replaces it whatever the pod's restart policy is.
 func (e *Engine) unwanted(ctx context.Context, s *stray) bool {
-	if e.pods == nil {
+	if e.node.Pods == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := e.pods.Pod(ctx, s.labels[criclone.LabelPodUID])
+	pod, err := e.node.Pods.Pod(ctx, s.labels[criclone.LabelPodUID])
 	if err != nil || pod.Images[s.labels[criclone.LabelContainer]] == "" {
 		return false
 	}
-	st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.id})
+	st, err := e.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.id})
 	name := s.labels[criclone.LabelContainer]
 	return err == nil && st.GetStatus().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, pod.Images[name])
 }

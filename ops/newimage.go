@@ -54,7 +54,7 @@ func (r *restart) withinPatience(ctx context.Context, began time.Time, limit tim
 // awaited says what an operation that is not ready is at.
 func (r *restart) awaited() string {
 	if r.queued {
-		return "waiting for the container, which " + orOther(r.holder(r.slot())) + " has"
+		return "waiting for the container, which " + orOther(r.node.Holder(r.slot())) + " has"
 	}
 	return "in phase " + operation.PhaseName(r.container().GetPhase())
 }
@@ -64,19 +64,6 @@ func orOther(uid string) string {
 		return "another operation"
 	}
 	return "operation " + uid
-}
-
-// holder is the UID of the operation that has the slot, as far as the journal tells: an operation that
-// has just taken the slot has written nothing yet.
-func (e *Engine) holder(slot interceptors.Slot) string {
-	for _, o := range e.activeOperations() {
-		for i, rec := range o.Records() {
-			if rec.HoldsSlot() && o.Container(i).Slot() == slot {
-				return o.UID()
-			}
-		}
-	}
-	return ""
 }
 
 func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
@@ -113,7 +100,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
 		}
 		pull, end := crinode.EndWith(ctx, others)
-		done, err := r.images.Ensure(pull, req, func(p *opsv1.PullOperation) {
+		done, err := r.node.Images.Ensure(pull, req, func(p *opsv1.PullOperation) {
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(p) })
 		})
 		again := pull.Err() != nil && ctx.Err() == nil
@@ -175,10 +162,10 @@ const pinPatience = 10 * time.Second
 func (r *restart) pinOld(ctx context.Context, at *crinode.Target) {
 	ctx, cancel := context.WithTimeout(ctx, pinPatience)
 	defer cancel()
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
 		until := time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin))
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), until)
+		err = r.node.Images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), until)
 	}
 	if err != nil {
 		r.warn("the old image is not pinned: %v", err)
@@ -200,7 +187,7 @@ func (r *restart) fitImage(ctx context.Context, at *crinode.Target) (*runtimeapi
 	if err != nil {
 		return nil, err
 	}
-	request, err := r.requestOf(ctx, at.Incumbent, at.Sandbox)
+	request, err := r.node.RequestOf(ctx, at.Incumbent, at.Sandbox)
 	if err != nil {
 		return nil, &noRequestError{err}
 	}
@@ -217,7 +204,7 @@ func unfit(err error) error {
 
 // imageStatus is the verbose status of an image that is on the node.
 func (r *restart) imageStatus(ctx context.Context, name string) (*runtimeapi.ImageStatusResponse, error) {
-	st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}, Verbose: true})
+	st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}, Verbose: true})
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("reading the image: %w", err)
@@ -235,7 +222,7 @@ func (r *restart) loadImages(ctx context.Context, ref, old string) error {
 			continue
 		}
 		err := r.node.Retry(ctx, func() error {
-			st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+			st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
 			*into = st.GetImage()
 			return err
 		})
@@ -267,18 +254,18 @@ func (r *restart) prepareRevert(ctx context.Context) error {
 		if err := r.takeSlot(ctx); err != nil {
 			return err
 		}
-		o := r.overrides.Of(r.slot())
+		o := r.node.Overrides.Of(r.slot())
 		if o == nil {
 			return notOverridden(r.want.GetName())
 		}
 		r.change.want.Image = o.SpecImage
 		r.show(func(c *opsv1.ContainerOperation) { c.Image = o.SpecImage })
-		_, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
+		_, err := r.node.Resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
 		if notRunning(err) || pulled == o.SpecImage {
 			return nil
 		}
 		if r.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-			if st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: o.SpecImage}}); err == nil && st.GetImage() != nil {
+			if st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: o.SpecImage}}); err == nil && st.GetImage() != nil {
 				return nil
 			}
 		}
@@ -308,7 +295,7 @@ func (r *restart) revertStopped(err error) bool {
 	if !notRunning(err) || !r.want.GetRevertImage() {
 		return false
 	}
-	r.overrides.Set(r.slot(), nil) // on disk with the end of the restart
+	r.node.Overrides.Set(r.slot(), nil) // on disk with the end of the restart
 	r.warn("the container does not run: kubelet makes it, by its own policy, and with the image of the pod's spec")
 	return true
 }
@@ -316,7 +303,7 @@ func (r *restart) revertStopped(err error) bool {
 // planImage checks the image of a restart with another one and returns the override that it comes to; nil if it is the
 // end of one. The slot is taken.
 func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Override, error) {
-	now := r.overrides.Of(r.slot())
+	now := r.node.Overrides.Of(r.slot())
 	if r.want.GetRevertImage() {
 		if now == nil {
 			return nil, notOverridden(r.want.GetName())
@@ -338,7 +325,7 @@ func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Ove
 	}
 	spec, nonRoot := now.SpecImageOf(runs), criclone.NonRootByImage(config, r.change.old)
 	if now != nil && now.Stale(runs) {
-		r.overrides.Drop(now)
+		r.node.Overrides.Drop(now)
 		now = nil
 	}
 	if now != nil {
@@ -393,7 +380,7 @@ func (r *restart) keepOverride() {
 	if r.change == nil || r.up != nil {
 		return
 	}
-	r.change.before, r.change.changed = r.overrides.Set(r.slot(), r.rec().Override), true
+	r.change.before, r.change.changed = r.node.Overrides.Set(r.slot(), r.rec().Override), true
 }
 
 // undoOverride takes keepOverride back, on disk with the next step.
@@ -401,6 +388,6 @@ func (r *restart) undoOverride() {
 	if r.change == nil || !r.change.changed {
 		return
 	}
-	r.overrides.Set(r.slot(), r.change.before)
+	r.node.Overrides.Set(r.slot(), r.change.before)
 	r.change.changed = false
 }

@@ -119,7 +119,7 @@ func (r *restart) awaitReady(ctx context.Context, id string) error {
 // successorRuns is nil if the successor, which has been started beside the incumbent, runs.
 func (r *restart) successorRuns(ctx context.Context, id string) error {
 	for try := 1; ; try++ {
-		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		s := st.GetStatus()
 		switch {
 		case ctx.Err() != nil:

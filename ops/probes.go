@@ -41,10 +41,10 @@ func (r *restart) probeHold(ctx context.Context) time.Duration {
 	var hold time.Duration
 	if told := r.want.GetHoldProbes(); told != nil {
 		hold = told.AsDuration()
-	} else if r.pods != nil {
+	} else if r.node.Pods != nil {
 		ask, cancel := context.WithTimeout(ctx, podsPatience)
 		defer cancel()
-		pod, err := r.pods.Pod(ask, r.o.Pod().GetUid())
+		pod, err := r.node.Pods.Pod(ask, r.o.Pod().GetUid())
 		if err != nil {
 			return 0 // asked again before it is needed
 		}
@@ -59,15 +59,8 @@ func (r *restart) probeHold(ctx context.Context) time.Duration {
 // holdProbes holds kubelet's probes of the successor, which is about to be shown.
 func (r *restart) holdProbes(ctx context.Context) {
 	if hold := r.probeHold(ctx); hold > 0 {
-		r.quiet(r.rec().Successor, hold)
+		r.node.HoldProbes(r.rec().Successor, hold)
 	}
-}
-
-// quiet holds kubelet's probes of the container. The next process does not know when it was shown: it has the least that it can be.
-func (e *Engine) quiet(id string, hold time.Duration) {
-	hold += probeCut
-	e.records.SetHeld(id, time.Now().Add(hold))
-	e.view.HoldProbes(id, hold)
 }
 
 // holdNext holds the probes of the container that kubelet makes instead of taking the successor over, if it comes to that soon.
@@ -76,15 +69,15 @@ func (r *restart) holdNext(ctx context.Context, within time.Duration) {
 	if hold <= 0 {
 		return
 	}
-	e, image, name := r.Engine, "", r.want.GetName()
+	node, image, name := r.node, "", r.want.GetName()
 	if r.up != nil {
 		image = r.change.want.GetImage()
 	}
-	r.view.WhenCreated(r.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
+	r.node.View.WhenCreated(r.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
 		if image != "" && req.GetConfig().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
 			return false // kubelet has not seen the new spec yet
 		}
-		e.quiet(id, hold)
+		node.HoldProbes(id, hold)
 		return true
 	})
 }

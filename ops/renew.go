@@ -77,7 +77,7 @@ func (r *restart) needsGate(req *runtimeapi.CreateContainerRequest) error {
 
 // volumeImages gives the mounts of volumes of type image what their references mean on this node now.
 func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
-	if r.images == nil {
+	if r.node.Images == nil {
 		return nil
 	}
 	for _, v := range env.GetImageVolumes() {
@@ -101,7 +101,7 @@ func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfi
 // ensureVolumes makes sure of the images of volumes, as kubelet does before each start (kuberuntime_manager.go getImageVolumes).
 func (r *restart) ensureVolumes(ctx context.Context) error {
 	env, _ := r.o.Environment(r.want.GetName())
-	if r.images == nil {
+	if r.node.Images == nil {
 		return nil
 	}
 	for _, v := range env.GetImageVolumes() {
@@ -143,18 +143,18 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 // ensureImage makes sure of the image of the pod's spec as kubelet does before each start (image_manager.go
 // EnsureImageExists), before the slot is taken: a pull may take long.
 func (r *restart) ensureImage(ctx context.Context) error {
-	if r.images == nil || r.overrides.Of(r.slot()) != nil {
+	if r.node.Images == nil || r.node.Overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	if err := r.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	// What cannot be found is said when the slot is taken.
-	found, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
+	found, err := r.node.Resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	request, err := r.requestOf(ctx, found.Incumbent, found.Sandbox)
+	request, err := r.node.RequestOf(ctx, found.Incumbent, found.Sandbox)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
@@ -189,7 +189,7 @@ func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 // imageOnNode returns what the runtime knows of an image; nil if the node has none of that name.
 func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimeapi.Image, err error) {
 	err = r.node.Retry(ctx, func() error {
-		st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
+		st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 		image = st.GetImage()
 		return err
 	})
@@ -203,7 +203,7 @@ func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimea
 // have moved since the incumbent's start.
 func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	name := c.GetImage().GetUserSpecifiedImage()
-	if r.images == nil || name == "" || r.overrides.Of(r.slot()) != nil {
+	if r.node.Images == nil || name == "" || r.node.Overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	now, err := r.imageOnNode(ctx, name)
@@ -276,7 +276,7 @@ func (r *restart) renewStaged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ours := r.records.Request(rec.Successor)
+	ours := r.node.Records.Request(rec.Successor)
 	if ours != nil && len(criclone.Diff(ours, next)) == 0 {
 		return nil
 	}

@@ -53,7 +53,8 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 
 // restart is the restart of one container: a state machine over [step].
 type restart struct {
-	*Engine
+	node  *Node
+	e     *Engine
 	o     *operation.Operation
 	c     *operation.Container // of o, at i
 	i     int
@@ -94,7 +95,7 @@ func (e *Engine) newRestart(o *operation.Operation, i int) *restart {
 	c := o.Container(i)
 	want := c.Request()
 	r := &restart{
-		Engine: e, o: o, c: c, i: i, want: want, claim: c.Claim(), stopFirst: c.Record().StopFirst,
+		node: e.node, e: e, o: o, c: c, i: i, want: want, claim: c.Claim(), stopFirst: c.Record().StopFirst,
 		log: e.log.WithFields(logrus.Fields{"op": o.UID(), "pod": o.PodName(), "container": want.GetName()}),
 	}
 	if upgrade := o.Upgrade(); upgrade != nil {
@@ -205,7 +206,7 @@ func (r *restart) run(ctx context.Context) bool {
 		r.tellEnd(ctx)
 	}
 	if r.up != nil && out.Phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != opsv1.MethodKubelet {
-		r.overrides.Set(r.slot(), nil) // the image is that of the pod's spec
+		r.node.Overrides.Set(r.slot(), nil) // the image is that of the pod's spec
 	}
 	r.end(out)
 	if r.claim != nil {
@@ -340,7 +341,7 @@ func (r *restart) outlived(ctx context.Context) error {
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
 	err := r.node.Retry(ctx, func() (err error) {
-		st, err = r.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
+		st, err = r.node.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
 		return err
 	})
 	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
@@ -365,16 +366,16 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		defer r.wantSlot()()
 	}
 	r.queued = true
-	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+	if err := r.e.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {
 			return r.cancelledOutcome()
 		}
 		return err
 	}
-	if err := r.refuseLeft(r.slot()); err != nil {
+	if err := r.e.refuseLeft(r.slot()); err != nil {
 		return err
 	}
-	claim, err := r.view.Claim(waiting, r.slot())
+	claim, err := r.node.View.Claim(waiting, r.slot())
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false

@@ -77,7 +77,7 @@ func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)
 func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
 	call, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
-	err := r.hooks.Run(call, hook, rec.Successor, rec.Sandbox)
+	err := r.node.Hooks.Run(call, hook, rec.Successor, rec.Sandbox)
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
@@ -86,11 +86,11 @@ func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec container
 
 // measure fills in what the runtime reports of the swap.
 func (r *restart) measure(ctx context.Context, rec containerRecord) {
-	before, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	before, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if err != nil {
 		return
 	}
-	after, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+	after, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 	if err != nil {
 		return
 	}
@@ -98,7 +98,7 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 	if r.exit.Over() {
 		stopped = r.exit.At() // the runtime's own is that of its next start if it was away
 	}
-	if at := r.records.Started(rec.Successor); !at.IsZero() {
+	if at := r.node.Records.Started(rec.Successor); !at.IsZero() {
 		started = at
 	}
 	if !r.overlaps() && started.Before(stopped) {
@@ -109,5 +109,5 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
 		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
 	})
-	r.metrics.gap.WithLabelValues(r.o.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
+	r.node.Metrics.Gap.WithLabelValues(r.o.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
 }

@@ -42,7 +42,7 @@ func (r *restart) podOf(ctx context.Context) (*cgroup.Pod, error) {
 	if info.PID <= 0 {
 		return nil, errors.New("the runtime does not tell the container's process")
 	}
-	return r.switchover.FindPod(info.PID, r.rec().Incumbent)
+	return r.node.Switchover.FindPod(info.PID, r.rec().Incumbent)
 }
 
 // noRoomForGate says why the successor must not be started up to its gate while the incumbent runs: the kernel would kill one of them
@@ -155,7 +155,7 @@ func (r *restart) unstarted(ctx context.Context) bool {
 	if id == "" {
 		return true
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 	return err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_CREATED
 }
 
@@ -225,8 +225,8 @@ func (r *restart) raise(ctx context.Context) error {
 			return err
 		}
 	}
-	r.limits.Lock()
-	defer r.limits.Unlock()
+	r.node.Limits.Lock()
+	defer r.node.Limits.Unlock()
 	rec, others := r.rec(), r.raises()
 	if rec.Raised != nil { // by a process before this one, or that was about to
 		if _, err := rec.Raised.Apply(others); err != nil {
@@ -272,7 +272,7 @@ func (r *restart) raise(ctx context.Context) error {
 // raises are those in force of all other containers. The caller holds limits.
 func (r *restart) raises() []cgroup.Raise {
 	var all []cgroup.Raise
-	for _, o := range r.activeOperations() {
+	for _, o := range r.node.Active() {
 		for i, c := range o.Records() {
 			if c.Raised != nil && (o != r.o || i != r.i) {
 				all = append(all, *c.Raised)
@@ -310,8 +310,8 @@ func (r *restart) lower(ctx context.Context) bool {
 }
 
 func (r *restart) lowerOnce() error {
-	r.limits.Lock()
-	defer r.limits.Unlock()
+	r.node.Limits.Lock()
+	defer r.node.Limits.Unlock()
 	if err := r.rec().Raised.TakeBack(r.raises()); err != nil {
 		return err
 	}
@@ -328,7 +328,7 @@ func (r *restart) tellEnd(ctx context.Context) {
 	if r.claim == nil || r.rec().Incumbent == "" {
 		return
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
 	if err != nil {
 		return // it is gone
 	}

@@ -29,7 +29,7 @@ func (r *restart) stage(ctx context.Context) error {
 	}
 	call, cancel := context.WithTimeout(ctx, crinode.CallTimeout)
 	defer cancel()
-	found, err := r.resolve(call, r.o.Pod(), r.want, r.o.Request().GetForce())
+	found, err := r.node.Resolve(call, r.o.Pod(), r.want, r.o.Request().GetForce())
 	if err != nil {
 		var out *outcome
 		if errors.As(err, &out) {
@@ -41,14 +41,14 @@ func (r *restart) stage(ctx context.Context) error {
 	if err := r.checkTakenBack(); err != nil {
 		return err
 	}
-	r.switchover.Probe(ctx)
+	r.node.Switchover.Probe(ctx)
 	var plan *store.Override
 	if r.change != nil && r.up == nil {
 		if plan, err = r.planImage(call, found); err != nil {
 			return err
 		}
 	}
-	token := r.newToken()
+	token := r.e.newToken()
 	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		*rec = containerRecord{Step: stepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
 		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt
@@ -106,7 +106,7 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if r.switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(r.request.GetConfig()) == nil {
+	if r.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(r.request.GetConfig()) == nil {
 		why := r.noRoomForGate(ctx)
 		if why == "" {
 			r.setMethod(opsv1.MethodGate)
@@ -115,7 +115,7 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 		r.warn("%s: the old container is stopped before the new one is started", why)
 	}
 	switch {
-	case r.switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && r.ownPIDs():
+	case r.node.Switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && r.ownPIDs():
 		r.setMethod(opsv1.MethodPidfd)
 	default:
 		r.setMethod(opsv1.MethodPlain)
@@ -167,7 +167,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		}
 	}
 	if raw, err := proto.Marshal(req); err == nil {
-		r.records.Created(id, raw) // without the gate, which is for this one only
+		r.node.Records.Created(id, raw) // without the gate, which is for this one only
 	}
 	r.claim.Staged(id)
 	r.failpoint("created")
@@ -181,7 +181,7 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 	if r.rec().Method != opsv1.MethodGate {
 		return "", nil
 	}
-	g := r.switchover.Gate(token)
+	g := r.node.Switchover.Gate(token)
 	err := g.Make()
 	if err == nil {
 		gated := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
@@ -201,7 +201,7 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 // dropGate goes on without the gate.
 func (r *restart) dropGate(why error) {
 	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
-	r.metrics.gateFailures.Inc()
+	r.node.Metrics.GateFailures.Inc()
 	r.withoutGate()
 }
 
@@ -210,7 +210,7 @@ func (r *restart) withoutGate() {
 	r.leaveGate()
 	r.held = false
 	r.removeGate()
-	if r.switchover.Available(opsv1.MethodPidfd) && r.ownPIDs() {
+	if r.node.Switchover.Available(opsv1.MethodPidfd) && r.ownPIDs() {
 		r.setMethod(opsv1.MethodPidfd)
 		return
 	}
@@ -221,7 +221,7 @@ func (r *restart) createOnce(ctx context.Context, req *runtimeapi.CreateContaine
 	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	resp, err := r.rt.CreateContainer(call, req)
+	resp, err := r.node.Runtime.CreateContainer(call, req)
 	if status.Code(err) == codes.DeadlineExceeded {
 		// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
 		r.removeLate(ctx)
@@ -244,7 +244,7 @@ func (r *restart) removeLate(ctx context.Context) {
 // update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
 // read, and returns that; nil for nothing.
 func (r *restart) update() *runtimeapi.LinuxContainerResources {
-	newer := r.records.Resources(r.rec().Incumbent)
+	newer := r.node.Records.Resources(r.rec().Incumbent)
 	if newer == nil || proto.Equal(newer, r.recorded) {
 		return nil
 	}
@@ -261,12 +261,12 @@ func (r *restart) catchUp(ctx context.Context, id string) {
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
+	if _, err := r.node.Runtime.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
 		r.log.WithError(err).Warn("staged container did not take the new resources")
 		return
 	}
 	if b, err := proto.Marshal(newer); err == nil {
-		r.records.Updated(id, b)
+		r.node.Records.Updated(id, b)
 	}
 }
 
@@ -277,14 +277,14 @@ func (r *restart) load(ctx context.Context) error {
 	}
 	rec := r.rec()
 	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
-	recorded := r.records.Resources(rec.Incumbent)
+	recorded := r.node.Records.Resources(rec.Incumbent)
 	st, _, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
 	r.incumbent = st
 	err = r.node.Retry(ctx, func() (err error) {
-		r.request, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		r.request, err = r.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		return err
 	})
 	if err != nil {

@@ -80,8 +80,8 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return false, nil
 	}
-	if info.PID > 0 && r.ownPIDs() && r.switchover.Maybe(opsv1.MethodPidfd) {
-		if r.exit, err = r.switchover.Watch(info.PID, rec.Incumbent); err != nil {
+	if info.PID > 0 && r.ownPIDs() && r.node.Switchover.Maybe(opsv1.MethodPidfd) {
+		if r.exit, err = r.node.Switchover.Watch(info.PID, rec.Incumbent); err != nil {
 			r.log.WithError(err).Warn("process not watched")
 			if rec.Method == opsv1.MethodPidfd {
 				r.setMethod(opsv1.MethodPlain)
@@ -138,7 +138,7 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 		defer end()
 	}
 	rec := r.rec()
-	if err := r.hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+	if err := r.node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
 		r.preStopFailed("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		r.preStopFailed("preStop hook did not end within the grace period of %s", grace)

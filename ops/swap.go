@@ -51,7 +51,7 @@ func (r *restart) swap(ctx context.Context) error {
 	r.asked = time.Now()
 	stopped := make(chan error, 1)
 	go func() {
-		stopped <- guard.Try(r.log, func() error { return toOutcome(r.node.Stop(ctx, r.rec().Incumbent, by)) })
+		stopped <- guard.Try(r.log, func() error { return r.node.Stop(ctx, r.rec().Incumbent, by) })
 	}() // ends with the call, which is waited for below
 	gone := r.exit.Ended()
 	if r.rec().Method == opsv1.MethodPlain {
@@ -101,7 +101,7 @@ func (r *restart) hasBegun(ctx context.Context) (bool, error) {
 	default:
 		var st *runtimeapi.ContainerStatusResponse
 		err := r.node.Retry(ctx, func() (err error) {
-			st, err = r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+			st, err = r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 			return err
 		})
 		if err != nil {
@@ -150,7 +150,7 @@ func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
 	waiting, end := crinode.EndWith(deadline, r.claim.Yielded())
 	defer end()
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		st, err := r.rt.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+		st, err := r.node.Runtime.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
 		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return nil
 		}
@@ -228,7 +228,7 @@ func (r *restart) arm(ctx context.Context) error {
 func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	// A gate is opened in one step only, and what this process holds it has not opened.
 	mayBeOpen := rec.Step == stepStop && !r.held
-	if !r.switchover.Gate(rec.Token).Exists() {
+	if !r.node.Switchover.Gate(rec.Token).Exists() {
 		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
 		// container is one that nothing would hold.
 		if gone, err := r.awaitGone(ctx, switchover.HookTimeout); err != nil {
@@ -244,7 +244,7 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	}
 	err := r.awaitGate(ctx, rec)
 	if err == nil {
-		if _, info, err := r.node.Inspect(ctx, rec.Successor); err == nil && r.switchover.OfContainer(info.PID, rec.Successor) == nil {
+		if _, info, err := r.node.Inspect(ctx, rec.Successor); err == nil && r.node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
 			r.pid = info.PID
 		}
 		if err := r.checkParts(ctx, rec); err != nil {
@@ -272,14 +272,14 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 		return nil
 	}
 	if errors.Is(err, errNoHook) {
-		r.switchover.HookNotRun()
+		r.node.Switchover.HookNotRun()
 	}
 	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
 	r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 	if errors.Is(err, gate.ErrNotHeld) {
 		return err
 	}
-	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.switchover.GateTimeout)
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.node.Switchover.GateTimeout)
 }
 
 // incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
@@ -311,28 +311,22 @@ func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, 
 // passed says when the successor began if the process that opened its gate did not come to that: it did so
 // when the incumbent ended.
 func (r *restart) passed(ctx context.Context, rec containerRecord) {
-	if !r.records.Started(rec.Successor).IsZero() {
+	if !r.node.Records.Started(rec.Successor).IsZero() {
 		return
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if at := st.GetStatus().GetFinishedAt(); err == nil && at != 0 {
 		r.began(rec.Successor, time.Unix(0, at))
 	}
 }
 
 // began notes when the application of the successor began.
-func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
-
-// setStarted notes when the application of a container that was held at a gate began.
-func (e *Engine) setStarted(id string, at time.Time) {
-	e.records.SetStarted(id, at)
-	e.view.SetStarted(id, at)
-}
+func (r *restart) began(id string, at time.Time) { r.node.SetStarted(id, at) }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
 func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
-	g := r.switchover.Gate(rec.Token)
-	ctx, cancel := context.WithTimeout(ctx, r.switchover.GateTimeout)
+	g := r.node.Switchover.Gate(rec.Token)
+	ctx, cancel := context.WithTimeout(ctx, r.node.Switchover.GateTimeout)
 	defer cancel()
 	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
@@ -348,7 +342,7 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case time.Since(began) > switchover.HookTimeout && r.switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+		case time.Since(began) > switchover.HookTimeout && r.node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
 			return errNoHook
 		}
 		return nil
@@ -425,11 +419,11 @@ func (r *restart) stageAnew(ctx context.Context, why string) error {
 		r.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
 	}
 	rec := r.rec()
-	token := r.newToken()
+	token := r.e.newToken()
 	if err := r.removeContainer(ctx, rec.Successor); err != nil {
 		return err
 	}
-	if err := r.switchover.Gate(rec.Token).Remove(); err != nil {
+	if err := r.node.Switchover.Gate(rec.Token).Remove(); err != nil {
 		r.log.WithError(err).Warn("gate not removed")
 	}
 	r.claim.HideNow(token)
@@ -466,5 +460,5 @@ func (r *restart) start(ctx context.Context) error {
 
 // startOnce starts the container, whatever state a crash or a runtime restart left it in.
 func (r *restart) startOnce(ctx context.Context, id string) error {
-	return toOutcome(r.node.StartOnce(ctx, id))
+	return r.node.StartOnce(ctx, id)
 }

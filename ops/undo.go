@@ -5,11 +5,7 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -18,7 +14,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
@@ -117,10 +112,10 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 
 // atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
 func (r *restart) atGate(ctx context.Context, pid int, id string) bool {
-	if !r.switchover.Gate(r.rec().Token).Exists() {
-		return r.switchover.GatesLost() && r.switchover.StillWaits(ctx, pid, id)
+	if !r.node.Switchover.Gate(r.rec().Token).Exists() {
+		return r.node.Switchover.GatesLost() && r.node.Switchover.StillWaits(ctx, pid, id)
 	}
-	return r.switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
+	return r.node.Switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
 }
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
@@ -151,7 +146,7 @@ func (r *restart) incumbentStopped(ctx context.Context) (bool, error) {
 
 // incumbentRuns reports whether the incumbent is still running; false if it is gone.
 func (r *restart) incumbentRuns(ctx context.Context) (bool, error) {
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
 	if status.Code(err) == codes.NotFound {
 		return false, nil
 	}
@@ -160,7 +155,7 @@ func (r *restart) incumbentRuns(ctx context.Context) (bool, error) {
 
 // removeGate removes the gate's files, if any.
 func (r *restart) removeGate() {
-	if err := r.switchover.Gate(r.rec().Token).Remove(); err != nil {
+	if err := r.node.Switchover.Gate(r.rec().Token).Remove(); err != nil {
 		r.log.WithError(err).Warn("gate not removed")
 	}
 }
@@ -225,41 +220,24 @@ func (r *restart) removeContainer(ctx context.Context, id string) error {
 	traces := r.traces(ctx, id)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+	if _, err := r.node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
 		return fmt.Errorf("removing container %s: %w", id, err)
 	}
-	r.records.Removed(id)
-	r.view.Forget(id)
-	r.removeFiles(traces)
+	r.node.Records.Removed(id)
+	r.node.View.Forget(id)
+	r.node.RemoveTraces(traces)
 	return nil
-}
-
-// removeFiles removes traces of a container.
-func (e *Engine) removeFiles(files []string) {
-	for _, f := range files {
-		if f == "" {
-			continue
-		}
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			e.log.WithError(err).Warn("trace of a removed container left")
-		}
-	}
-}
-
-// tracesOf is the link for log shippers.
-func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
-	return []string{filepath.Join(e.legacyLog, criclone.LogLinkName(pod, namespace, container, id))}
 }
 
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
 // successor that ran beside its incumbent is kept: it says why the restart failed.
 func (r *restart) traces(ctx context.Context, id string) []string {
 	pod := r.o.Pod()
-	files := r.tracesOf(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
+	files := r.node.Traces(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
 	if r.overlaps() {
 		return files
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 	if err != nil || st.GetStatus().GetLogPath() == "" {
 		return files
 	}

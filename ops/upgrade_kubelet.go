@@ -12,7 +12,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -351,7 +350,7 @@ func (r *restart) hurry(ctx context.Context, grace time.Duration) {
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
 	r.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
-	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
+	if _, err := r.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
 		r.log.WithError(err).Warn("container not stopped sooner")
 	}
 }
@@ -510,7 +509,7 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
 func (r *restart) unasked(ctx context.Context) error {
-	if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
+	if _, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
 		return failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
 			"has the pod gone away?")
 	}
@@ -574,7 +573,7 @@ func (r *restart) podGrace(ctx context.Context) time.Duration {
 
 // differs names what kubelet asks for otherwise than it was prepared.
 func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
-	ours, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
+	ours, err := r.node.RequestOf(ctx, r.successor(), r.rec().Sandbox)
 	if err != nil {
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
@@ -584,25 +583,7 @@ func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainer
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
 func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
-	if err := r.match(ctx, r.successor(), asked); err != nil {
+	if err := r.node.MatchResources(ctx, r.successor(), asked); err != nil {
 		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
 	}
-}
-
-// match is matchResources of the container.
-func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
-	ours := e.records.Request(id)
-	want := asked.GetConfig().GetLinux().GetResources()
-	if ours == nil || want == nil || !criclone.ResourcesDiffer(ours, asked) {
-		return nil
-	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
-	defer cancel()
-	if _, err := e.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: want}); err != nil {
-		return err
-	}
-	if b, err := proto.Marshal(want); err == nil {
-		e.records.Updated(id, b)
-	}
-	return nil
 }

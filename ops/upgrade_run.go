@@ -123,7 +123,7 @@ func (r *restart) prepare(ctx context.Context) error {
 // checkImage finds out whether the successor can be made here, and whether the image fits. If only kubelet can make it, the
 // method is [MethodKubelet].
 func (r *restart) checkImage(ctx context.Context) error {
-	found, err := r.resolve(ctx, r.o.Pod(), r.want, false)
+	found, err := r.node.Resolve(ctx, r.o.Pod(), r.want, false)
 	if err != nil {
 		var out *outcome
 		if errors.As(err, &out) {
@@ -142,7 +142,7 @@ func (r *restart) checkImage(ctx context.Context) error {
 		return err
 	}
 	config := request.GetConfig()
-	o, runs := r.overrides.Of(r.slot()), config.GetImage().GetUserSpecifiedImage()
+	o, runs := r.node.Overrides.Of(r.slot()), config.GetImage().GetUserSpecifiedImage()
 	was := o.SpecImageOf(runs)
 	switch {
 	case was != runs && was == r.change.want.GetImage():
