@@ -70,6 +70,9 @@ type restart struct {
 	gate *gate.Gate       // of the successor, once it waits there
 	pid  int              // of the process that waits there; 0 if this process cannot look at it
 	held bool             // the successor has been started behind a gate that is not open
+	// untouched is set while the step is stop and nothing has been stopped or started yet. Only the
+	// process that has written the step knows.
+	untouched bool
 
 	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the
 	// successor started beside the incumbent.
