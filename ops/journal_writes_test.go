@@ -5,16 +5,20 @@ package ops
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 
+	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -35,22 +39,22 @@ func TestJournalWritesOfARestart(t *testing.T) {
 		edit func(*opsv1.RestartRequest)
 		want int
 	}{
-		// accepted, stage, staged, stop, started, reveal, done, finished
-		"plain": {func(*opsv1.RestartRequest) {}, 8},
+		// accepted, stage, staged, stop, started, reveal, done
+		"plain": {func(*opsv1.RestartRequest) {}, 7},
 		// StopBy must be on disk before the hook runs
-		"preStop": {func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("true") }, 9},
+		"preStop": {func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("true") }, 8},
 		// that postStart has been tried, and that it has ended well
-		"postStart": {func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("true") }, 10},
+		"postStart": {func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("true") }, 9},
 		"both hooks": {
 			func(r *opsv1.RestartRequest) {
 				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("true"), execHook("true")
-			}, 11,
+			}, 10,
 		},
 		"two ordered containers": {
 			func(r *opsv1.RestartRequest) {
 				r.Ordered = true
 				r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
-			}, 14,
+			}, 13,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -222,5 +226,120 @@ func TestTakenBackBeforeTheStop(t *testing.T) {
 			}
 			answered()
 		})
+	}
+}
+
+// hook is a hook of a logger.
+type hook func(line string)
+
+func (hook) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (h hook) Fire(e *logrus.Entry) error {
+	h(e.Message)
+	return nil
+}
+
+// The process dies when the end of a container is on disk, and its slot is still held. If it is the last
+// container, the next process finds the operation finished. What the version before has left there, which
+// wrote the end of the operation after that, is finished by the next process.
+func TestCrashAtTheEnd(t *testing.T) {
+	ordered := func(r *opsv1.RestartRequest) {
+		r.Ordered = true
+		r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
+	}
+	for name, tc := range map[string]struct {
+		edit  func(*opsv1.RestartRequest)
+		at    int // how many containers have ended
+		slot  string
+		found string // what the next process finds
+		old   bool
+		want  string
+		calls string // of the next process
+	}{
+		"one container": {
+			func(*opsv1.RestartRequest) {}, 1, "app", "SUCCEEDED, app SUCCEEDED", false, "SUCCEEDED, app SUCCEEDED", "",
+		},
+		"one container, old record": {
+			func(*opsv1.RestartRequest) {}, 1, "app", "unfinished", true, "SUCCEEDED, app SUCCEEDED", "",
+		},
+		"first of two": {
+			ordered, 1, "app", "unfinished", false, "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+			"CreateContainer web/1; StopContainer web/0 30s; StartContainer web/1",
+		},
+		"last of two": {
+			ordered, 2, "web", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", false,
+			"SUCCEEDED, app SUCCEEDED, web SUCCEEDED", "",
+		},
+		"last of two, old record": {
+			ordered, 2, "web", "unfinished", true, "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", "",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, podOptions{})
+			crashed, state := make(chan struct{}), ""
+			ends, d := 0, n.daemon // the containers end one after the other
+			d.engine.log.(*logrus.Entry).Logger.AddHook(hook(func(line string) {
+				if line != "container restart ended" {
+					return
+				}
+				if ends++; ends != tc.at {
+					return
+				}
+				if d.engine.lookup("op").Finished() || !d.view.Claimed(interceptors.Slot{PodUID: podUID, Container: tc.slot}) {
+					t.Error("the operation has ended, or its slot is free, before both can be")
+				}
+				state = n.crash()
+				close(crashed)
+			}))
+			n.runTidied()
+			n.restart("op", tc.edit)
+			awaitClosed(t, crashed)
+			if tc.old {
+				foreignRecord(t, state, "op", unfinished(t))
+			}
+			n.rt.takeCalls()
+			before := n.sees()
+			n.boot(state)
+			n.state = state
+			if got := endOf(t, n.engine.disk.Journal, "op"); got != tc.found {
+				t.Errorf("the journal has %s, want %s", got, tc.found)
+			}
+			if n.engine.lookup("op").Finished() != (tc.found != "unfinished") {
+				t.Error("the next process does not go by the journal")
+			}
+			if n.view.Active() || n.sees() != before {
+				t.Errorf("kubelet sees %s after the crash, %s before it", n.sees(), before)
+			}
+			end := n.relist()
+			n.run()
+			if got := verdict(n.finish("op")); got != tc.want {
+				t.Errorf("operation ended %s, want %s", got, tc.want)
+			}
+			end()
+			if got := n.ownCalls(); got != tc.calls {
+				t.Errorf("the next process called %s, want %s", got, tc.calls)
+			}
+			n.restart("again")
+			if got, want := verdict(n.finish("again")), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Errorf("another restart ended %s, want %s", got, want)
+			}
+		})
+	}
+}
+
+// unfinished takes the end of the operation out of its record. Those of its containers stay.
+func unfinished(t *testing.T) func(record map[string]any) {
+	return func(r map[string]any) {
+		raw, err := base64.StdEncoding.DecodeString(r["operation"].(string))
+		op := &opsv1.Operation{}
+		if err == nil {
+			err = proto.Unmarshal(raw, op)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		op.FinishTime, op.Phase = nil, opsv1.Phase_PHASE_REVEALING
+		r["operation"] = base64.StdEncoding.EncodeToString(wire(t, op))
 	}
 }
