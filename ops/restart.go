@@ -40,7 +40,7 @@ const (
 func (r *restart) giveUp(ctx context.Context, why error) {
 	rec := r.rec()
 	if rec.Step != stepDone {
-		r.end(failf(opsv1.ReasonInternalError, "%v", why))
+		r.writeEnd(failf(opsv1.ReasonInternalError, "%v", why), r.c.Write) // not the operation's: there is more to do
 	}
 	if r.claim != nil {
 		r.abandon(ctx, r.claim, rec)
@@ -71,6 +71,9 @@ type restart struct {
 	gate *gate.Gate       // of the successor, once it waits there
 	pid  int              // of the process that waits there; 0 if this process cannot look at it
 	held bool             // the successor has been started behind a gate that is not open
+	// untouched is set while the step is stop and nothing has been stopped or started yet. Only the
+	// process that has written the step knows.
+	untouched bool
 
 	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the
 	// successor started beside the incumbent.
@@ -218,13 +221,27 @@ func (r *restart) run(ctx context.Context) bool {
 	return out.Phase == opsv1.Phase_PHASE_SUCCEEDED
 }
 
-// end writes how it ended.
+// end writes how it ended, and with the last container how the operation did. Not so for a container of
+// an upgrade that did not succeed: that cancels the others first.
 func (r *restart) end(out *outcome) {
-	err := r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+	if r.up != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
+		r.writeEnd(out, r.c.Write)
+	} else {
+		r.writeEnd(out, r.c.End)
+	}
+}
+
+// writeEnd writes how it ended, by write.
+func (r *restart) writeEnd(
+	out *outcome, write func(func(*containerRecord, *opsv1.ContainerOperation)) (step, error),
+) {
+	_, err := write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepDone
 		c.Phase, c.Reason, c.Message = out.Phase, out.Reason, out.Message
 	})
-	if err != nil {
+	if err == nil {
+		r.failpoint(string(stepDone))
+	} else {
 		r.log.WithError(err).Error("end of restart not written")
 		r.c.Set(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepDone })
 	}

@@ -18,7 +18,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
 )
 
-// beforeStop masks the incumbent and runs its preStop hook. From the commit on kubelet's own stops join.
+// beforeStop masks the incumbent and runs its preStop hook, if there is one. The point of no return
+// is on disk before the hook runs: the next process neither grants the grace period anew nor lets
+// anyone cancel. Without a hook, the same write has the step stop. From then on kubelet's own stops
+// join.
 func (r *restart) beforeStop(ctx context.Context) error {
 	if err := r.load(ctx); err != nil {
 		return err
@@ -44,25 +47,36 @@ func (r *restart) beforeStop(ctx context.Context) error {
 		}
 	}
 	grace := r.grace()
+	var hook *opsv1.Hook
+	if running {
+		hook = r.preStopHook(grace)
+	}
 	if rec.StopBy.IsZero() {
 		rec.StopBy = time.Now().Add(grace)
 		r.join.listen(rec.StopBy)
 		err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
+			if hook == nil {
+				c.Step = stepStop
+			}
 		})
 		if err != nil {
 			return err
 		}
+		r.untouched = hook == nil && !rec.SuccessorMayRun()
 	}
 	r.probeHold(ctx)
-	if running {
-		r.preStop(ctx, grace, rec.StopBy)
+	if hook != nil {
+		r.runPreStop(ctx, hook, grace, rec.StopBy)
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err := r.interrupted(); err != nil {
 		return err
+	}
+	if r.rec().Step == stepStop {
+		return nil
 	}
 	return r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepStop })
 }
@@ -114,9 +128,9 @@ func (r *restart) grace() time.Duration {
 	return defaultGrace
 }
 
-// preStop runs the hook within the grace. As in kubelet, its failure does not
-// keep the container from being stopped, and no grace means no hook.
-func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time) {
+// preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no grace
+// means no hook.
+func (r *restart) preStopHook(grace time.Duration) *opsv1.Hook {
 	hook := r.want.GetPreStop()
 	if hook == nil {
 		var err error
@@ -124,9 +138,15 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 			r.preStopFailed("preStop: %v", err)
 		}
 	}
-	if hook == nil || grace <= 0 {
-		return
+	if grace <= 0 {
+		return nil
 	}
+	return hook
+}
+
+// runPreStop runs the hook within the grace. As in kubelet, its failure does not keep the container
+// from being stopped.
+func (r *restart) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
 	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())

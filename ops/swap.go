@@ -27,6 +27,7 @@ var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHe
 // swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
 func (r *restart) swap(ctx context.Context) error {
+	r.untouched = false
 	if err := r.load(ctx); err != nil {
 		return err
 	}

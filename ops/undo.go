@@ -62,7 +62,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	}
 	wait := 200 * time.Millisecond
 	for {
-		if rec.SuccessorMayRun() { // ask it to stop
+		if rec.SuccessorMayRun() && !r.untouched { // ask it to stop
 			r.stopSuccessor(ctx, rec.Successor)
 		}
 		err := r.removeStaged(ctx)

@@ -118,14 +118,24 @@ func (p *process) died(t testing.TB) {
 // TestKillAtEachStep kills cri-proxy at every step of a restart. The next process
 // must end the restart with one running container, nothing hidden and nothing left.
 func TestKillAtEachStep(t *testing.T) {
-	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"} {
-		t.Run(point, func(t *testing.T) {
+	const hook = `{"exec":{"command":["sh","-c","echo hook >/dev/termination-log; true"]}}`
+	for _, tc := range []struct{ point, preStop string }{
+		{"stage", hook}, {"created", hook}, {"staged", hook}, {"stop", hook}, {"stopped", hook}, {"running", hook},
+		{"started", hook}, {"reveal", hook}, {"revealed", hook}, {"done", hook},
+		// Without a hook, the point of no return is written with the step stop.
+		{"staged", ""}, {"stop", ""}, {"stopped", ""},
+	} {
+		point, name := tc.point, tc.point
+		if tc.preStop == "" {
+			name += "-without-hook"
+		}
+		t.Run(name, func(t *testing.T) {
 			n := startProcess(t, "restart."+point)
 			p := n.runPod(t)
-			app := p.run(t, spec{name: "app", command: looping, preStop: `{"exec":{"command":["sh","-c","echo hook >/dev/termination-log; true"]}}`})
+			app := p.run(t, spec{name: "app", command: looping, preStop: tc.preStop})
 			side := p.run(t, spec{name: "side", command: looping})
 			before := n.status(t, side)
-			uid := "kill-" + point
+			uid := "kill-" + name
 			req := restartOf("app")
 			req.Uid = uid
 			req.Pod = &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}
