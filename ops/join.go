@@ -281,7 +281,7 @@ func (r *restart) isKnown(ctx context.Context) bool {
 	if r.pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
 	if err != nil {
@@ -304,7 +304,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 		return nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
+	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
@@ -348,7 +348,7 @@ func (e *Engine) Kept(ctx context.Context, podUID string) bool {
 	if e.pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := e.pods.Pod(ctx, podUID)
 	return err == nil && goes(pod) == ""
@@ -372,7 +372,7 @@ func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context,
 	if r.pods == nil {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
 	switch {

@@ -22,6 +22,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -246,7 +247,7 @@ func FuzzJournal(f *testing.F) {
 		}
 		e := &Engine{
 			view: interceptors.NewView(), log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
-			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
+			tokens: lost.NewTokens(), lost: lost.New(lost.Options{}),
 		}
 		if e.revive("op", r) != nil {
 			return

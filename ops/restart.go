@@ -31,8 +31,6 @@ const (
 	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
 	// is in no state for a restart.
 	hidePatience = 10 * time.Second
-	// defaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
-	defaultGrace = 30 * time.Second
 )
 
 // giveUp ends the container's part of an operation after a panic at an unknown place, such as in the
@@ -43,7 +41,7 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 		r.end(failf(opsv1.ReasonInternalError, "%v", why))
 	}
 	if r.claim != nil {
-		r.abandon(ctx, r.claim, rec)
+		r.lost.Abandon(ctx, r.log, r.claim, r.o.Pod(), rec)
 	}
 	if r.up != nil {
 		r.endOthers()
@@ -365,13 +363,13 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		defer r.wantSlot()()
 	}
 	r.queued = true
-	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+	if err := r.lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {
 			return r.cancelledOutcome()
 		}
 		return err
 	}
-	if err := r.refuseLeft(r.slot()); err != nil {
+	if err := r.lost.Refuse(r.slot()); err != nil {
 		return err
 	}
 	claim, err := r.view.Claim(waiting, r.slot())

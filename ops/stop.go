@@ -111,7 +111,7 @@ func (r *restart) grace() time.Duration {
 			return time.Duration(s) * time.Second
 		}
 	}
-	return defaultGrace
+	return crinode.DefaultGrace
 }
 
 // preStop runs the hook within the grace. As in kubelet, its failure does not

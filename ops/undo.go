@@ -5,10 +5,7 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -230,32 +227,15 @@ func (r *restart) removeContainer(ctx context.Context, id string) error {
 	}
 	r.records.Removed(id)
 	r.view.Forget(id)
-	r.removeFiles(traces)
+	r.node.RemoveTraces(traces)
 	return nil
-}
-
-// removeFiles removes traces of a container.
-func (e *Engine) removeFiles(files []string) {
-	for _, f := range files {
-		if f == "" {
-			continue
-		}
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			e.log.WithError(err).Warn("trace of a removed container left")
-		}
-	}
-}
-
-// tracesOf is the link for log shippers.
-func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
-	return []string{filepath.Join(e.legacyLog, criclone.LogLinkName(pod, namespace, container, id))}
 }
 
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
 // successor that ran beside its incumbent is kept: it says why the restart failed.
 func (r *restart) traces(ctx context.Context, id string) []string {
 	pod := r.o.Pod()
-	files := r.tracesOf(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
+	files := []string{filepath.Join(r.legacyLog, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id))}
 	if r.overlaps() {
 		return files
 	}
