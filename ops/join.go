@@ -280,7 +280,7 @@ func (r *restart) isKnown(ctx context.Context) bool {
 	if r.node.Pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := r.node.Pods.Pod(ctx, r.o.Pod().GetUid())
 	if err != nil {
@@ -303,7 +303,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 		return nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
+	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
@@ -335,7 +335,7 @@ func (e *Engine) Kept(ctx context.Context, podUID string) bool {
 	if e.node.Pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := e.node.Pods.Pod(ctx, podUID)
 	return err == nil && goes(pod) == ""
@@ -359,7 +359,7 @@ func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context,
 	if r.node.Pods == nil {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := r.node.Pods.Pod(ctx, r.o.Pod().GetUid())
 	switch {

@@ -161,7 +161,7 @@ func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 			}},
 		}),
 		Containers: []containerRecord{{
-			Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at,
+			Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: operation.RandomToken(), StopBy: at,
 		}},
 	}
 }

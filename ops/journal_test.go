@@ -22,6 +22,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -245,8 +246,8 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		e := &Engine{
-			node: &Node{View: interceptors.NewView()}, log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
-			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
+			node: &Node{View: interceptors.NewView(), Tokens: lost.NewTokens(), Lost: lost.New(lost.Options{})},
+			log:  quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 		}
 		if e.revive("op", r) != nil {
 			return

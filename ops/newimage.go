@@ -93,7 +93,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 		credentials, forgotten, others := r.o.Credentials()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
-			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
+			Uid: r.kind() + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
 			PinFor: pinFor, Owner: r.pinOwner(),
 		}
 		if by, ok := ctx.Deadline(); ok {

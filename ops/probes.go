@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
 // A kubelet since 1.35 takes a new container for started where it took the one before for started and has not seen the slot empty in
@@ -42,7 +43,7 @@ func (r *restart) probeHold(ctx context.Context) time.Duration {
 	if told := r.want.GetHoldProbes(); told != nil {
 		hold = told.AsDuration()
 	} else if r.node.Pods != nil {
-		ask, cancel := context.WithTimeout(ctx, podsPatience)
+		ask, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 		defer cancel()
 		pod, err := r.node.Pods.Pod(ask, r.o.Pod().GetUid())
 		if err != nil {

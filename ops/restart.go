@@ -31,8 +31,6 @@ const (
 	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
 	// is in no state for a restart.
 	hidePatience = 10 * time.Second
-	// defaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
-	defaultGrace = 30 * time.Second
 )
 
 // giveUp ends the container's part of an operation after a panic at an unknown place, such as in the
@@ -43,7 +41,7 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 		r.writeEnd(failf(opsv1.ReasonInternalError, "%v", why), r.c.Write) // not the operation's: there is more to do
 	}
 	if r.claim != nil {
-		r.abandon(ctx, r.claim, rec)
+		r.node.Lost.Abandon(ctx, r.log, r.claim, r.o.Pod(), rec)
 	}
 	if r.up != nil {
 		r.endOthers()
@@ -54,7 +52,6 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 // restart is the restart of one container: a state machine over [step].
 type restart struct {
 	node  *Node
-	e     *Engine
 	o     *operation.Operation
 	c     *operation.Container // of o, at i
 	i     int
@@ -98,7 +95,7 @@ func (e *Engine) newRestart(o *operation.Operation, i int) *restart {
 	c := o.Container(i)
 	want := c.Request()
 	r := &restart{
-		node: e.node, e: e, o: o, c: c, i: i, want: want, claim: c.Claim(), stopFirst: c.Record().StopFirst,
+		node: e.node, o: o, c: c, i: i, want: want, claim: c.Claim(), stopFirst: c.Record().StopFirst,
 		log: e.log.WithFields(logrus.Fields{"op": o.UID(), "pod": o.PodName(), "container": want.GetName()}),
 	}
 	if upgrade := o.Upgrade(); upgrade != nil {
@@ -383,13 +380,13 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		defer r.wantSlot()()
 	}
 	r.queued = true
-	if err := r.e.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+	if err := r.node.Lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {
 			return r.cancelledOutcome()
 		}
 		return err
 	}
-	if err := r.e.refuseLeft(r.slot()); err != nil {
+	if err := r.node.Lost.Refuse(r.slot()); err != nil {
 		return err
 	}
 	claim, err := r.node.View.Claim(waiting, r.slot())

@@ -48,7 +48,7 @@ func (r *restart) stage(ctx context.Context) error {
 			return err
 		}
 	}
-	token := r.e.newToken()
+	token := r.node.Tokens.New()
 	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		*rec = containerRecord{Step: stepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
 		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt

@@ -125,7 +125,7 @@ func (r *restart) grace() time.Duration {
 			return time.Duration(s) * time.Second
 		}
 	}
-	return defaultGrace
+	return crinode.DefaultGrace
 }
 
 // preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no grace

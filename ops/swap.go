@@ -420,7 +420,7 @@ func (r *restart) stageAnew(ctx context.Context, why string) error {
 		r.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
 	}
 	rec := r.rec()
-	token := r.e.newToken()
+	token := r.node.Tokens.New()
 	if err := r.removeContainer(ctx, rec.Successor); err != nil {
 		return err
 	}

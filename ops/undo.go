@@ -6,6 +6,7 @@ package ops
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
@@ -233,7 +235,7 @@ func (r *restart) removeContainer(ctx context.Context, id string) error {
 // successor that ran beside its incumbent is kept: it says why the restart failed.
 func (r *restart) traces(ctx context.Context, id string) []string {
 	pod := r.o.Pod()
-	files := r.node.Traces(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
+	files := []string{filepath.Join(r.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id))}
 	if r.overlaps() {
 		return files
 	}

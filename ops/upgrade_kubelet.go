@@ -355,9 +355,6 @@ func (r *restart) hurry(ctx context.Context, grace time.Duration) {
 	}
 }
 
-// podsPatience bounds the question for kubelet's mind: its StopContainer waits for the answer.
-const podsPatience = 500 * time.Millisecond
-
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
 func (r *restart) refusal(ctx context.Context) string {
@@ -497,7 +494,7 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 			}
 		case <-r.claim.Yielded():
 			r.log.Info("the pod goes away, stopping the new container")
-			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), maxLateGrace))*time.Second)
+			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
 			return r.interrupted()
 		case <-patience.C:
 			return r.unasked(ctx)
@@ -516,10 +513,6 @@ func (r *restart) unasked(ctx context.Context) error {
 	r.logLink(ctx, r.successor())
 	return nil
 }
-
-// maxLateGrace bounds the grace of a successor whose pod goes away, or that is not what kubelet asks for, in seconds: kubelet
-// waits two minutes for StopPodSandbox and for CreateContainer.
-const maxLateGrace = 90
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
 func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) {
@@ -546,7 +539,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err == nil {
 		r.holdNext(ctx, adoptPatience)
 	}
