@@ -63,7 +63,7 @@ type Options struct {
 	// Tracer makes spans of finished operations. Nil: none.
 	Tracer trace.Tracer
 	// Method is the fastest method that may be used for StopFirst. Empty means [opsv1.MethodGate].
-	Method Method
+	Method string
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
 	// [opsv1.MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
@@ -288,7 +288,7 @@ func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 		e.node.Switchover.Probe(ctx)
 		e.tidy(ctx, wg)
 	}
-	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
+	if crinode.Sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
 		e.node.View.Unguard()
 	}
 	e.node.Tokens.Close()
@@ -331,7 +331,7 @@ func (e *Engine) writeAgain(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for sleep(ctx, writePause) == nil && !e.writeEnds() {
+		for crinode.Sleep(ctx, writePause) == nil && !e.writeEnds() {
 			continue
 		}
 	}
@@ -361,7 +361,7 @@ func (e *Engine) forget(ctx context.Context) {
 		if err != nil {
 			e.log.WithError(err).Warn("old operations stay in the journal")
 		}
-		if sleep(ctx, forgetEvery) != nil {
+		if crinode.Sleep(ctx, forgetEvery) != nil {
 			return
 		}
 		if _, err := e.forgetRemoved(ctx); err != nil {
@@ -385,7 +385,7 @@ func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
 	for wait := 200 * time.Millisecond; err != nil; wait = min(2*wait, 5*time.Second) {
 		e.log.WithError(err).Warn("records not tidied; trying again")
 		e.node.Lost.Clear(ctx, wg) // does not wait for that
-		if sleep(ctx, wait) != nil {
+		if crinode.Sleep(ctx, wait) != nil {
 			return false
 		}
 		list, err = e.forgetRemoved(ctx)

@@ -132,7 +132,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				ended, state := make(chan struct{}), ""
 				d := n.daemon
 				n.afterStopIsWritten(func() {
-					if c := recordOf(t, d.engine.disk.Journal, "op"); c.Step != stepStop || c.StopBy.IsZero() {
+					if c := recordOf(t, d.engine.disk.Journal, "op"); c.Step != store.StepStop || c.StopBy.IsZero() {
 						t.Errorf("the journal has step %q, stop by %s", c.Step, c.StopBy)
 					}
 					if tc.killed {

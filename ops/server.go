@@ -104,7 +104,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 }
 
 func precheckError(err error) error {
-	var out *outcome
+	var out *operation.Outcome
 	if !errors.As(err, &out) {
 		if status.Code(err) == codes.Unknown {
 			return status.Errorf(codes.Internal, "asking the runtime: %v", err)
