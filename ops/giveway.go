@@ -9,39 +9,39 @@ import (
 
 // wantSlot says that a restart waits for its slot, and has the upgrade that holds the slot taken
 // back; see [operation.Turns]. The caller must call got when it waits no more.
-func (r *restart) wantSlot() (got func()) {
+func (r *Container) wantSlot() (got func()) {
 	holder, got := r.node.Turns.Want(r.slot())
 	if holder != nil {
-		r.node.GiveWay(holder, r.o)
+		r.node.GiveWay(holder, r.op)
 	}
 	return got
 }
 
 // keepSlot is for an upgrade that had the slot in the process before this one. It may be taken back
 // at once.
-func (r *restart) keepSlot() {
-	if r.node.Turns.Keep(r.slot(), r.o) {
-		r.node.GiveWay(r.o, nil)
+func (r *Container) keepSlot() {
+	if r.node.Turns.Keep(r.slot(), r.op) {
+		r.node.GiveWay(r.op, nil)
 	}
 }
 
 // leaveSlot says that the upgrade has the slot no more.
-func (r *restart) leaveSlot() { r.node.Turns.Leave(r.slot(), r.o) }
+func (r *Container) leaveSlot() { r.node.Turns.Leave(r.slot(), r.op) }
 
 // takeUpgradeSlot is takeSlot for an upgrade.
-func (r *restart) takeUpgradeSlot(ctx context.Context) error {
+func (r *Container) takeUpgradeSlot(ctx context.Context) error {
 	for {
 		if err := r.takeSlot(ctx); err != nil {
 			return err
 		}
-		over := r.node.Turns.Hold(r.slot(), r.o)
+		over := r.node.Turns.Hold(r.slot(), r.op)
 		if over == nil {
 			return nil
 		}
 		r.dropSlot()
 		select {
 		case <-over:
-		case <-r.o.Cancelled():
+		case <-r.op.Cancelled():
 			return r.cancelledOutcome()
 		case <-ctx.Done():
 			return ctx.Err()
@@ -50,7 +50,7 @@ func (r *restart) takeUpgradeSlot(ctx context.Context) error {
 }
 
 // dropSlot gives up the slot of an upgrade that has nothing in the slot.
-func (r *restart) dropSlot() {
+func (r *Container) dropSlot() {
 	r.leaveSlot()
 	r.claim.Release()
 	r.claim = nil

@@ -160,8 +160,8 @@ func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
 			}},
 		}),
-		Containers: []containerRecord{{
-			Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at,
+		Containers: []store.Container{{
+			Step: store.StepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: operation.RandomToken(), StopBy: at,
 		}},
 	}
 }

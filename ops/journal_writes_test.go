@@ -78,7 +78,7 @@ func TestJournalWritesOfARestart(t *testing.T) {
 // right after the step has been written, a restart asks kubelet for the pod's startup probes.
 func (n *node) afterStopIsWritten(f func()) {
 	var once sync.Once
-	n.engine.pods = podsFunc(func(context.Context) (*podsapi.Pod, error) {
+	n.engine.node.Pods = podsFunc(func(context.Context) (*podsapi.Pod, error) {
 		once.Do(f)
 		return nil, errors.New("kubelet does not answer")
 	})
@@ -132,7 +132,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				ended, state := make(chan struct{}), ""
 				d := n.daemon
 				n.afterStopIsWritten(func() {
-					if c := recordOf(t, d.engine.disk.Journal, "op"); c.Step != stepStop || c.StopBy.IsZero() {
+					if c := recordOf(t, d.engine.disk.Journal, "op"); c.Step != store.StepStop || c.StopBy.IsZero() {
 						t.Errorf("the journal has step %q, stop by %s", c.Step, c.StopBy)
 					}
 					if tc.killed {
@@ -204,7 +204,7 @@ func TestTakenBackBeforeTheStop(t *testing.T) {
 			var asked atomic.Bool
 			var answered func()
 			incumbent := n.rt.idOf(t, "app/0")
-			n.engine.pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
+			n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 				if !asked.Swap(true) {
 					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 						_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})

@@ -81,8 +81,8 @@ func TestMethodForContainer(t *testing.T) {
 func TestStrayGates(t *testing.T) {
 	n := newNode(t, podOptions{})
 	m := n.engine.node.Switchover
-	n.must(m.RemoveStray(n.engine.knows)) // there is no directory yet
-	known := n.engine.newToken()
+	n.must(m.RemoveStray(n.engine.node.Tokens.Has)) // there is no directory yet
+	known := n.engine.node.Tokens.New()
 	n.must(errors.Join(m.Gate(known).Make(), m.Gate("stray").Make(), m.Gate("").Make(), os.WriteFile(filepath.Join(n.state, "gates", "file"), nil, 0o600)))
 	n.run()
 	for late := time.Now().Add(waitLong); n.gates() != known; time.Sleep(time.Millisecond) { // the start goes on

@@ -5,10 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -21,6 +17,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
@@ -38,8 +35,10 @@ type Node struct {
 	// Images is nil on a node that pulls no images: it has no upgrades and overrides.
 	Images Images
 	// Pods may be nil.
-	Pods  Pods
-	Turns *operation.Turns
+	Pods   Pods
+	Turns  *operation.Turns
+	Tokens *lost.Tokens
+	Lost   *lost.Keeper
 	// Active returns the operations that have not finished. The caller must hold no lock of an
 	// operation.
 	Active func() []*operation.Operation
@@ -113,23 +112,6 @@ func (n *Node) MatchResources(ctx context.Context, id string, asked *runtimeapi.
 		n.Records.Updated(id, b)
 	}
 	return nil
-}
-
-// Traces returns the link for log shippers.
-func (n *Node) Traces(pod, namespace, container, id string) []string {
-	return []string{filepath.Join(n.LogLinks, criclone.LogLinkName(pod, namespace, container, id))}
-}
-
-// RemoveTraces removes traces of a container.
-func (n *Node) RemoveTraces(files []string) {
-	for _, f := range files {
-		if f == "" {
-			continue
-		}
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			n.Log.WithError(err).Warn("trace of a removed container left")
-		}
-	}
 }
 
 // GiveWay takes an upgrade back that nobody has committed, for a restart, which may be nil.

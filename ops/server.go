@@ -83,7 +83,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
 		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
-		if err := s.e.refuseLeft(slot); err != nil {
+		if err := s.e.node.Lost.Refuse(slot); err != nil {
 			return nil, precheckError(err)
 		}
 		if s.e.node.View.Claimed(slot) {
@@ -104,7 +104,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 }
 
 func precheckError(err error) error {
-	var out *outcome
+	var out *operation.Outcome
 	if !errors.As(err, &out) {
 		if status.Code(err) == codes.Unknown {
 			return status.Errorf(codes.Internal, "asking the runtime: %v", err)

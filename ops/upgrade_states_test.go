@@ -422,7 +422,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			n.armed("op", webToo, first(runBeside))
 			o := n.engine.lookup("op")
 			_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
-				rec.Step, c.Phase = stepDone, opsv1.Phase_PHASE_FAILED
+				rec.Step, c.Phase = store.StepDone, opsv1.Phase_PHASE_FAILED
 				c.Reason, c.Message = opsv1.ReasonNewContainerExited, "it ended"
 			})
 			n.must(err)

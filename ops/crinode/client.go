@@ -30,6 +30,11 @@ const (
 	CallTimeout = 2 * time.Minute
 	// MinGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	MinGrace = 2 * time.Second
+	// DefaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
+	DefaultGrace = 30 * time.Second
+	// MaxLateGrace bounds the grace of a container that nobody knows, or that is not what kubelet
+	// asks for: kubelet waits two minutes for StopPodSandbox and for CreateContainer.
+	MaxLateGrace = 90 * time.Second
 	// MaxTries bounds the tries of a call that answers Unavailable although the runtime answers
 	// other calls: about 20 s together. There is no bound on waiting for a runtime that answers
 	// nothing.
