@@ -70,7 +70,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n.engine.records.Created(made.GetContainerId(), raw)
+		n.engine.node.Records.Created(made.GetContainerId(), raw)
 		if _, err := n.rt.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()}); err != nil {
 			t.Fatal(err)
 		}

@@ -4,15 +4,12 @@
 package ops
 
 import (
-	"bytes"
+	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,6 +25,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
@@ -65,7 +63,7 @@ type Options struct {
 	// Tracer makes spans of finished operations. Nil: none.
 	Tracer trace.Tracer
 	// Method is the fastest method that may be used for StopFirst. Empty means [opsv1.MethodGate].
-	Method Method
+	Method string
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
 	// [opsv1.MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
@@ -81,57 +79,23 @@ type Options struct {
 
 // Engine runs operations and keeps their journal.
 type Engine struct {
-	view       *interceptors.View
-	log        logrus.FieldLogger
-	rt         runtimeapi.RuntimeServiceClient
-	img        runtimeapi.ImageServiceClient
-	disk       *store.Store
-	records    *store.Records // that of disk
-	node       *crinode.Client
-	hooks      *hooks.Runner
-	legacyLog  string
-	metrics    *metrics
-	tracer     trace.Tracer // nil: off
-	switchover *switchover.Prober
-	overrides  *store.Overrides // that of disk
-	images     Images           // nil: no upgrades and overrides
-	pods       Pods             // may be nil
+	node    *Node
+	log     logrus.FieldLogger
+	disk    *store.Store
+	metrics *metrics
+	tracer  trace.Tracer // nil: off
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
-	// limits is held while the limits of pods are changed, see [cgroup.Raise].
-	limits sync.Mutex
-
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
-	// judging is held while containers are judged; judged is set once all have been. See Judge.
-	judging chan struct{}
-	judged  atomic.Bool
-
-	turns *operation.Turns
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation.Operation
 	waiting []*operation.Operation
 	closed  bool
-	// tokens are all that this process has used or found in the journal, until nothing more can
-	// be a stray; see removeStrays.
-	tokens map[string]bool
-	// settled has the tokens of the successors that have ended, by whether they have taken over, as
-	// the journal knows it. incumbents has the containers that operations of the journal replace.
-	settled    map[string]bool
-	incumbents map[string]bool
-	// decided are the tokens that judge has met.
-	decided map[string]bool
-	// left has the records that this binary does not understand, leftSlots the operations of such
-	// records, by the slots in which they have hidden containers.
-	left      [][]byte
-	leftSlots map[interceptors.Slot]string
-	// lost are the slots with containers of operations that no journal knows, until Run takes care
-	// of them.
-	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have. The next process would
 	// resume them, and restart a container that was reported as left alone.
 	unwritten []*operation.Operation
@@ -153,42 +117,35 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, journal.Close())
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
-	e := &Engine{
-		view:      o.View,
-		log:       log,
-		rt:        rt,
-		img:       runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
-		disk:      &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
-		records:   records,
-		node:      &crinode.Client{Runtime: rt, Log: log},
-		hooks:     hooks.NewRunner(rt),
-		legacyLog: o.LegacyLogDir,
-		switchover: switchover.NewProber(switchover.Options{
+	node := &Node{
+		Client:       &crinode.Client{Runtime: rt, Log: log},
+		ImageService: runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
+		View:         o.View, Records: records, Hooks: hooks.NewRunner(rt), Images: o.Images, Pods: o.Pods,
+		Switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),
-		images:     o.Images,
+		Turns: operation.NewTurns(), Tokens: lost.NewTokens(), LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
+	}
+	e := &Engine{
+		node:       node,
+		log:        log,
+		disk:       &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
 		tracer:     o.Tracer,
-		pods:       o.Pods,
 		queue:      make(chan struct{}, 1),
 		late:       make(chan struct{}, 1),
 		lateCreate: lateCreate,
 		ops:        map[string]*operation.Operation{},
-		tokens:     map[string]bool{},
-		turns:      operation.NewTurns(),
-		settled:    map[string]bool{},
-		incumbents: map[string]bool{},
-		decided:    map[string]bool{},
-		leftSlots:  map[interceptors.Slot]string{},
-		judging:    make(chan struct{}, 1),
 	}
-	if e.legacyLog == "" {
-		e.legacyLog = "/var/log/containers"
-	}
+	node.Active = e.activeOperations
+	node.Lost = lost.New(lost.Options{
+		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens, Pods: o.Pods,
+		LogLinks: node.LogLinks, Log: log,
+	})
 	records.EachStarted(o.View.SetStarted)
 	records.EachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
-	if e.overrides, err = store.OpenOverrides(journal, e.img, log); err == nil {
-		e.disk.Overrides = e.overrides
+	if node.Overrides, err = store.OpenOverrides(journal, node.ImageService, log); err == nil {
+		e.disk.Overrides = node.Overrides
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
@@ -219,7 +176,7 @@ func (e *Engine) revive(uid string, r *store.Record) error {
 	var claims []*interceptors.Claim
 	for i, rec := range o.Records() {
 		if finished || !rec.HoldsSlot() {
-			e.settled[rec.Token] = status.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+			e.node.Lost.Settled(rec.Token, status.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED)
 			continue
 		}
 		claim, err := e.reclaim(o, o.Container(i), &rec)
@@ -247,8 +204,8 @@ func (e *Engine) reclaim(
 	o *operation.Operation, c *operation.Container, rec *store.Container,
 ) (*interceptors.Claim, error) {
 	isUpgrade := o.Upgrade() != nil
-	e.incumbents[rec.Incumbent] = true
-	claim, err := e.view.TryClaim(c.Slot())
+	e.node.Lost.Replaced(rec.Incumbent)
+	claim, err := e.node.View.TryClaim(c.Slot())
 	if err != nil {
 		return nil, fmt.Errorf("slot %s: %w", c.Slot(), err)
 	}
@@ -258,10 +215,10 @@ func (e *Engine) reclaim(
 		claim.WillDrive()
 	}
 	if !rec.Hidden() {
-		e.settled[rec.Token] = true
+		e.node.Lost.Settled(rec.Token, true)
 		return claim, nil // what kubelet has seen must not vanish again
 	}
-	e.tokens[rec.Token] = true
+	e.node.Tokens.Add(rec.Token)
 	claim.HideNow(rec.Token)
 	claim.Staged(rec.Successor)
 	if !o.Rebooted() && rec.Masked(isUpgrade) {
@@ -273,7 +230,7 @@ func (e *Engine) reclaim(
 // leaveAlone takes an operation from the journal that this binary does not understand. The
 // operation is reported as failed. Nothing of it is undone, removed or changed in the file.
 func (e *Engine) leaveAlone(uid string, raw []byte, r *store.Record, why string) {
-	e.left = append(e.left, raw)
+	e.node.Lost.LeaveAlone(raw)
 	message := why + ": it is left alone, with its containers, until that version is installed again"
 	o, wasRunning := operation.LeftAlone(uid, r, message, e.disk)
 	if wasRunning {
@@ -283,24 +240,8 @@ func (e *Engine) leaveAlone(uid string, raw []byte, r *store.Record, why string)
 	e.ops[uid] = o
 }
 
-// isLeftAlone reports whether a record that this binary does not understand has the token, wherever
-// in the record.
-func (e *Engine) isLeftAlone(token string) bool {
-	holds := func(record []byte) bool { return bytes.Contains(record, []byte(token)) }
-	return slices.ContainsFunc(e.left, holds) // left never changes after Open
-}
-
-// refuseLeft returns an outcome if the slot has a hidden container of an operation that this binary
-// does not understand.
-func (e *Engine) refuseLeft(slot interceptors.Slot) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if uid := e.leftSlots[slot]; uid != "" {
-		return failf(opsv1.ReasonJournalVersion, "container %q has a successor of another version of cri-proxy waiting: "+
-			"install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
-	}
-	return nil
-}
+// Judge implements [interceptors.Judge].
+func (e *Engine) Judge(ctx context.Context) error { return e.node.Lost.Judge(ctx) }
 
 // JournalError says why operations cannot be written down, and are refused; nil if they can.
 func (e *Engine) JournalError() error {
@@ -309,10 +250,10 @@ func (e *Engine) JournalError() error {
 }
 
 // Records returns the store for the interceptors.
-func (e *Engine) Records() *store.Records { return e.records }
+func (e *Engine) Records() *store.Records { return e.node.Records }
 
 // Overrides returns the slots with another image, for the interceptors.
-func (e *Engine) Overrides() *store.Overrides { return e.overrides }
+func (e *Engine) Overrides() *store.Overrides { return e.node.Overrides }
 
 // Run waits for the runtime, finishes what the journal holds and then runs
 // operations until ctx ends. It returns when the last one has come to a point from
@@ -344,15 +285,13 @@ func (e *Engine) Run(ctx context.Context) error {
 // container about any more. wg owns what takes longer.
 func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 	if e.node.AwaitRuntime(ctx) == nil {
-		e.switchover.Probe(ctx)
+		e.node.Switchover.Probe(ctx)
 		e.tidy(ctx, wg)
 	}
-	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
-		e.view.Unguard()
+	if crinode.Sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
+		e.node.View.Unguard()
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.tokens = nil
+	e.node.Tokens.Close()
 }
 
 // Close releases the state files. Run must have returned.
@@ -364,9 +303,9 @@ func (e *Engine) Close() error {
 		e.log.Error("operations have ended that the journal knows as unfinished: " +
 			"the next process will take them up again")
 	}
-	e.overrides.Flush()
-	e.hooks.Close()
-	return errors.Join(e.disk.Journal.Close(), e.records.Close())
+	e.node.Overrides.Flush()
+	e.node.Hooks.Close()
+	return errors.Join(e.disk.Journal.Close(), e.node.Records.Close())
 }
 
 // writeLater queues the end of the operation to be written as soon as the journal can be written.
@@ -392,7 +331,7 @@ func (e *Engine) writeAgain(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for sleep(ctx, writePause) == nil && !e.writeEnds() {
+		for crinode.Sleep(ctx, writePause) == nil && !e.writeEnds() {
 			continue
 		}
 	}
@@ -422,13 +361,13 @@ func (e *Engine) forget(ctx context.Context) {
 		if err != nil {
 			e.log.WithError(err).Warn("old operations stay in the journal")
 		}
-		if sleep(ctx, forgetEvery) != nil {
+		if crinode.Sleep(ctx, forgetEvery) != nil {
 			return
 		}
 		if _, err := e.forgetRemoved(ctx); err != nil {
 			e.log.WithError(err).Warn("records not tidied")
 		}
-		e.overrides.Flush()
+		e.node.Overrides.Flush()
 		e.forgetOverrides(ctx)
 	}
 }
@@ -437,22 +376,22 @@ func (e *Engine) forget(ctx context.Context) {
 // whose operation is lost; wg owns that. It tries until the runtime lists its containers, and
 // returns false if ctx ends before.
 func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
-	defer e.clearLost(ctx, wg) // even after a panic: their slots are held
+	defer e.node.Lost.Clear(ctx, wg) // even after a panic: their slots are held
 	e.forgetOverrides(ctx)
-	if e.awaitJudged(ctx) != nil {
+	if e.node.Lost.AwaitJudged(ctx) != nil {
 		return false
 	}
 	list, err := e.forgetRemoved(ctx)
 	for wait := 200 * time.Millisecond; err != nil; wait = min(2*wait, 5*time.Second) {
 		e.log.WithError(err).Warn("records not tidied; trying again")
-		e.clearLost(ctx, wg) // does not wait for that
-		if sleep(ctx, wait) != nil {
+		e.node.Lost.Clear(ctx, wg) // does not wait for that
+		if crinode.Sleep(ctx, wait) != nil {
 			return false
 		}
 		list, err = e.forgetRemoved(ctx)
 	}
-	e.judge(ctx, list) // what has come about since
-	if err := e.switchover.RemoveStray(e.knows); err != nil {
+	e.node.Lost.JudgeNew(ctx, list) // what has come about since
+	if err := e.node.Switchover.RemoveStray(e.node.Tokens.Has); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
 	return true
@@ -463,10 +402,10 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 	// What is recorded is read first: a container made between the two reads is in the list but not
 	// in the records read, and stays.
 	recorded := map[string]bool{}
-	for _, id := range e.records.IDs() {
+	for _, id := range e.node.Records.IDs() {
 		recorded[id] = true
 	}
-	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	list, err := e.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		return nil, err
 	}
@@ -474,8 +413,8 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 		delete(recorded, c.GetId())
 	}
 	for id := range recorded {
-		e.records.Removed(id)
-		e.view.Forget(id)
+		e.node.Records.Removed(id)
+		e.node.View.Forget(id)
 	}
 	return list.GetContainers(), nil
 }
@@ -609,30 +548,6 @@ func (e *Engine) CancelAll(reason string) {
 			log.Info("operation cancelled")
 		}
 	}
-}
-
-// newToken returns a token that is known to this process.
-func (e *Engine) newToken() string {
-	token := randomToken()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.tokens != nil {
-		e.tokens[token] = true
-	}
-	return token
-}
-
-func (e *Engine) knows(token string) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.tokens[token]
-}
-
-// randomToken returns 32 random hexadecimal digits.
-func randomToken() string {
-	b := make([]byte, 16)
-	_, _ = rand.Read(b) // never fails (crypto/rand)
-	return hex.EncodeToString(b)
 }
 
 func podName(p *opsv1.PodRef) string { return p.GetNamespace() + "/" + p.GetName() }

@@ -28,7 +28,7 @@ func (e *Engine) giveUp(ctx context.Context, o *operation.Operation, why error) 
 		return
 	}
 	for i := range o.Request().GetContainers() {
-		e.newRestart(o, i).giveUp(ctx, why)
+		newContainer(e.node, o, i).giveUp(ctx, why)
 	}
 	e.finish(o)
 }
@@ -39,13 +39,13 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 	var wg sync.WaitGroup
 	failed := false
 	for i := range req.GetContainers() {
-		r := e.newRestart(o, i)
+		r := newContainer(e.node, o, i)
 		if !req.GetOrdered() {
 			wg.Go(func() { r.runGuarded(ctx) })
 			continue
 		}
 		if failed {
-			r.end(&outcome{
+			r.end(&operation.Outcome{
 				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonEarlierContainerFailed,
 				Message: "not restarted because an earlier container failed",
 			})

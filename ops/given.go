@@ -42,5 +42,5 @@ func (e *Engine) forgetEndedEnvironments() {
 	for uid, o := range e.ops {
 		kept[uid] = o.IsLeftAlone() || !o.Finished()
 	}
-	e.records.KeepEnvironments(func(operation string) bool { return kept[operation] })
+	e.node.Records.KeepEnvironments(func(operation string) bool { return kept[operation] })
 }

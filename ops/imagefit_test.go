@@ -41,13 +41,13 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			images := newFakeImages()
 			images.images["sha256:app:v1"] = &runtimeapi.Image{Id: "sha256:app:v1", Uid: uid(tc.runs)}
 			images.images["app:v1"] = &runtimeapi.Image{Id: "sha256:moved", Uid: uid(tc.now)}
-			n.engine.images, n.engine.img = images, images
+			n.engine.node.Images, n.engine.node.ImageService = images, images
 			c := n.containerConfig("app", 0)
 			c.Image = &runtimeapi.ImageSpec{Image: "sha256:app:v1", UserSpecifiedImage: "app:v1"}
 			c.Linux.SecurityContext.RunAsUser = uid(tc.runs)
 			b, err := proto.Marshal(&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.sandboxConfig()})
 			n.must(err)
-			n.engine.records.Created(n.rt.idOf(t, "app/0"), b)
+			n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), b)
 			n.runTidied()
 			n.restart("op", func(r *opsv1.RestartRequest) {
 				if !tc.blind {
@@ -62,7 +62,7 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			if tc.want != succeeded {
 				return
 			}
-			next := n.engine.records.Request(n.rt.idOf(t, "app/1")).GetConfig()
+			next := n.engine.node.Records.Request(n.rt.idOf(t, "app/1")).GetConfig()
 			if got := next.GetLinux().GetSecurityContext().GetRunAsUser(); !proto.Equal(got, uid(tc.wantUser)) || next.GetImage().GetImage() != "sha256:moved" {
 				t.Errorf("image %s with user %v, want %d", next.GetImage().GetImage(), got, tc.wantUser)
 			}

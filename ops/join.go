@@ -12,21 +12,22 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // join passes on to a restart what kubelet does in its slot. Kubelet does not know that the container is being stopped: when
 // a probe fails meanwhile, as that of an application that drains, it stops the container too. What it wants by that is what
 // the restart does already, so its stop joins: it is answered once the successor is there. A pod that goes away is told apart.
 type join struct {
-	r *restart
+	c *Container
 
 	creates chan created
 	shown   chan struct{} // closed when kubelet has been shown the successor
@@ -44,8 +45,8 @@ type join struct {
 
 var _ interceptors.Driver = (*join)(nil)
 
-func newJoin(r *restart) *join {
-	return &join{r: r, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
+func newJoin(c *Container) *join {
+	return &join{c: c, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
 }
 
 // listen lets kubelet's stops join from now on. by is when the incumbent's grace ends.
@@ -58,7 +59,7 @@ func (j *join) listen(by time.Time) {
 // show says that kubelet has been shown the successor. It reports whether a stop of kubelet's has joined, or is about to; so is
 // one of which the view knows, and that has not come here yet. If none has, none will.
 func (j *join) show() bool {
-	stopping := j.r.claim.Stopping()
+	stopping := j.c.claim.Stopping()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	close(j.shown)
@@ -88,13 +89,13 @@ func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !j.begin() {
 		return false, nil
 	}
-	why := j.r.refusalToJoin(ctx)
+	why := j.c.refusalToJoin(ctx)
 	j.decide(why == "")
 	if why != "" {
-		j.r.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
+		j.c.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
 		return false, nil
 	}
-	j.r.joined()
+	j.c.joined()
 	j.hurry(ctx, time.Duration(grace)*time.Second)
 	select {
 	case <-j.shown:
@@ -150,7 +151,7 @@ func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	if !less {
 		return
 	}
-	j.r.hurry(ctx, grace)
+	j.c.hurry(ctx, grace)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if !j.hurried {
@@ -190,7 +191,7 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 
 // joins lets kubelet's stops join from the moment on at which the restart is bound to stop the container, whichever process
 // has come to that. The caller holds the slot.
-func (r *restart) joins() {
+func (r *Container) joins() {
 	rec := r.rec()
 	if rec.Joinable() {
 		r.join.listen(rec.StopBy)
@@ -200,17 +201,17 @@ func (r *restart) joins() {
 		r.join.joined = true
 		r.join.mu.Unlock()
 	}
-	if rec.Step == stepReveal {
+	if rec.Step == store.StepReveal {
 		r.join.show()
 	}
 	r.claim.Drive(r.join)
 }
 
 // refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet tells; empty if it may.
-func (r *restart) refusalToJoin(ctx context.Context) string {
+func (r *Container) refusalToJoin(ctx context.Context) string {
 	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
-		name, rec := r.want.GetName(), r.rec()
-		request, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		name, rec := r.spec.GetName(), r.rec()
+		request, err := r.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for nothing.
@@ -221,11 +222,11 @@ func (r *restart) refusalToJoin(ctx context.Context) string {
 }
 
 // joined notes that a stop of kubelet's has joined the restart.
-func (r *restart) joined() {
+func (r *Container) joined() {
 	if r.rec().Joined {
 		return
 	}
-	_, err := r.c.Write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+	_, err := r.handle.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		if c.Joined {
 			return
 		}
@@ -253,7 +254,7 @@ const (
 )
 
 // awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
-func (r *restart) awaitRecreation(ctx context.Context) error {
+func (r *Container) awaitRecreation(ctx context.Context) error {
 	patience := time.NewTimer(joinPatience)
 	defer patience.Stop()
 	look := time.NewTicker(joinPoll)
@@ -277,26 +278,26 @@ func (r *restart) awaitRecreation(ctx context.Context) error {
 }
 
 // isKnown reports whether kubelet tells that it goes by the successor: that is so from the beginning of its next sync of the pod.
-func (r *restart) isKnown(ctx context.Context) bool {
-	if r.pods == nil {
+func (r *Container) isKnown(ctx context.Context) bool {
+	if r.node.Pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
+	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
 	if err != nil {
 		return false
 	}
-	_, id, _ := strings.Cut(pod.Running[r.want.GetName()], "://")
+	_, id, _ := strings.Cut(pod.Running[r.spec.GetName()], "://")
 	return id == r.successor()
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (r *restart) recreate(ctx context.Context, q created) error {
-	if q.req.GetConfig().GetMetadata().GetAttempt() > r.container().GetAttempt() {
+func (r *Container) recreate(ctx context.Context, q created) error {
+	if q.req.GetConfig().GetMetadata().GetAttempt() > r.status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := r.overridden(ctx, r.slot(), q.req)
+	asked := r.node.Overridden(ctx, r.slot(), q.req)
 	differing := r.differs(ctx, asked)
 	if len(differing) == 0 {
 		r.matchResources(ctx, asked)
@@ -304,40 +305,28 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 		return nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
-	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return failf(opsv1.ReasonRuntimeError, "%v", err)
+	r.stager.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
+	if err := r.stager.removeContainer(ctx, r.successor()); err != nil {
+		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
 	r.setMethod(opsv1.MethodKubelet)
-	r.holdNext(ctx, adoptPatience)
+	r.revealer.holdNext(ctx, adoptPatience)
 	return nil
-}
-
-// overridden is the request as it is when it goes to the runtime.
-func (e *Engine) overridden(ctx context.Context, slot interceptors.Slot, req *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
-	if !e.overrides.Any() {
-		return req
-	}
-	out := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
-	if _, err := e.overrides.Apply(ctx, slot, out); err != nil {
-		e.log.WithError(err).Warn("the image that overrides the one in the pod's spec is not known")
-	}
-	return out
 }
 
 // Fits implements [interceptors.Successors].
 func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool {
-	ours := e.records.Request(id)
+	ours := e.node.Records.Request(id)
 	if ours == nil {
 		return false
 	}
 	labels := req.GetConfig().GetLabels()
-	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
+	asked := e.node.Overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
 	if len(criclone.Diff(criclone.AlignMounts(ours, asked), asked)) > 0 {
 		return false
 	}
-	if err := e.match(ctx, id, asked); err != nil {
+	if err := e.node.MatchResources(ctx, id, asked); err != nil {
 		e.log.WithField("container", id).WithError(err).Warn("the container did not take the resources that kubelet asked for")
 	}
 	return true
@@ -345,12 +334,12 @@ func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateCont
 
 // Kept implements [interceptors.Pods].
 func (e *Engine) Kept(ctx context.Context, podUID string) bool {
-	if e.pods == nil {
+	if e.node.Pods == nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := e.pods.Pod(ctx, podUID)
+	pod, err := e.node.Pods.Pod(ctx, podUID)
 	return err == nil && goes(pod) == ""
 }
 
@@ -368,13 +357,13 @@ func goes(pod *podsapi.Pod) string {
 
 // askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells; more is asked of a pod that
 // does not go away.
-func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
-	if r.pods == nil {
+func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
+	if r.node.Pods == nil {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
+	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
 	switch {
 	case errors.Is(err, podsapi.ErrNotFound):
 		return "kubelet has no such pod any more"

@@ -53,7 +53,7 @@ func (n *upNode) probeFails(ctx context.Context, edit ...func(*runtimeapi.Contai
 
 // kubeletTells is kubelet's Pods API: the pod as it is, edited, and the containers by which kubelet goes now.
 func (n *upNode) kubeletTells(edit ...func(*podsapi.Pod)) {
-	n.engine.pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
+	n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 		newest, err := n.newest(ctx, "app")
 		if err != nil || newest == nil {
 			return nil, err

@@ -43,7 +43,7 @@ func TestOperationsStayFew(t *testing.T) {
 				if _, err := n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: previous}); err != nil {
 					t.Fatal(err)
 				}
-				n.engine.records.Removed(previous)
+				n.engine.node.Records.Removed(previous)
 			}
 			previous = op.GetContainers()[0].GetIncumbentId()
 		}
@@ -53,7 +53,7 @@ func TestOperationsStayFew(t *testing.T) {
 		if n.engine.lookup(uidOf(0)) != nil || n.engine.lookup("op-0") == nil {
 			t.Error("the oldest is kept, or a new one is not")
 		}
-		if got := n.engine.records.Len(); got != 2 {
+		if got := n.engine.node.Records.Len(); got != 2 {
 			t.Errorf("%d containers are recorded, 2 exist", got)
 		}
 	})
@@ -77,7 +77,7 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 		if n.engine.lookup("op") != nil {
 			t.Error("the operation is kept")
 		}
-		if got := n.engine.records.Len(); got != 0 {
+		if got := n.engine.node.Records.Len(); got != 0 {
 			t.Errorf("%d containers are recorded, none exists", got)
 		}
 		err := n.engine.disk.Journal.Load(func(uid string, _ *store.Record) error {
@@ -160,8 +160,8 @@ func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
 			}},
 		}),
-		Containers: []containerRecord{{
-			Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at,
+		Containers: []store.Container{{
+			Step: store.StepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: operation.RandomToken(), StopBy: at,
 		}},
 	}
 }

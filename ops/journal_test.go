@@ -22,12 +22,14 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // entry is a journal record of an operation on app at a step.
-func entry(t testing.TB, uid string, at step, created time.Time) *store.Record {
+func entry(t testing.TB, uid string, at store.Step, created time.Time) *store.Record {
 	t.Helper()
 	return &store.Record{
 		Operation: wire(t, &opsv1.Operation{
@@ -36,7 +38,7 @@ func entry(t testing.TB, uid string, at step, created time.Time) *store.Record {
 			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_PENDING}},
 		}),
 		Request:    wire(t, restartRequest(uid)),
-		Containers: []containerRecord{{Step: at, Sandbox: "s", Incumbent: "old", Successor: "new", Token: someToken}},
+		Containers: []store.Container{{Step: at, Sandbox: "s", Incumbent: "old", Successor: "new", Token: someToken}},
 	}
 }
 
@@ -64,8 +66,8 @@ func openEngine(dir string, v *interceptors.View) (*Engine, error) {
 
 // What the view shows as soon as the journal has been read, by step.
 func TestOpenArmsTheView(t *testing.T) {
-	for at, want := range map[step]bool{
-		stepNone: false, stepStage: true, stepStaged: true, stepStop: true, stepStarted: true, stepUndo: true, stepReveal: false, stepDone: false,
+	for at, want := range map[store.Step]bool{
+		store.StepNone: false, store.StepStage: true, store.StepStaged: true, store.StepStop: true, store.StepStarted: true, store.StepUndo: true, store.StepReveal: false, store.StepDone: false,
 	} {
 		t.Run(string(at), func(t *testing.T) {
 			v := interceptors.NewView()
@@ -77,7 +79,7 @@ func TestOpenArmsTheView(t *testing.T) {
 				t.Errorf("the view is active: %t, want %t", got, want)
 			}
 			claimed := v.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"})
-			if wantClaim := at != stepNone && at != stepDone; claimed != wantClaim {
+			if wantClaim := at != store.StepNone && at != store.StepDone; claimed != wantClaim {
 				t.Errorf("the slot is claimed: %t, want %t", claimed, wantClaim)
 			}
 			if err := e.Close(); err != nil {
@@ -90,7 +92,7 @@ func TestOpenArmsTheView(t *testing.T) {
 func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 	now := time.Now()
 	e, err := openEngine(journalWith(t, map[string]*store.Record{
-		"a": entry(t, "a", stepNone, now.Add(2*time.Second)), "b": entry(t, "b", stepNone, now), "c": entry(t, "c", stepNone, now.Add(time.Second)),
+		"a": entry(t, "a", store.StepNone, now.Add(2*time.Second)), "b": entry(t, "b", store.StepNone, now), "c": entry(t, "c", store.StepNone, now.Add(time.Second)),
 	}), interceptors.NewView())
 	if err != nil {
 		t.Fatal(err)
@@ -109,14 +111,14 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 
 // A record that cannot be used must not keep kubelet from the runtime: it is set aside.
 func TestOpenSetsBadRecordsAside(t *testing.T) {
-	broken := entry(t, "op", stepNone, time.Now())
+	broken := entry(t, "op", store.StepNone, time.Now())
 	broken.Containers = nil
 	for name, r := range map[string]*store.Record{
-		"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()),
+		"lengths differ": broken, "another UID": entry(t, "other", store.StepNone, time.Now()),
 		"not protobuf": {Operation: []byte{0xff}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", stepNone, time.Now())})
+			dir := journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", store.StepNone, time.Now())})
 			e, err := openEngine(dir, interceptors.NewView())
 			if err != nil {
 				t.Fatal(err)
@@ -138,7 +140,7 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 	t.Run("two on one slot", func(t *testing.T) {
 		v := interceptors.NewView()
 		dir := journalWith(t, map[string]*store.Record{
-			"a": entry(t, "a", stepStop, time.Now()), "b": entry(t, "b", stepStop, time.Now()),
+			"a": entry(t, "a", store.StepStop, time.Now()), "b": entry(t, "b", store.StepStop, time.Now()),
 		})
 		e, err := openEngine(dir, v)
 		if err != nil {
@@ -183,8 +185,8 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.records.Created("c", nil)
-	if e.records.Request("c") != nil || len(e.records.IDs()) != 0 {
+	e.node.Records.Created("c", nil)
+	if e.node.Records.Request("c") != nil || len(e.node.Records.IDs()) != 0 {
 		t.Error("records without a file")
 	}
 	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
@@ -230,7 +232,7 @@ func TestJournalIsNotOpenedAfterTheEnd(t *testing.T) {
 
 // FuzzJournal reads any bytes as a record of the journal.
 func FuzzJournal(f *testing.F) {
-	for _, s := range []step{stepNone, stepStage, stepStaged, stepStop, stepStarted, stepReveal, stepUndo, stepDone, "other"} {
+	for _, s := range []store.Step{store.StepNone, store.StepStage, store.StepStaged, store.StepStop, store.StepStarted, store.StepReveal, store.StepUndo, store.StepDone, "other"} {
 		b, err := json.Marshal(entry(f, "op", s, time.Unix(0, 0)))
 		if err != nil {
 			f.Fatal(err)
@@ -245,8 +247,8 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		e := &Engine{
-			view: interceptors.NewView(), log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
-			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
+			node: &Node{Client: &crinode.Client{Log: quiet()}, View: interceptors.NewView(), Tokens: lost.NewTokens(), Lost: lost.New(lost.Options{})},
+			log:  quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 		}
 		if e.revive("op", r) != nil {
 			return
@@ -254,7 +256,7 @@ func FuzzJournal(f *testing.F) {
 		for _, o := range e.ops {
 			_ = verdict(o.Snapshot())
 			for i := range o.Records() {
-				e.newRestart(o, i)
+				newContainer(e.node, o, i)
 			}
 		}
 	})

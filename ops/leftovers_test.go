@@ -97,8 +97,8 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 // The process before died while it staged the successor: its gate goes with the container.
 func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
-	r := entry(t, "op", stepStage, time.Now())
-	r.Containers[0] = containerRecord{Step: stepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
+	r := entry(t, "op", store.StepStage, time.Now())
+	r.Containers[0] = store.Container{Step: store.StepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
 	n.must(n.engine.disk.Journal.Put("op", r, nil))
 	state := n.copyState()
 	gates := filepath.Join(state, "gates")

@@ -17,23 +17,23 @@ import (
 
 // logLink makes the symlink that kubelet makes when it starts a container, and only
 // then (pkg/kubelet/kuberuntime/legacy.go): log shippers follow it.
-func (r *restart) logLink(ctx context.Context, id string) {
+func (v *revealer) logLink(ctx context.Context, id string) {
 	err := func() error {
-		if _, err := os.Stat(r.legacyLog); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(v.c.node.LogLinks); errors.Is(err, fs.ErrNotExist) {
 			return nil // nobody looks there
 		}
-		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		st, err := v.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		if err != nil || st.GetStatus().GetLogPath() == "" {
 			return err
 		}
-		pod := r.o.Pod()
-		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.legacyLog, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
+		pod := v.c.op.Pod()
+		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(v.c.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), v.c.spec.GetName(), id)))
 		if errors.Is(err, fs.ErrExist) {
 			return nil
 		}
 		return err
 	}()
 	if err != nil && ctx.Err() == nil {
-		r.warn("log symlink: %v", err)
+		v.c.warn("log symlink: %v", err)
 	}
 }

@@ -151,7 +151,7 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 		n.awaitLiving(n.serving() + ", web/0")
 	}
 	// The slot is as usable as before.
-	if n.engine.records.Request(n.rt.idOf(t, n.serving())) == nil {
+	if n.engine.node.Records.Request(n.rt.idOf(t, n.serving())) == nil {
 		return true // its environment has a value that the runtime's own record does not keep
 	}
 	n.restart("again")
@@ -411,7 +411,7 @@ func TestShellsDoNotServe(t *testing.T) {
 	n.must(os.Remove(filepath.Join(state, "journal.db")))
 	n.boot(state)
 	n.state = state
-	n.engine.switchover.OfContainer = func(pid int, container string) error {
+	n.engine.node.Switchover.OfContainer = func(pid int, container string) error {
 		if container == old.status.GetId() {
 			return fs.ErrNotExist // /proc/PID/cgroup of a process that is gone
 		}

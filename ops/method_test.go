@@ -61,9 +61,9 @@ func TestMethodForContainer(t *testing.T) {
 			if tc.edit != nil {
 				n.rt.set(func(*fakeRuntime) { tc.edit(c) })
 			}
-			req := n.engine.records.Request(id)
+			req := n.engine.node.Records.Request(id)
 			req.Config = c.config
-			n.engine.records.Created(id, wire(t, req))
+			n.engine.node.Records.Created(id, wire(t, req))
 			n.restart("op")
 			op := n.finish("op")
 			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
@@ -80,9 +80,9 @@ func TestMethodForContainer(t *testing.T) {
 // A gate that no operation knows is that of a process that died, and is removed; one that is known stays.
 func TestStrayGates(t *testing.T) {
 	n := newNode(t, podOptions{})
-	m := n.engine.switchover
-	n.must(m.RemoveStray(n.engine.knows)) // there is no directory yet
-	known := n.engine.newToken()
+	m := n.engine.node.Switchover
+	n.must(m.RemoveStray(n.engine.node.Tokens.Has)) // there is no directory yet
+	known := n.engine.node.Tokens.New()
 	n.must(errors.Join(m.Gate(known).Make(), m.Gate("stray").Make(), m.Gate("").Make(), os.WriteFile(filepath.Join(n.state, "gates", "file"), nil, 0o600)))
 	n.run()
 	for late := time.Now().Add(waitLong); n.gates() != known; time.Sleep(time.Millisecond) { // the start goes on

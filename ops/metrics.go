@@ -13,10 +13,8 @@ import (
 )
 
 type metrics struct {
-	results      *prometheus.CounterVec
-	phases       *prometheus.HistogramVec
-	gap          *prometheus.HistogramVec
-	gateFailures prometheus.Counter
+	results *prometheus.CounterVec
+	phases  *prometheus.HistogramVec
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
@@ -24,18 +22,20 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "criproxy_operations_total", Help: "Finished operations by kind and result.",
 		}, []string{"kind", "result"}),
-		gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "criproxy_operation_gap_seconds",
-			Help: "From the exit of a container to the start of its successor, by kind of operation and method; " +
-				"0 where they overlap.",
-			Buckets: []float64{.002, .005, .01, .02, .05, .1, .2, .5, 1, 5, 30},
-		}, []string{"kind", "method"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "criproxy_operation_phase_duration_seconds",
 			Help:    "How long finished operations have been in a phase, by kind and phase.",
 			Buckets: []float64{.005, .02, .1, .5, 1, 5, 10, 30, 60, 300, 1800},
 		}, []string{"kind", "phase"}),
-		gateFailures: prometheus.NewCounter(prometheus.CounterOpts{
+	}
+	e.node.Metrics = Metrics{
+		Gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "criproxy_operation_gap_seconds",
+			Help: "From the exit of a container to the start of its successor, by kind of operation and method; " +
+				"0 where they overlap.",
+			Buckets: []float64{.002, .005, .01, .02, .05, .1, .2, .5, 1, 5, 30},
+		}, []string{"kind", "method"}),
+		GateFailures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "criproxy_gate_failures_total", Help: "Restarts that were to use a gate and went on without.",
 		}),
 	}
@@ -44,7 +44,7 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	}
 	recorded := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_recorded_containers", Help: "Containers whose creation was recorded.",
-	}, func() float64 { return float64(e.records.Len()) })
+	}, func() float64 { return float64(e.node.Records.Len()) })
 	journal := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_journal_open", Help: "1 while operations can be written down; otherwise they are refused.",
 	}, func() float64 {
@@ -55,9 +55,9 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	})
 	overrides := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
-	}, func() float64 { return float64(e.overrides.Len()) })
+	}, func() float64 { return float64(e.node.Overrides.Len()) })
 	for _, c := range []prometheus.Collector{
-		m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.Lost(),
+		m.results, m.phases, e.node.Metrics.Gap, e.node.Metrics.GateFailures, &activeOperations{e}, recorded, journal, overrides, e.node.Overrides.Lost(),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
@@ -82,7 +82,7 @@ func (a *activeOperations) Collect(c chan<- prometheus.Metric) {
 	type key struct{ kind, phase string }
 	pending := operation.PhaseName(opsv1.Phase_PHASE_PENDING)
 	counts := map[key]int{{opsv1.KindRestart, pending}: 0, {opsv1.KindUpgrade, pending}: 0}
-	for _, o := range a.e.activeOperations() {
+	for _, o := range a.e.node.Active() {
 		counts[key{o.Kind(), operation.PhaseName(o.Phase())}]++
 	}
 	for k, n := range counts {

@@ -32,31 +32,31 @@ type newImage struct {
 }
 
 // slot is the slot of the container.
-func (r *restart) slot() interceptors.Slot { return r.c.Slot() }
+func (r *Container) slot() interceptors.Slot { return r.handle.Slot() }
 
 // withinPatience runs f until it is done, ctx ends, the operation is cancelled or the limit, which is counted from began, is over.
-func (r *restart) withinPatience(ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error) error {
+func (r *Container) withinPatience(ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error) error {
 	ready, cancel := context.WithDeadline(ctx, began.Add(limit))
 	defer cancel()
-	call, end := crinode.EndWith(ready, r.o.Cancelled())
+	call, end := crinode.EndWith(ready, r.op.Cancelled())
 	defer end()
 	err := f(call)
-	var out *outcome
+	var out *operation.Outcome
 	switch {
-	case err != nil && r.o.IsCancelled():
+	case err != nil && r.op.IsCancelled():
 		return r.cancelledOutcome()
 	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
-		return failf(opsv1.ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
+		return operation.Failf(opsv1.ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
 	}
 	return err
 }
 
 // awaited says what an operation that is not ready is at.
-func (r *restart) awaited() string {
+func (r *Container) awaited() string {
 	if r.queued {
-		return "waiting for the container, which " + orOther(r.holder(r.slot())) + " has"
+		return "waiting for the container, which " + orOther(r.node.Holder(r.slot())) + " has"
 	}
-	return "in phase " + operation.PhaseName(r.container().GetPhase())
+	return "in phase " + operation.PhaseName(r.status().GetPhase())
 }
 
 func orOther(uid string) string {
@@ -64,19 +64,6 @@ func orOther(uid string) string {
 		return "another operation"
 	}
 	return "operation " + uid
-}
-
-// holder is the UID of the operation that has the slot, as far as the journal tells: an operation that
-// has just taken the slot has written nothing yet.
-func (e *Engine) holder(slot interceptors.Slot) string {
-	for _, o := range e.activeOperations() {
-		for i, rec := range o.Records() {
-			if rec.HoldsSlot() && o.Container(i).Slot() == slot {
-				return o.UID()
-			}
-		}
-	}
-	return ""
 }
 
 func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
@@ -87,7 +74,7 @@ func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
 }
 
 // pullImage gets the image of the change onto the node and pins it.
-func (r *restart) pullImage(ctx context.Context) error {
+func (r *Container) pullImage(ctx context.Context) error {
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER {
 		return r.ensure(ctx, r.change.want)
 	}
@@ -96,24 +83,24 @@ func (r *restart) pullImage(ctx context.Context) error {
 
 // pull gets an image onto the node and, if it is that of a change, pins it. Credentials that come meanwhile start the pull anew; what
 // has been fetched counts.
-func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error {
-	pinFor := durationpb.New(orElse(r.o.Upgrade().GetPinFor(), defaultPin))
+func (r *Container) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error {
+	pinFor := durationpb.New(orElse(r.op.Upgrade().GetPinFor(), defaultPin))
 	if r.change == nil {
 		pinFor = nil // as kubelet's own
 	}
 	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
 	for {
-		credentials, forgotten, others := r.o.Credentials()
+		credentials, forgotten, others := r.op.Credentials()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
-			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
+			Uid: r.kind() + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
 			PinFor: pinFor, Owner: r.pinOwner(),
 		}
 		if by, ok := ctx.Deadline(); ok {
 			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
 		}
 		pull, end := crinode.EndWith(ctx, others)
-		done, err := r.images.Ensure(pull, req, func(p *opsv1.PullOperation) {
+		done, err := r.node.Images.Ensure(pull, req, func(p *opsv1.PullOperation) {
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(p) })
 		})
 		again := pull.Err() != nil && ctx.Err() == nil
@@ -127,7 +114,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			return failf(opsv1.ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
+			return operation.Failf(opsv1.ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
 		case forgotten:
 			r.log.WithField("reason", done.GetReason()).Info("waiting for the credentials, which were in the memory of the process before this one")
 			r.show(func(c *opsv1.ContainerOperation) {
@@ -143,7 +130,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 			}
 		default:
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
-			return failf(opsv1.ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())
+			return operation.Failf(opsv1.ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())
 		}
 	}
 }
@@ -157,14 +144,14 @@ func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
 }
 
 // pinOwner is whose pins the images get.
-func (r *restart) pinOwner() string {
-	if owner := r.o.Upgrade().GetOwner(); owner != "" {
+func (r *Container) pinOwner() string {
+	if owner := r.op.Upgrade().GetOwner(); owner != "" {
 		return owner
 	}
-	if requester := r.o.Requester(); requester != "" {
+	if requester := r.op.Requester(); requester != "" {
 		return requester
 	}
-	return r.kind() + " " + r.o.UID()
+	return r.kind() + " " + r.op.UID()
 }
 
 // pinPatience bounds the pinning of the old image: the slot is taken meanwhile.
@@ -172,13 +159,13 @@ const pinPatience = 10 * time.Second
 
 // pinOld keeps the image that is replaced on the node, for the way back. The slot is taken: what is staged in it is not taken for
 // what runs.
-func (r *restart) pinOld(ctx context.Context, at *crinode.Target) {
+func (r *Container) pinOld(ctx context.Context, at *crinode.Target) {
 	ctx, cancel := context.WithTimeout(ctx, pinPatience)
 	defer cancel()
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
-		until := time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin))
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), until)
+		until := time.Now().Add(orElse(r.op.Upgrade().GetPinFor(), defaultPin))
+		err = r.node.Images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), until)
 	}
 	if err != nil {
 		r.warn("the old image is not pinned: %v", err)
@@ -193,14 +180,14 @@ func (e *noRequestError) Unwrap() error { return e.err }
 
 // fitImage returns the request that made the container, if the image can take the place of the one there.
 //
-// Errors: an *outcome, a *noRequestError, or the runtime's.
-func (r *restart) fitImage(ctx context.Context, at *crinode.Target) (*runtimeapi.CreateContainerRequest, error) {
+// Errors: an *operation.Outcome, a *noRequestError, or the runtime's.
+func (r *Container) fitImage(ctx context.Context, at *crinode.Target) (*runtimeapi.CreateContainerRequest, error) {
 	want := r.change.want
 	st, err := r.imageStatus(ctx, want.GetImage())
 	if err != nil {
 		return nil, err
 	}
-	request, err := r.requestOf(ctx, at.Incumbent, at.Sandbox)
+	request, err := r.node.RequestOf(ctx, at.Incumbent, at.Sandbox)
 	if err != nil {
 		return nil, &noRequestError{err}
 	}
@@ -212,46 +199,46 @@ func unfit(err error) error {
 	if err == nil {
 		return nil
 	}
-	return failf(opsv1.ReasonImageUnfit, "%v", err)
+	return operation.Failf(opsv1.ReasonImageUnfit, "%v", err)
 }
 
 // imageStatus is the verbose status of an image that is on the node.
-func (r *restart) imageStatus(ctx context.Context, name string) (*runtimeapi.ImageStatusResponse, error) {
-	st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}, Verbose: true})
+func (r *Container) imageStatus(ctx context.Context, name string) (*runtimeapi.ImageStatusResponse, error) {
+	st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}, Verbose: true})
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("reading the image: %w", err)
 	case st.GetImage() == nil:
-		return nil, failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it "+
+		return nil, operation.Failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it "+
 			"removed meanwhile?", name)
 	}
 	return st, nil
 }
 
 // loadImages asks the runtime for both images, once. old is the ID of the incumbent's.
-func (r *restart) loadImages(ctx context.Context, ref, old string) error {
+func (r *Container) loadImages(ctx context.Context, ref, old string) error {
 	for ref, into := range map[string]**runtimeapi.Image{ref: &r.change.image, old: &r.change.old} {
 		if *into != nil {
 			continue
 		}
 		err := r.node.Retry(ctx, func() error {
-			st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+			st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
 			*into = st.GetImage()
 			return err
 		})
 		if err != nil {
-			return failf(opsv1.ReasonCreateFailed, "reading image %s: %v", ref, err)
+			return operation.Failf(opsv1.ReasonCreateFailed, "reading image %s: %v", ref, err)
 		}
 		if *into == nil && into == &r.change.image {
-			return failf(opsv1.ReasonCreateFailed, "image %s is not on the node any more", ref)
+			return operation.Failf(opsv1.ReasonCreateFailed, "image %s is not on the node any more", ref)
 		}
 	}
 	return nil
 }
 
 // prepareImage pulls the image of a restart with another one and takes the slot. What else is checked is so once the slot is taken.
-func (r *restart) prepareImage(ctx context.Context) error {
-	if r.want.GetRevertImage() {
+func (r *Container) prepareImage(ctx context.Context) error {
+	if r.spec.GetRevertImage() {
 		return r.prepareRevert(ctx)
 	}
 	if err := r.withinPatience(ctx, time.Now(), defaultPrepare, r.pullImage); err != nil {
@@ -262,23 +249,23 @@ func (r *restart) prepareImage(ctx context.Context) error {
 }
 
 // prepareRevert takes the slot once the image of the pod's spec is on the node.
-func (r *restart) prepareRevert(ctx context.Context) error {
+func (r *Container) prepareRevert(ctx context.Context) error {
 	for pulled := ""; ; {
 		if err := r.takeSlot(ctx); err != nil {
 			return err
 		}
-		o := r.overrides.Of(r.slot())
+		o := r.node.Overrides.Of(r.slot())
 		if o == nil {
-			return notOverridden(r.want.GetName())
+			return notOverridden(r.spec.GetName())
 		}
 		r.change.want.Image = o.SpecImage
 		r.show(func(c *opsv1.ContainerOperation) { c.Image = o.SpecImage })
-		_, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
+		_, err := r.node.Resolve(ctx, r.op.Pod(), r.spec, r.op.Request().GetForce())
 		if notRunning(err) || pulled == o.SpecImage {
 			return nil
 		}
-		if r.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-			if st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: o.SpecImage}}); err == nil && st.GetImage() != nil {
+		if r.spec.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+			if st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: o.SpecImage}}); err == nil && st.GetImage() != nil {
 				return nil
 			}
 		}
@@ -293,33 +280,33 @@ func (r *restart) prepareRevert(ctx context.Context) error {
 }
 
 func notOverridden(container string) error {
-	return failf(opsv1.ReasonImageNotOverridden, "container %q has the image of the pod's spec: there is nothing "+
+	return operation.Failf(opsv1.ReasonImageNotOverridden, "container %q has the image of the pod's spec: there is nothing "+
 		"to revert", container)
 }
 
 func notRunning(err error) bool {
-	var out *outcome
+	var out *operation.Outcome
 	return errors.As(err, &out) && out.Reason == opsv1.ReasonContainerNotRunning
 }
 
 // revertStopped ends the override of a container that does not run, and reports whether err, of staging its successor, is that: kubelet
 // makes it, with the image of the pod's spec then.
-func (r *restart) revertStopped(err error) bool {
-	if !notRunning(err) || !r.want.GetRevertImage() {
+func (r *Container) revertStopped(err error) bool {
+	if !notRunning(err) || !r.spec.GetRevertImage() {
 		return false
 	}
-	r.overrides.Set(r.slot(), nil) // on disk with the end of the restart
+	r.node.Overrides.Set(r.slot(), nil) // on disk with the end of the restart
 	r.warn("the container does not run: kubelet makes it, by its own policy, and with the image of the pod's spec")
 	return true
 }
 
 // planImage checks the image of a restart with another one and returns the override that it comes to; nil if it is the
 // end of one. The slot is taken.
-func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Override, error) {
-	now := r.overrides.Of(r.slot())
-	if r.want.GetRevertImage() {
+func (r *Container) planImage(ctx context.Context, at *crinode.Target) (*store.Override, error) {
+	now := r.node.Overrides.Of(r.slot())
+	if r.spec.GetRevertImage() {
 		if now == nil {
-			return nil, notOverridden(r.want.GetName())
+			return nil, notOverridden(r.spec.GetName())
 		}
 		r.change.want.Image = now.SpecImage // a process before this one may have found another
 	}
@@ -327,7 +314,7 @@ func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Ove
 	var none *noRequestError
 	switch {
 	case errors.As(err, &none):
-		return nil, failf(opsv1.ReasonCreateFailed, "%v", err)
+		return nil, operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
 	case err != nil:
 		return nil, err
 	}
@@ -338,42 +325,42 @@ func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Ove
 	}
 	spec, nonRoot := now.SpecImageOf(runs), criclone.NonRootByImage(config, r.change.old)
 	if now != nil && now.Stale(runs) {
-		r.overrides.Drop(now)
+		r.node.Overrides.Drop(now)
 		now = nil
 	}
 	if now != nil {
 		nonRoot = now.NonRoot
 	}
 	switch {
-	case r.want.GetRevertImage() && now == nil:
-		return nil, notOverridden(r.want.GetName())
-	case r.want.GetRevertImage():
+	case r.spec.GetRevertImage() && now == nil:
+		return nil, notOverridden(r.spec.GetName())
+	case r.spec.GetRevertImage():
 		return nil, nil
 	}
 	r.pinOld(ctx, at)
 	switch {
 	case nonRoot && criclone.IsRoot(criclone.ImageUser(r.change.image)):
-		return nil, failf(opsv1.ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the "+
+		return nil, operation.Failf(opsv1.ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the "+
 			"pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
 	case spec == "":
-		return nil, failf(opsv1.ReasonCreateFailed, "kubelet does not tell which image the spec of container %q "+
-			"has, so that an override could not last", r.want.GetName())
+		return nil, operation.Failf(opsv1.ReasonCreateFailed, "kubelet does not tell which image the spec of container %q "+
+			"has, so that an override could not last", r.spec.GetName())
 	case now != nil && name == spec:
-		return nil, failf(opsv1.ReasonImageUnchanged, "%s is the image of the pod's spec: revert the override instead", name)
+		return nil, operation.Failf(opsv1.ReasonImageUnchanged, "%s is the image of the pod's spec: revert the override instead", name)
 	case name == runs && r.change.old.GetId() == r.change.image.GetId():
-		return nil, failf(opsv1.ReasonImageUnchanged, "container %q has image %s already: leave the image out to "+
-			"restart it", r.want.GetName(), name)
+		return nil, operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s already: leave the image out to "+
+			"restart it", r.spec.GetName(), name)
 	}
-	pod := r.o.Pod()
+	pod := r.op.Pod()
 	return &store.Override{
-		PodUID: pod.GetUid(), Namespace: pod.GetNamespace(), Pod: pod.GetName(), Container: r.want.GetName(),
+		PodUID: pod.GetUid(), Namespace: pod.GetNamespace(), Pod: pod.GetName(), Container: r.spec.GetName(),
 		Image: name, ImageID: r.change.image.GetId(), SpecImage: spec, NonRoot: nonRoot,
-		Since: time.Now(), Requester: r.o.Requester(), Operation: r.o.UID(),
+		Since: time.Now(), Requester: r.op.Requester(), Operation: r.op.UID(),
 	}, nil
 }
 
 // useImage makes the clone of the incumbent one of the new image. Its hash stays as it is: with that of the pod's spec kubelet is content.
-func (r *restart) useImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+func (r *Container) useImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	name, ref := r.change.want.GetImage(), r.change.want.GetImage()
 	if o := r.rec().Override; o != nil {
 		ref = o.ImageID // what the name meant then
@@ -389,18 +376,18 @@ func (r *restart) useImage(ctx context.Context, c *runtimeapi.ContainerConfig) e
 }
 
 // keepOverride makes the image that of the slot from now on. It is on disk with the next step, which is the one that reveals the successor.
-func (r *restart) keepOverride() {
+func (r *Container) keepOverride() {
 	if r.change == nil || r.up != nil {
 		return
 	}
-	r.change.before, r.change.changed = r.overrides.Set(r.slot(), r.rec().Override), true
+	r.change.before, r.change.changed = r.node.Overrides.Set(r.slot(), r.rec().Override), true
 }
 
 // undoOverride takes keepOverride back, on disk with the next step.
-func (r *restart) undoOverride() {
+func (r *Container) undoOverride() {
 	if r.change == nil || !r.change.changed {
 		return
 	}
-	r.overrides.Set(r.slot(), r.change.before)
+	r.node.Overrides.Set(r.slot(), r.change.before)
 	r.change.changed = false
 }

@@ -130,13 +130,13 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	if n.rt.processes != nil {
-		d.engine.switchover.OfContainer, d.engine.switchover.Watch = n.rt.owned, d.watch(n.rt)
+		d.engine.node.Switchover.OfContainer, d.engine.node.Switchover.Watch = n.rt.owned, d.watch(n.rt)
 	}
 	if n.room != nil {
-		d.engine.switchover.FindPod = n.room.find
+		d.engine.node.Switchover.FindPod = n.room.find
 	}
 	d.engine.lateCreate = time.Hour // tests count calls
-	d.engine.switchover.GateTimeout = waitLong
+	d.engine.node.Switchover.GateTimeout = waitLong
 	unsynced(d.engine.disk.Journal) // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
@@ -465,7 +465,7 @@ func (e *Engine) copyState(from, to string) error {
 	save := func(name string) func(*bolt.Tx) error {
 		return func(tx *bolt.Tx) error { return tx.CopyFile(filepath.Join(to, name), 0o600) }
 	}
-	return errors.Join(err, e.disk.Journal.View(save("journal.db")), e.records.View(save("records.db")))
+	return errors.Join(err, e.disk.Journal.View(save("journal.db")), e.node.Records.View(save("records.db")))
 }
 
 // leash is the engine's connection, which a test can cut: from then on no call of that

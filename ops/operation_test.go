@@ -139,8 +139,8 @@ func TestRuntimeRefuses(t *testing.T) {
 			if got := n.sees(); got != tc.state {
 				t.Errorf("kubelet sees %s, want %s", got, tc.state)
 			}
-			if n.engine.records.Len() != strings.Count(tc.state, "/") {
-				t.Errorf("%d containers are recorded", n.engine.records.Len())
+			if n.engine.node.Records.Len() != strings.Count(tc.state, "/") {
+				t.Errorf("%d containers are recorded", n.engine.node.Records.Len())
 			}
 		})
 	}
@@ -305,7 +305,7 @@ func TestRuntimeHangs(t *testing.T) {
 				if got := n.rt.state(); got != tc.state {
 					t.Errorf("runtime has %s, want %s", got, tc.state)
 				}
-				if n.engine.view.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}) {
+				if n.engine.node.View.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}) {
 					t.Error("the slot stays claimed")
 				}
 			})

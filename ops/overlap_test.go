@@ -195,10 +195,10 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	watch := n.engine.switchover.Watch
+	watch := n.engine.node.Switchover.Watch
 	j := n.engine.disk.Journal
 	free := make(chan struct{})
-	n.engine.switchover.Watch = func(pid int, container string) (*switchover.Exit, error) {
+	n.engine.node.Switchover.Watch = func(pid int, container string) (*switchover.Exit, error) {
 		w, err := watch(pid, container)
 		db, dbErr := j.DB()
 		n.must(dbErr)
@@ -250,7 +250,7 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
-			n.engine.pods = deleting
+			n.engine.node.Pods = deleting
 			n.runTidied()
 			n.rt.takeCalls()
 			incumbent := n.rt.idOf(t, "app/0")

@@ -18,8 +18,8 @@ import (
 func (e *Engine) writeEnded(ctx context.Context) {
 	for {
 		select {
-		case <-e.overrides.Dirty():
-			e.overrides.Flush()
+		case <-e.node.Overrides.Dirty():
+			e.node.Overrides.Flush()
 		case <-ctx.Done():
 			return
 		}
@@ -31,7 +31,7 @@ func (e *Engine) writeEnded(ctx context.Context) {
 func (e *Engine) forgetOnRemoval(ctx context.Context) {
 	for {
 		select {
-		case <-e.overrides.Removed():
+		case <-e.node.Overrides.Removed():
 		case <-ctx.Done():
 			return
 		}
@@ -43,11 +43,11 @@ func (e *Engine) forgetOnRemoval(ctx context.Context) {
 func (e *Engine) forgetOverrides(ctx context.Context) {
 	// The overrides are read first: a pod that gets one after that had a sandbox at least until
 	// then.
-	all := e.overrides.List()
+	all := e.node.Overrides.List()
 	if len(all) == 0 {
 		return
 	}
-	list, err := e.rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	list, err := e.node.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {
 		if ctx.Err() == nil {
 			e.log.WithError(err).Warn("image overrides not tidied")
@@ -65,15 +65,15 @@ func (e *Engine) forgetOverrides(ctx context.Context) {
 		e.log.WithFields(logrus.Fields{
 			"pod": o.Namespace + "/" + o.Pod, "container": o.Container, "image": o.Image,
 		}).Info("image override ended: the pod is gone")
-		e.overrides.Set(o.Slot(), nil)
+		e.node.Overrides.Set(o.Slot(), nil)
 	}
-	e.overrides.Flush()
+	e.node.Overrides.Flush()
 }
 
 // ListOverrides implements [opsv1.OpsServer].
 func (s *Server) ListOverrides(context.Context, *opsv1.ListOverridesRequest) (*opsv1.ListOverridesResponse, error) {
 	resp := &opsv1.ListOverridesResponse{}
-	for _, o := range s.e.overrides.List() {
+	for _, o := range s.e.node.Overrides.List() {
 		resp.Overrides = append(resp.Overrides, &opsv1.ImageOverride{
 			Pod: &opsv1.PodRef{Namespace: o.Namespace, Name: o.Pod, Uid: o.PodUID}, Container: o.Container,
 			Image: o.Image, ImageId: o.ImageID, SpecImage: o.SpecImage,

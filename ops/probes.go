@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
 // A kubelet since 1.35 takes a new container for started where it took the one before for started and has not seen the slot empty in
@@ -34,57 +35,50 @@ const (
 
 // probeHold returns for how long kubelet's probes of the successor are to be held. Where the command does not say,
 // kubelet may tell the period of the startup probe. One that tells is new enough to need it.
-func (r *restart) probeHold(ctx context.Context) time.Duration {
-	if r.probes != nil {
-		return *r.probes
+func (v *revealer) probeHold(ctx context.Context) time.Duration {
+	if v.probes != nil {
+		return *v.probes
 	}
 	var hold time.Duration
-	if told := r.want.GetHoldProbes(); told != nil {
+	if told := v.c.spec.GetHoldProbes(); told != nil {
 		hold = told.AsDuration()
-	} else if r.pods != nil {
-		ask, cancel := context.WithTimeout(ctx, podsPatience)
+	} else if v.c.node.Pods != nil {
+		ask, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 		defer cancel()
-		pod, err := r.pods.Pod(ask, r.o.Pod().GetUid())
+		pod, err := v.c.node.Pods.Pod(ask, v.c.op.Pod().GetUid())
 		if err != nil {
 			return 0 // asked again before it is needed
 		}
-		if period, is := pod.StartupPeriods[r.want.GetName()]; is {
+		if period, is := pod.StartupPeriods[v.c.spec.GetName()]; is {
 			hold = min(cmp.Or(period, defaultPeriod)+probeLag, maxHoldProbes)
 		}
 	}
-	r.probes = &hold
+	v.probes = &hold
 	return hold
 }
 
 // holdProbes holds kubelet's probes of the successor, which is about to be shown.
-func (r *restart) holdProbes(ctx context.Context) {
-	if hold := r.probeHold(ctx); hold > 0 {
-		r.quiet(r.rec().Successor, hold)
+func (v *revealer) holdProbes(ctx context.Context) {
+	if hold := v.probeHold(ctx); hold > 0 {
+		v.c.node.HoldProbes(v.c.rec().Successor, hold)
 	}
-}
-
-// quiet holds kubelet's probes of the container. The next process does not know when it was shown: it has the least that it can be.
-func (e *Engine) quiet(id string, hold time.Duration) {
-	hold += probeCut
-	e.records.SetHeld(id, time.Now().Add(hold))
-	e.view.HoldProbes(id, hold)
 }
 
 // holdNext holds the probes of the container that kubelet makes instead of taking the successor over, if it comes to that soon.
-func (r *restart) holdNext(ctx context.Context, within time.Duration) {
-	hold := r.probeHold(ctx)
+func (v *revealer) holdNext(ctx context.Context, within time.Duration) {
+	hold := v.probeHold(ctx)
 	if hold <= 0 {
 		return
 	}
-	e, image, name := r.Engine, "", r.want.GetName()
-	if r.up != nil {
-		image = r.change.want.GetImage()
+	node, image, name := v.c.node, "", v.c.spec.GetName()
+	if v.c.up != nil {
+		image = v.c.change.want.GetImage()
 	}
-	r.view.WhenCreated(r.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
+	v.c.node.View.WhenCreated(v.c.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
 		if image != "" && req.GetConfig().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
 			return false // kubelet has not seen the new spec yet
 		}
-		e.quiet(id, hold)
+		node.HoldProbes(id, hold)
 		return true
 	})
 }

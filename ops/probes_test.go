@@ -113,7 +113,7 @@ func TestProbesAreHeldByTheNextProcess(t *testing.T) {
 		n.ends("op", succeeded, upgraded)
 		n.reboot(n.crash())
 		n.wantHeld("app/1", 30*time.Second)
-		if at := n.engine.records.Started(n.rt.idOf(t, "app/1")); !at.IsZero() {
+		if at := n.engine.node.Records.Started(n.rt.idOf(t, "app/1")); !at.IsZero() {
 			t.Errorf("the process is said to have begun at %s", at)
 		}
 	})
@@ -155,9 +155,9 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 	t.Run("only the image is put ready", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			app := n.rt.idOf(t, "app/0")
-			req := n.engine.records.Request(app)
+			req := n.engine.node.Records.Request(app)
 			req.Config.Annotations[criclone.AnnotationHash] = "of another kubelet"
-			n.engine.records.Created(app, wire(t, req))
+			n.engine.node.Records.Created(app, wire(t, req))
 			n.prepared("op", hold)
 			n.commit("op")
 			n.until("op")

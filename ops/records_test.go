@@ -39,11 +39,11 @@ func wire(t testing.TB, m proto.Message) []byte {
 
 func TestRecordsAreTidied(t *testing.T) {
 	n := newNode(t, podOptions{})
-	n.engine.records.Created("gone", nil)
-	n.engine.records.Updated("gone too", nil)
+	n.engine.node.Records.Created("gone", nil)
+	n.engine.node.Records.Updated("gone too", nil)
 	n.engine.tidy(t.Context(), &sync.WaitGroup{})
-	if n.engine.records.Len() != 2 || len(n.engine.records.IDs()) != 2 {
-		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.records.IDs())
+	if n.engine.node.Records.Len() != 2 || len(n.engine.node.Records.IDs()) != 2 {
+		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.node.Records.IDs())
 	}
 }
 
@@ -65,7 +65,7 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 	if _, err := e.submit(restartRequest("op"), operation.Environments{"app": environmentOf(1)}, podRef()); err == nil {
 		t.Fatal("accepted without a journal")
 	}
-	if e.records.Environment("op", "app") != nil {
+	if e.node.Records.Environment("op", "app") != nil {
 		t.Error("the environment is still there")
 	}
 }
@@ -89,8 +89,8 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 			}
 		}
 	}
-	e.records.SetEnvironment("unknown", "app", environmentOf(1))
-	e.records.SetEnvironment("newer", "app", environmentOf(1))
+	e.node.Records.SetEnvironment("unknown", "app", environmentOf(1))
+	e.node.Records.SetEnvironment("newer", "app", environmentOf(1))
 	err = e.disk.Journal.Update(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).Put([]byte("newer"), fmt.Appendf(nil, `{"Version": %d}`, 2))
 	})
@@ -101,7 +101,7 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for uid, want := range map[string]bool{"waits": true, "a/b": true, "newer": true, "ended": false, "unknown": false} {
-		if got := e.records.Environment(uid, "app") != nil; got != want {
+		if got := e.node.Records.Environment(uid, "app") != nil; got != want {
 			t.Errorf("the environment of operation %s is there: %v, want %v", uid, got, want)
 		}
 	}

@@ -14,17 +14,19 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/environment"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // renew puts into the config of the successor, which is that of the incumbent, what kubelet would compute anew.
-func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	env, lost := r.o.Environment(r.want.GetName())
-	podDir := environment.PodDir(c, r.o.Pod().GetUid())
+func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+	env, lost := s.c.op.Environment(s.c.spec.GetName())
+	podDir := environment.PodDir(c, s.c.op.Pod().GetUid())
 	var parts environment.Parts
 	var err error
 	switch {
 	case lost:
-		return failf(opsv1.ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the "+
+		return operation.Failf(opsv1.ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the "+
 			"command brought is lost, with the file of records: repeat the command with another UID")
 	case env != nil:
 		parts, err = environment.Apply(c, env, podDir)
@@ -32,52 +34,52 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 		parts, err = environment.Refresh(c, podDir, nil)
 	}
 	if err != nil {
-		return failf(opsv1.ReasonCreateContainerConfigError, "kubelet could not start container %q again (%s): %v",
-			r.want.GetName(), opsv1.ReasonCreateContainerConfigError, err)
+		return operation.Failf(opsv1.ReasonCreateContainerConfigError, "kubelet could not start container %q again (%s): %v",
+			s.c.spec.GetName(), opsv1.ReasonCreateContainerConfigError, err)
 	}
 	if err := parts.Note(c); err != nil {
-		return failf(opsv1.ReasonInternalError, "%v", err)
+		return operation.Failf(opsv1.ReasonInternalError, "%v", err)
 	}
-	return r.volumeImages(ctx, c, env)
+	return s.c.volumeImages(ctx, c, env)
 }
 
 // checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a path that others can change is what was
 // meant. If not, it must not run.
-func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
+func (s *stager) checkParts(ctx context.Context, rec store.Container) error {
 	var st *runtimeapi.ContainerStatus
-	err := r.node.Retry(ctx, func() (err error) {
-		st, _, err = r.node.Inspect(ctx, rec.Successor)
+	err := s.c.node.Retry(ctx, func() (err error) {
+		st, _, err = s.c.node.Inspect(ctx, rec.Successor)
 		return err
 	})
 	parts := environment.PartsOf(st.GetAnnotations())
 	if err == nil && len(parts) == 0 {
 		return nil
 	}
-	if err == nil && r.pid == 0 {
+	if err == nil && s.c.switcher.pid == 0 {
 		err = errors.New("the process that waits at its gate cannot be looked at")
 	}
 	if err == nil {
-		err = parts.Check(st.GetMounts(), r.pid)
+		err = parts.Check(st.GetMounts(), s.c.switcher.pid)
 	}
 	if err != nil {
-		return failf(opsv1.ReasonCreateContainerConfigError, "the mounts of the new container are not certain to "+
+		return operation.Failf(opsv1.ReasonCreateContainerConfigError, "the mounts of the new container are not certain to "+
 			"be in their volumes: %v", err)
 	}
 	return nil
 }
 
 // needsGate refuses a successor with such mounts that would run at once.
-func (r *restart) needsGate(req *runtimeapi.CreateContainerRequest) error {
-	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || r.rec().Method == opsv1.MethodGate {
+func (s *stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
+	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || s.c.rec().Method == opsv1.MethodGate {
 		return nil
 	}
-	return failf(opsv1.ReasonCreateContainerConfigError, "a part of a volume (subPath) was replaced since kubelet "+
+	return operation.Failf(opsv1.ReasonCreateContainerConfigError, "a part of a volume (subPath) was replaced since kubelet "+
 		"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
 }
 
 // volumeImages gives the mounts of volumes of type image what their references mean on this node now.
-func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
-	if r.images == nil {
+func (r *Container) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
+	if r.node.Images == nil {
 		return nil
 	}
 	for _, v := range env.GetImageVolumes() {
@@ -90,7 +92,7 @@ func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfi
 		case err != nil:
 			return err
 		case now == nil:
-			return failf(opsv1.ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it "+
+			return operation.Failf(opsv1.ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it "+
 				"removed just now?", v.GetReference(), v.GetContainerPath())
 		}
 		c.Mounts[i].Image.Image = now.GetId()
@@ -99,13 +101,13 @@ func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfi
 }
 
 // ensureVolumes makes sure of the images of volumes, as kubelet does before each start (kuberuntime_manager.go getImageVolumes).
-func (r *restart) ensureVolumes(ctx context.Context) error {
-	env, _ := r.o.Environment(r.want.GetName())
-	if r.images == nil {
+func (r *Container) ensureVolumes(ctx context.Context) error {
+	env, _ := r.op.Environment(r.spec.GetName())
+	if r.node.Images == nil {
 		return nil
 	}
 	for _, v := range env.GetImageVolumes() {
-		if err := r.ensure(ctx, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: v.GetReference(), PullPolicy: v.GetPullPolicy()}); err != nil {
+		if err := r.ensure(ctx, &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: v.GetReference(), PullPolicy: v.GetPullPolicy()}); err != nil {
 			return err
 		}
 	}
@@ -114,25 +116,25 @@ func (r *restart) ensureVolumes(ctx context.Context) error {
 
 // nextRequest is the request that makes the successor: that of the incumbent, with what kubelet would compute anew, and with
 // the image that the operation is for.
-func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
-	if err := r.load(ctx); err != nil {
+func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
+	if err := s.c.old.load(ctx); err != nil {
 		return nil, err
 	}
-	r.update()
-	req, err := criclone.Clone(r.request, r.applied, r.container().GetAttempt(), token)
+	s.c.old.update()
+	req, err := criclone.Clone(s.c.old.request, s.c.old.applied, s.c.status().GetAttempt(), token)
 	if err != nil {
-		return nil, failf(opsv1.ReasonCreateFailed, "%v", err)
+		return nil, operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
-	if err := r.renew(ctx, req.GetConfig()); err != nil {
+	if err := s.renew(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
 	switch {
-	case r.up != nil:
-		err = r.dress(ctx, req.GetConfig())
-	case r.change != nil:
-		err = r.useImage(ctx, req.GetConfig())
+	case s.c.up != nil:
+		err = s.c.dress(ctx, req.GetConfig())
+	case s.c.change != nil:
+		err = s.c.useImage(ctx, req.GetConfig())
 	default:
-		err = r.specImage(ctx, req.GetConfig())
+		err = s.c.specImage(ctx, req.GetConfig())
 	}
 	if err != nil {
 		return nil, err
@@ -142,24 +144,24 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 
 // ensureImage makes sure of the image of the pod's spec as kubelet does before each start (image_manager.go
 // EnsureImageExists), before the slot is taken: a pull may take long.
-func (r *restart) ensureImage(ctx context.Context) error {
-	if r.images == nil || r.overrides.Of(r.slot()) != nil {
+func (r *Container) ensureImage(ctx context.Context) error {
+	if r.node.Images == nil || r.node.Overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	if err := r.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	// What cannot be found is said when the slot is taken.
-	found, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
+	found, err := r.node.Resolve(ctx, r.op.Pod(), r.spec, r.op.Request().GetForce())
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	request, err := r.requestOf(ctx, found.Incumbent, found.Sandbox)
+	request, err := r.node.RequestOf(ctx, found.Incumbent, found.Sandbox)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	want := &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: request.GetConfig().GetImage().GetUserSpecifiedImage(), PullPolicy: r.want.GetPullPolicy()}
-	return r.withinPatience(ctx, r.o.CreateTime(), defaultPrepare, func(ctx context.Context) error {
+	want := &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: request.GetConfig().GetImage().GetUserSpecifiedImage(), PullPolicy: r.spec.GetPullPolicy()}
+	return r.withinPatience(ctx, r.op.CreateTime(), defaultPrepare, func(ctx context.Context) error {
 		if want.GetImage() != "" { // else kubelet is an old one that does not tell
 			if err := r.ensure(ctx, want); err != nil {
 				return err
@@ -170,7 +172,7 @@ func (r *restart) ensureImage(ctx context.Context) error {
 }
 
 // ensure has the image on the node, by the container's policy.
-func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) error {
+func (r *Container) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) error {
 	if want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		image, err := r.imageOnNode(ctx, want.GetImage())
 		switch {
@@ -179,7 +181,7 @@ func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 		case image != nil:
 			return nil
 		case want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER:
-			return failf(opsv1.ReasonErrImageNeverPull, "Container image %q is not present with pull policy of "+
+			return operation.Failf(opsv1.ReasonErrImageNeverPull, "Container image %q is not present with pull policy of "+
 				"Never", want.GetImage())
 		}
 	}
@@ -187,23 +189,23 @@ func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 }
 
 // imageOnNode returns what the runtime knows of an image; nil if the node has none of that name.
-func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimeapi.Image, err error) {
+func (r *Container) imageOnNode(ctx context.Context, name string) (image *runtimeapi.Image, err error) {
 	err = r.node.Retry(ctx, func() error {
-		st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
+		st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 		image = st.GetImage()
 		return err
 	})
 	if err != nil {
-		return nil, failf(opsv1.ReasonRuntimeError, "reading image %s: %v", name, err)
+		return nil, operation.Failf(opsv1.ReasonRuntimeError, "reading image %s: %v", name, err)
 	}
 	return image, nil
 }
 
 // specImage gives the successor of a plain restart what the image of the pod's spec means on this node now: a tag may
 // have moved since the incumbent's start.
-func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+func (r *Container) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	name := c.GetImage().GetUserSpecifiedImage()
-	if r.images == nil || name == "" || r.overrides.Of(r.slot()) != nil {
+	if r.node.Images == nil || name == "" || r.node.Overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	now, err := r.imageOnNode(ctx, name)
@@ -211,7 +213,7 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 	case err != nil:
 		return err
 	case now == nil:
-		return failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
+		return operation.Failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
 	case now.GetId() == c.GetImage().GetImage():
 		return nil
 	}
@@ -220,20 +222,20 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 		return err
 	}
 	// Who sends an environment knows the pod, and has said what that demands of the user; else only the container can tell.
-	env, _ := r.o.Environment(r.want.GetName())
+	env, _ := r.op.Environment(r.spec.GetName())
 	if env != nil {
-		err := unfit(criclone.CheckNonRoot(now, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: name, RunAsNonRoot: r.want.GetRunAsNonRoot(), RunAsUser: r.want.RunAsUser}))
+		err := unfit(criclone.CheckNonRoot(now, &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: name, RunAsNonRoot: r.spec.GetRunAsNonRoot(), RunAsUser: r.spec.RunAsUser}))
 		if err != nil {
 			return err
 		}
 	} else if uid, username := criclone.ImageUser(now); criclone.NonRootByImage(c, old) && criclone.IsRoot(uid, username) {
-		return failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
+		return operation.Failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
 			"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
 			"decide", name)
 	}
 	r.log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
 	criclone.SetImage(c, name, now.GetId())
-	if env == nil || r.want.RunAsUser == nil {
+	if env == nil || r.spec.RunAsUser == nil {
 		criclone.AdoptImageUser(c, old, now)
 	}
 	return nil
@@ -241,9 +243,9 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 
 // renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make now: an upgrade
 // may have waited for its commit for long.
-func (r *restart) renewStaged(ctx context.Context) error {
+func (r *Container) renewStaged(ctx context.Context) error {
 	pull, end := crinode.EndWith(ctx, r.claim.Yielded())
-	pull, endToo := crinode.EndWith(pull, r.o.Cancelled())
+	pull, endToo := crinode.EndWith(pull, r.op.Cancelled())
 	var err error
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		err = r.pullImage(pull)
@@ -261,7 +263,7 @@ func (r *restart) renewStaged(ctx context.Context) error {
 		return err
 	}
 	rec := r.rec()
-	next, err := r.nextRequest(ctx, rec.Token)
+	next, err := r.stager.nextRequest(ctx, rec.Token)
 	if err != nil {
 		return err
 	}
@@ -276,18 +278,18 @@ func (r *restart) renewStaged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ours := r.records.Request(rec.Successor)
+	ours := r.node.Records.Request(rec.Successor)
 	if ours != nil && len(criclone.Diff(ours, next)) == 0 {
 		return nil
 	}
 	if ours != nil {
 		r.log.WithField("differing", criclone.Diff(ours, next)).Info("what kubelet would make has changed since the preparation")
 	}
-	return r.stageAnew(ctx, "")
+	return r.stager.stageAnew(ctx, "")
 }
 
 // isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for. If not, it
 // begins only when kubelet has asked.
-func (r *restart) isCertain() bool {
-	return r.up == nil || r.c.IsCertain()
+func (r *Container) isCertain() bool {
+	return r.up == nil || r.handle.IsCertain()
 }

@@ -13,58 +13,66 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
+// revealer shows the successor to kubelet.
+type revealer struct {
+	c      *Container
+	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
+}
+
 // afterStart runs postStart and reveals.
-func (r *restart) afterStart(ctx context.Context) error {
-	rec := r.rec()
-	r.logLink(ctx, rec.Successor)
-	if err := r.postStartOnce(ctx); err != nil {
+func (v *revealer) afterStart(ctx context.Context) error {
+	rec := v.c.rec()
+	v.logLink(ctx, rec.Successor)
+	if err := v.postStartOnce(ctx); err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := v.c.interrupted(); err != nil {
 		return err
 	}
-	r.keepOverride()
-	r.holdProbes(ctx)
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step = stepReveal
+	v.c.keepOverride()
+	v.holdProbes(ctx)
+	v.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step = store.StepReveal
 		op.Phase = opsv1.Phase_PHASE_REVEALING
 	})
-	if !r.claim.TryReveal() {
-		return r.interrupted()
+	if !v.c.claim.TryReveal() {
+		return v.c.interrupted()
 	}
-	joined := r.join.show()
-	r.failpoint("revealed")
-	r.measure(ctx, rec)
+	joined := v.c.join.show()
+	v.c.failpoint("revealed")
+	v.measure(ctx, rec)
 	if joined {
-		return r.awaitRecreation(ctx)
+		return v.c.awaitRecreation(ctx)
 	}
 	return nil
 }
 
 // postStartOnce runs the postStart hook, if there is one that has not been run.
-func (r *restart) postStartOnce(ctx context.Context) error {
-	rec, hook := r.rec(), r.want.GetPostStart()
+func (v *revealer) postStartOnce(ctx context.Context) error {
+	rec, hook := v.c.rec(), v.c.spec.GetPostStart()
 	switch {
 	case hook == nil || rec.PostDone:
 		return nil
 	case rec.PostStarted: // resumed
-		r.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
-		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostDone = true })
+		v.c.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
+		v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 		return nil
 	}
-	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true })
-	if err := r.postStart(ctx, hook, rec); err != nil {
+	v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostStarted = true })
+	if err := v.postStart(ctx, hook, rec); err != nil {
 		return err
 	}
-	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostDone = true })
+	v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 	return nil
 }
 
 // note is [operation.Container.Note], and a failpoint.
-func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)) {
-	step, err := r.c.Note(f)
+func (r *Container) note(f func(rec *store.Container, c *opsv1.ContainerOperation)) {
+	step, err := r.handle.Note(f)
 	if err != nil {
 		r.log.WithError(err).Error("step not written")
 		return
@@ -74,40 +82,40 @@ func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)
 
 // postStart runs the hook. As in kubelet, the container is not shown before it has
 // ended, and is stopped when it fails (kuberuntime_container.go startContainer).
-func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
-	call, end := crinode.EndWith(ctx, r.claim.Yielded())
+func (v *revealer) postStart(ctx context.Context, hook *opsv1.Hook, rec store.Container) error {
+	call, end := crinode.EndWith(ctx, v.c.claim.Yielded())
 	defer end()
-	err := r.hooks.Run(call, hook, rec.Successor, rec.Sandbox)
+	err := v.c.node.Hooks.Run(call, hook, rec.Successor, rec.Sandbox)
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
-	return failf(opsv1.ReasonPostStartHookFailed, "postStart hook failed and the new container was stopped: %v", err)
+	return operation.Failf(opsv1.ReasonPostStartHookFailed, "postStart hook failed and the new container was stopped: %v", err)
 }
 
 // measure fills in what the runtime reports of the swap.
-func (r *restart) measure(ctx context.Context, rec containerRecord) {
-	before, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+func (v *revealer) measure(ctx context.Context, rec store.Container) {
+	before, err := v.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if err != nil {
 		return
 	}
-	after, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+	after, err := v.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 	if err != nil {
 		return
 	}
 	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
-	if r.exit.Over() {
-		stopped = r.exit.At() // the runtime's own is that of its next start if it was away
+	if v.c.old.exit.Over() {
+		stopped = v.c.old.exit.At() // the runtime's own is that of its next start if it was away
 	}
-	if at := r.records.Started(rec.Successor); !at.IsZero() {
+	if at := v.c.node.Records.Started(rec.Successor); !at.IsZero() {
 		started = at
 	}
-	if !r.overlaps() && started.Before(stopped) {
+	if !v.c.overlaps() && started.Before(stopped) {
 		stopped = started // the end is noticed in two places, and what waits for it may have been the faster one
 	}
-	r.show(func(c *opsv1.ContainerOperation) {
+	v.c.show(func(c *opsv1.ContainerOperation) {
 		c.ExitCode = before.GetStatus().GetExitCode()
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
 		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
 	})
-	r.metrics.gap.WithLabelValues(r.o.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
+	v.c.node.Metrics.Gap.WithLabelValues(v.c.op.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
 }

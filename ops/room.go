@@ -18,6 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
@@ -34,20 +36,20 @@ const (
 
 // podOf finds the cgroups of the incumbent and its pod. An error says why they cannot be looked at: then nothing is known of room, and
 // nothing is refused for the lack of it.
-func (r *restart) podOf(ctx context.Context) (*cgroup.Pod, error) {
-	_, info, err := r.inspectIncumbent(ctx)
+func (r *Container) podOf(ctx context.Context) (*cgroup.Pod, error) {
+	_, info, err := r.old.inspect(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if info.PID <= 0 {
 		return nil, errors.New("the runtime does not tell the container's process")
 	}
-	return r.switchover.FindPod(info.PID, r.rec().Incumbent)
+	return r.node.Switchover.FindPod(info.PID, r.rec().Incumbent)
 }
 
 // noRoomForGate says why the successor must not be started up to its gate while the incumbent runs: the kernel would kill one of them
 // for the memory that runc takes, and it prefers the larger one, or runc could not make its processes. Empty if it may be.
-func (r *restart) noRoomForGate(ctx context.Context) string {
+func (r *Container) noRoomForGate(ctx context.Context) string {
 	pod, err := r.podOf(ctx)
 	r.pod = pod
 	if err == nil {
@@ -71,11 +73,11 @@ func (r *restart) noRoomForGate(ctx context.Context) string {
 
 // settledMemory is the pod's room in memory. If that is too little for a gate, and only because the kernel may not have counted yet what it
 // can take back, settledMemory looks again until the kernel has.
-func (r *restart) settledMemory(ctx context.Context, pod *cgroup.Pod) (cgroup.Room, error) {
+func (r *Container) settledMemory(ctx context.Context, pod *cgroup.Pod) (cgroup.Room, error) {
 	const interval = 100 * time.Millisecond
 	for until := time.Now().Add(cgroup.StatInterval); ; {
 		memory, err := pod.Memory()
-		if err != nil || !mayComeToFit(memory, gateMemory) || time.Now().After(until) || r.exit.Over() || r.interrupted() != nil {
+		if err != nil || !mayComeToFit(memory, gateMemory) || time.Now().After(until) || r.old.exit.Over() || r.interrupted() != nil {
 			return memory, err
 		}
 		if crinode.Sleep(ctx, interval) != nil {
@@ -106,16 +108,16 @@ func pidsOf(r cgroup.Room) string {
 
 // stopFirstFor has the incumbent stopped before the successor is started, which is staged anew. containerd makes a container's
 // processes only at StartContainer (internal/cri/server/container_start.go NewTask): until then it takes nothing of the pod.
-func (r *restart) stopFirstFor(ctx context.Context, why string) error {
-	r.warn("%s: the old container is stopped before the new one is started", why)
-	r.withoutGate()
-	return r.stageAnew(ctx, "")
+func (s *switcher) stopFirstFor(ctx context.Context, why string) error {
+	s.c.warn("%s: the old container is stopped before the new one is started", why)
+	s.c.stager.withoutGate()
+	return s.c.stager.stageAnew(ctx, "")
 }
 
 // makeRoom has a successor that waits at its gate end, and another one staged that is started when the incumbent has ended, if the
 // incumbent has come to need the memory.
-func (r *restart) makeRoom(ctx context.Context) error {
-	if r.gate == nil {
+func (r *Container) makeRoom(ctx context.Context) error {
+	if r.switcher.gate == nil {
 		return nil
 	}
 	if r.pod == nil { // it was a process before this one that has looked there
@@ -126,7 +128,7 @@ func (r *restart) makeRoom(ctx context.Context) error {
 		r.pod = pod
 	}
 	memory, err := r.pod.Memory()
-	if err != nil || memory.Free >= gateSpare || r.exit.Over() {
+	if err != nil || memory.Free >= gateSpare || r.old.exit.Over() {
 		r.shortSince = time.Time{}
 		return nil // kubelet's stop comes, or it does not; nothing is known
 	}
@@ -136,31 +138,31 @@ func (r *restart) makeRoom(ctx context.Context) error {
 	if mayComeToFit(memory, gateSpare) && time.Since(r.shortSince) < cgroup.StatInterval {
 		return nil // the next look knows more
 	}
-	r.stopWithin(ctx, r.successor(), crinode.MinGrace)
-	if err := r.stopFirstFor(ctx, fmt.Sprintf("the pod has come to have %s, less than the %s to spare", memoryOf(memory), mebi(gateSpare))); err != nil {
+	r.stager.stopWithin(ctx, r.successor(), crinode.MinGrace)
+	if err := r.switcher.stopFirstFor(ctx, fmt.Sprintf("the pod has come to have %s, less than the %s to spare", memoryOf(memory), mebi(gateSpare))); err != nil {
 		return err
 	}
-	if err := r.ensureStaged(ctx); err != nil {
+	if err := r.stager.ensureStaged(ctx); err != nil {
 		return err
 	}
-	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
+	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
 }
 
 // unstarted reports whether the successor is still to be started, and the incumbent runs beside which that would be.
-func (r *restart) unstarted(ctx context.Context) bool {
-	if runs, err := r.incumbentRuns(ctx); err != nil || !runs || r.exit.Over() {
+func (s *switcher) unstarted(ctx context.Context) bool {
+	if runs, err := s.c.old.runs(ctx); err != nil || !runs || s.c.old.exit.Over() {
 		return false
 	}
-	id := r.rec().Successor
+	id := s.c.rec().Successor
 	if id == "" {
 		return true
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 	return err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_CREATED
 }
 
 // memoryOfSuccessor is how much memory the successor may come to use: its limit or, without one, what the incumbent uses.
-func (r *restart) memoryOfSuccessor(pod *cgroup.Pod) (int64, error) {
+func (r *Container) memoryOfSuccessor(pod *cgroup.Pod) (int64, error) {
 	if limit := r.resources().GetMemoryLimitInBytes(); limit > 0 {
 		return limit, nil
 	}
@@ -168,20 +170,20 @@ func (r *restart) memoryOfSuccessor(pod *cgroup.Pod) (int64, error) {
 }
 
 // resources are those that the successor gets.
-func (r *restart) resources() *runtimeapi.LinuxContainerResources {
-	return criclone.OverlayResources(r.request.GetConfig().GetLinux().GetResources(), r.applied)
+func (r *Container) resources() *runtimeapi.LinuxContainerResources {
+	return criclone.OverlayResources(r.old.request.GetConfig().GetLinux().GetResources(), r.old.applied)
 }
 
 // roomBeside is nil if the successor may run beside the incumbent: the node can afford its memory, for which the pod's limit is
 // raised, and the pod has the process IDs and huge pages. If nothing is known of that, it may.
-func (r *restart) roomBeside(ctx context.Context) error {
+func (r *Container) roomBeside(ctx context.Context) error {
 	pod, err := r.podOf(ctx)
 	if err != nil {
 		r.log.WithError(err).Info("the room in the pod's cgroup is not known")
 		return nil
 	}
 	refuse := func(format string, args ...any) error {
-		return failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, "+
+		return operation.Failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, "+
 			"which goes on: "+format+"; without StartFirst the old one is stopped first", args...)
 	}
 	need, err := r.memoryOfSuccessor(pod)
@@ -218,15 +220,15 @@ func (r *restart) roomBeside(ctx context.Context) error {
 
 // raise makes room in the pod's limit of memory for the successor to run beside the incumbent, if it has not been started yet. The error
 // says why there is none; then nothing has been touched.
-func (r *restart) raise(ctx context.Context) error {
-	started := !r.unstarted(ctx)
+func (r *Container) raise(ctx context.Context) error {
+	started := !r.switcher.unstarted(ctx)
 	if !started {
 		if err := r.roomBeside(ctx); err != nil {
 			return err
 		}
 	}
-	r.limits.Lock()
-	defer r.limits.Unlock()
+	r.node.Limits.Lock()
+	defer r.node.Limits.Unlock()
 	rec, others := r.rec(), r.raises()
 	if rec.Raised != nil { // by a process before this one, or that was about to
 		if _, err := rec.Raised.Apply(others); err != nil {
@@ -244,7 +246,7 @@ func (r *restart) raise(ctx context.Context) error {
 	}
 	plan, err := pod.PlanRaise(need, others)
 	if err == nil && plan != nil {
-		if err := r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Raised = plan }); err != nil {
+		if err := r.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Raised = plan }); err != nil {
 			return err
 		}
 		var applied bool
@@ -264,17 +266,17 @@ func (r *restart) raise(ctx context.Context) error {
 			why += " (cri-proxy's unit is an older one, which has ProtectControlGroups=: run cri-proxy install again)"
 		}
 	}
-	return failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, which goes "+
+	return operation.Failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, which goes "+
 		"on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
 		mebi(need), memoryOf(room), why)
 }
 
 // raises are those in force of all other containers. The caller holds limits.
-func (r *restart) raises() []cgroup.Raise {
+func (r *Container) raises() []cgroup.Raise {
 	var all []cgroup.Raise
-	for _, o := range r.activeOperations() {
+	for _, o := range r.node.Active() {
 		for i, c := range o.Records() {
-			if c.Raised != nil && (o != r.o || i != r.i) {
+			if c.Raised != nil && (o != r.op || i != r.index) {
 				all = append(all, *c.Raised)
 			}
 		}
@@ -286,7 +288,7 @@ func (r *restart) raises() []cgroup.Raise {
 const lowerPatience = 10 * time.Second
 
 // lower takes back what raise has done, when one of the two containers has ended. It returns false if ctx ended before that was possible.
-func (r *restart) lower(ctx context.Context) bool {
+func (r *Container) lower(ctx context.Context) bool {
 	if r.rec().Raised == nil {
 		return true
 	}
@@ -309,13 +311,13 @@ func (r *restart) lower(ctx context.Context) bool {
 	}
 }
 
-func (r *restart) lowerOnce() error {
-	r.limits.Lock()
-	defer r.limits.Unlock()
+func (r *Container) lowerOnce() error {
+	r.node.Limits.Lock()
+	defer r.node.Limits.Unlock()
 	if err := r.rec().Raised.TakeBack(r.raises()); err != nil {
 		return err
 	}
-	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Raised = nil })
+	r.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Raised = nil })
 	return nil
 }
 
@@ -324,11 +326,11 @@ func (r *restart) lowerOnce() error {
 const oomKilled = "OOMKilled"
 
 // tellEnd warns of an incumbent that has not ended because it was asked to.
-func (r *restart) tellEnd(ctx context.Context) {
+func (r *Container) tellEnd(ctx context.Context) {
 	if r.claim == nil || r.rec().Incumbent == "" {
 		return
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
 	if err != nil {
 		return // it is gone
 	}
@@ -339,8 +341,8 @@ func (r *restart) tellEnd(ctx context.Context) {
 		return
 	}
 	ended := time.Unix(0, s.GetFinishedAt())
-	if r.exit.Over() {
-		ended = r.exit.At()
+	if r.old.exit.Over() {
+		ended = r.old.exit.At()
 	}
 	how := fmt.Sprintf("exit code %d", s.GetExitCode())
 	if s.GetReason() != "" {
@@ -353,7 +355,7 @@ func (r *restart) tellEnd(ctx context.Context) {
 	switch {
 	case s.GetExitCode() != killed:
 		r.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there", how)
-	case !r.asked.IsZero() && ended.Before(r.asked):
+	case !r.switcher.asked.IsZero() && ended.Before(r.switcher.asked):
 		r.warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully", why, how, r.besideAt(ended))
 	case oom:
 		r.warn("the old container was killed%s (%s)%s: it has not ended gracefully", why, how, r.besideAt(ended))
@@ -361,11 +363,11 @@ func (r *restart) tellEnd(ctx context.Context) {
 }
 
 // besideAt says what the successor did at that time, if that may have been the reason for something.
-func (r *restart) besideAt(at time.Time) string {
+func (r *Container) besideAt(at time.Time) string {
 	switch {
-	case r.beside.IsZero() || at.Before(r.beside):
+	case r.switcher.beside.IsZero() || at.Before(r.switcher.beside):
 		return ""
-	case r.besideUntil.IsZero() || at.Before(r.besideUntil.Add(switchover.HookTimeout)):
+	case r.switcher.besideUntil.IsZero() || at.Before(r.switcher.besideUntil.Add(switchover.HookTimeout)):
 		return ", while the new one was being started beside it"
 	default:
 		return ", while the new one was there beside it"
@@ -385,7 +387,7 @@ var besideErrors = []string{
 
 // besideFails reports whether a start has failed in a way that it may not fail in once the incumbent is gone.
 func besideFails(err error) bool {
-	var out *outcome
+	var out *operation.Outcome
 	if !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed {
 		return false
 	}
@@ -394,24 +396,24 @@ func besideFails(err error) bool {
 }
 
 // giveUpOverlap goes on as StopFirst does, because the successor has not started beside the incumbent, which is untouched.
-func (r *restart) giveUpOverlap(ctx context.Context, why error) error {
-	if err := r.interrupted(); err != nil {
+func (s *switcher) giveUpOverlap(ctx context.Context, why error) error {
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
-	if !r.lower(ctx) {
+	if !s.c.lower(ctx) {
 		return ctx.Err()
 	}
-	r.warn("the new container does not start beside the old one (%v): the old one is stopped before the new one is started", why)
-	r.withoutGate()
-	r.stopFirst = true
-	r.c.Set(func(c *containerRecord, _ *opsv1.ContainerOperation) { // on disk with the new stage
+	s.c.warn("the new container does not start beside the old one (%v): the old one is stopped before the new one is started", why)
+	s.c.stager.withoutGate()
+	s.c.stopFirst = true
+	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { // on disk with the new stage
 		c.StopFirst = true
-		if r.up == nil {
-			c.Step = stepStaged
+		if s.c.up == nil {
+			c.Step = store.StepStaged
 		}
 	})
-	if err := r.stageAnew(ctx, ""); err != nil {
+	if err := s.c.stager.stageAnew(ctx, ""); err != nil {
 		return err
 	}
-	return r.ensureStaged(ctx)
+	return s.c.stager.ensureStaged(ctx)
 }

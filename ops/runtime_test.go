@@ -24,6 +24,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 )
 
 // fakeRuntime is a container runtime without containers: a CRI server with containerd's
@@ -163,7 +164,7 @@ func (f *fakeRuntime) describe(ctx context.Context, method string, req any) stri
 // allowed is the timeout of a stop as goldens have it. The default grace is told of as such, though the stop gets what is left of it: on
 // a real clock that is less by the seconds that a busy machine or disk takes, of which there are no more than since the test began.
 func (f *fakeRuntime) allowed(timeout int64, kubelet bool) int64 {
-	const whole, least = int64(defaultGrace / time.Second), 10 // less is what a test has asked for
+	const whole, least = int64(crinode.DefaultGrace / time.Second), 10 // less is what a test has asked for
 	if !kubelet && !f.began.IsZero() && timeout < whole && timeout >= max(least, whole-int64(time.Since(f.began)/time.Second)) {
 		return whole
 	}

@@ -55,7 +55,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 		}
 		return known.Snapshot(), nil
 	}
-	if s.e.images == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
+	if s.e.node.Images == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which a restart with another image needs")
 	}
 	pod, err := s.precheck(ctx, req)
@@ -75,7 +75,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	if err := s.e.Judge(ctx); err != nil {
 		return nil, precheckError(err)
 	}
-	sandbox, err := s.e.sandboxOf(ctx, req.GetPod())
+	sandbox, err := s.e.node.Sandbox(ctx, req.GetPod())
 	if err != nil {
 		return nil, precheckError(err)
 	}
@@ -83,16 +83,16 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
 		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
-		if err := s.e.refuseLeft(slot); err != nil {
+		if err := s.e.node.Lost.Refuse(slot); err != nil {
 			return nil, precheckError(err)
 		}
-		if s.e.view.Claimed(slot) {
+		if s.e.node.View.Claimed(slot) {
 			continue
 		}
-		_, err := s.e.resolve(ctx, pod, c, req.GetForce())
+		_, err := s.e.node.Resolve(ctx, pod, c, req.GetForce())
 		if c.GetRevertImage() && (err == nil || notRunning(err)) {
 			err = nil
-			if s.e.overrides.Of(slot) == nil {
+			if s.e.node.Overrides.Of(slot) == nil {
 				err = notOverridden(c.GetName())
 			}
 		}
@@ -104,7 +104,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 }
 
 func precheckError(err error) error {
-	var out *outcome
+	var out *operation.Outcome
 	if !errors.As(err, &out) {
 		if status.Code(err) == codes.Unknown {
 			return status.Errorf(codes.Internal, "asking the runtime: %v", err)
@@ -227,11 +227,11 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 			info.Counters.OperationsFailed++
 		}
 	}
-	info.RestartMethods = s.e.switchover.List()
+	info.RestartMethods = s.e.node.Switchover.List()
 	if err := s.e.JournalError(); err != nil {
 		info.JournalError = err.Error()
 	}
-	info.Counters.RecordedContainers = uint64(s.e.records.Len())
+	info.Counters.RecordedContainers = uint64(s.e.node.Records.Len())
 	return info, nil
 }
 

@@ -18,39 +18,43 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
+// stager makes the successor, hidden, and removes it.
+type stager struct{ c *Container }
+
 // stage resolves the slot, checks the preconditions and creates the successor, hidden.
-func (r *restart) stage(ctx context.Context) error {
-	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
-	if err := r.node.AwaitRuntime(ctx); err != nil {
+func (s *stager) stage(ctx context.Context) error {
+	s.c.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
+	if err := s.c.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	call, cancel := context.WithTimeout(ctx, crinode.CallTimeout)
 	defer cancel()
-	found, err := r.resolve(call, r.o.Pod(), r.want, r.o.Request().GetForce())
+	found, err := s.c.node.Resolve(call, s.c.op.Pod(), s.c.spec, s.c.op.Request().GetForce())
 	if err != nil {
-		var out *outcome
+		var out *operation.Outcome
 		if errors.As(err, &out) {
 			return out
 		}
 		return fmt.Errorf("finding the container: %w", err)
 	}
-	r.claim.Bind(found.Sandbox, found.Incumbent)
-	if err := r.checkTakenBack(); err != nil {
+	s.c.claim.Bind(found.Sandbox, found.Incumbent)
+	if err := s.checkTakenBack(); err != nil {
 		return err
 	}
-	r.switchover.Probe(ctx)
+	s.c.node.Switchover.Probe(ctx)
 	var plan *store.Override
-	if r.change != nil && r.up == nil {
-		if plan, err = r.planImage(call, found); err != nil {
+	if s.c.change != nil && s.c.up == nil {
+		if plan, err = s.c.planImage(call, found); err != nil {
 			return err
 		}
 	}
-	token := r.newToken()
-	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		*rec = containerRecord{Step: stepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
+	token := s.c.node.Tokens.New()
+	err = s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+		*rec = store.Container{Step: store.StepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
 		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt
 	})
 	if err != nil {
@@ -58,239 +62,197 @@ func (r *restart) stage(ctx context.Context) error {
 	}
 	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
 	defer cancelHide()
-	if err := r.claim.Hide(hide, token); err != nil {
+	if err := s.c.claim.Hide(hide, token); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
-			"(%v); try again when crictl ps answers at once", r.kind(), hidePatience, err)
+		return operation.Failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
+			"(%v); try again when crictl ps answers at once", s.c.kind(), hidePatience, err)
 	}
-	if err := r.chooseMethod(call); err != nil {
+	if err := s.chooseMethod(call); err != nil {
 		return err
 	}
-	if r.overlaps() { // before anything is made for it
-		if err := r.roomBeside(call); err != nil {
+	if s.c.overlaps() { // before anything is made for it
+		if err := s.c.roomBeside(call); err != nil {
 			return err
 		}
 	}
-	id, err := r.create(call, token)
+	id, err := s.create(call, token)
 	if err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
-	return r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		rec.Step, rec.Successor = stepStaged, id
+	return s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+		rec.Step, rec.Successor = store.StepStaged, id
 		c.SuccessorId = id
-		if r.up != nil {
-			rec.Step, rec.HoldSince, c.Phase = stepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
+		if s.c.up != nil {
+			rec.Step, rec.HoldSince, c.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
 			return
 		}
-		if !r.overlaps() {
+		if !s.c.overlaps() {
 			c.Phase = opsv1.Phase_PHASE_STOPPING
 		}
 	})
 }
 
 // chooseMethod picks the best method that the node has and that applies to the container.
-func (r *restart) chooseMethod(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
+func (s *stager) chooseMethod(ctx context.Context) error {
+	if err := s.c.old.load(ctx); err != nil {
 		return err
 	}
-	if r.overlaps() {
-		r.setMethod(opsv1.MethodOverlap)
+	if s.c.overlaps() {
+		s.c.setMethod(opsv1.MethodOverlap)
 		return nil
 	}
-	_, info, err := r.inspectIncumbent(ctx)
+	_, info, err := s.c.old.inspect(ctx)
 	if err != nil {
 		return err
 	}
-	if r.switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(r.request.GetConfig()) == nil {
-		why := r.noRoomForGate(ctx)
+	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(s.c.old.request.GetConfig()) == nil {
+		why := s.c.noRoomForGate(ctx)
 		if why == "" {
-			r.setMethod(opsv1.MethodGate)
+			s.c.setMethod(opsv1.MethodGate)
 			return nil
 		}
-		r.warn("%s: the old container is stopped before the new one is started", why)
+		s.c.warn("%s: the old container is stopped before the new one is started", why)
 	}
 	switch {
-	case r.switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && r.ownPIDs():
-		r.setMethod(opsv1.MethodPidfd)
+	case s.c.node.Switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && s.c.old.ownPIDs():
+		s.c.setMethod(opsv1.MethodPidfd)
 	default:
-		r.setMethod(opsv1.MethodPlain)
+		s.c.setMethod(opsv1.MethodPlain)
 	}
 	return nil
 }
 
 // setMethod is on disk with the next step.
-func (r *restart) setMethod(m string) {
-	r.c.Set(func(rec *containerRecord, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
-}
-
-// ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
-// hold, such as a port, have ended when the first one has.
-func (r *restart) ownPIDs() bool {
-	return r.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_CONTAINER
+func (r *Container) setMethod(m string) {
+	r.handle.Set(func(rec *store.Container, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
 }
 
 // checkTakenBack refuses a container that kubelet is stopping already, or a pod on its way out.
-func (r *restart) checkTakenBack() error {
-	if r.claim.Stopping() {
-		return failf(opsv1.ReasonPodStopping, "kubelet is stopping container %q already", r.want.GetName())
+func (s *stager) checkTakenBack() error {
+	if s.c.claim.Stopping() {
+		return operation.Failf(opsv1.ReasonPodStopping, "kubelet is stopping container %q already", s.c.spec.GetName())
 	}
-	return r.interrupted()
+	return s.c.interrupted()
 }
 
 // create creates the next attempt of the incumbent under the token.
-func (r *restart) create(ctx context.Context, token string) (string, error) {
-	req, err := r.nextRequest(ctx, token)
+func (s *stager) create(ctx context.Context, token string) (string, error) {
+	req, err := s.nextRequest(ctx, token)
 	if err == nil {
-		err = r.needsGate(req)
+		err = s.needsGate(req)
 	}
 	if err != nil {
 		return "", err
 	}
 	if err := criclone.MakeTerminationFile(req.GetConfig()); err != nil {
-		return "", failf(opsv1.ReasonCreateFailed, "%v", err)
+		return "", operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
-	id, err := r.createGated(ctx, req, token)
+	id, err := s.createGated(ctx, req, token)
 	if err != nil {
 		return "", err
 	}
 	if id == "" {
-		if err := r.needsGate(req); err != nil {
+		if err := s.needsGate(req); err != nil {
 			return "", err
 		}
-		if id, err = r.createOnce(ctx, req); err != nil {
-			return "", failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+		if id, err = s.createOnce(ctx, req); err != nil {
+			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 		}
 	}
 	if raw, err := proto.Marshal(req); err == nil {
-		r.records.Created(id, raw) // without the gate, which is for this one only
+		s.c.node.Records.Created(id, raw) // without the gate, which is for this one only
 	}
-	r.claim.Staged(id)
-	r.failpoint("created")
-	r.catchUp(ctx, id)
+	s.c.claim.Staged(id)
+	s.c.failpoint("created")
+	s.catchUp(ctx, id)
 	return id, nil
 }
 
 // createGated creates the container behind a gate if that is the method. It returns "" if it is not,
 // or if that did not work, and then the method is another one.
-func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContainerRequest, token string) (string, error) {
-	if r.rec().Method != opsv1.MethodGate {
+func (s *stager) createGated(ctx context.Context, req *runtimeapi.CreateContainerRequest, token string) (string, error) {
+	if s.c.rec().Method != opsv1.MethodGate {
 		return "", nil
 	}
-	g := r.switchover.Gate(token)
+	g := s.c.node.Switchover.Gate(token)
 	err := g.Make()
 	if err == nil {
 		gated := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
 		g.Inject(gated.GetConfig())
 		var id string
-		if id, err = r.createOnce(ctx, gated); err == nil {
+		if id, err = s.createOnce(ctx, gated); err == nil {
 			return id, nil
 		}
 		if status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Unavailable {
-			return "", failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 		}
 	}
-	r.dropGate(err)
+	s.dropGate(err)
 	return "", nil
 }
 
 // dropGate goes on without the gate.
-func (r *restart) dropGate(why error) {
-	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
-	r.metrics.gateFailures.Inc()
-	r.withoutGate()
+func (s *stager) dropGate(why error) {
+	s.c.log.WithError(why).Warn("gate cannot be used, restarting without it")
+	s.c.node.Metrics.GateFailures.Inc()
+	s.withoutGate()
 }
 
 // withoutGate makes the method the next best one.
-func (r *restart) withoutGate() {
-	r.leaveGate()
-	r.held = false
-	r.removeGate()
-	if r.switchover.Available(opsv1.MethodPidfd) && r.ownPIDs() {
-		r.setMethod(opsv1.MethodPidfd)
+func (s *stager) withoutGate() {
+	s.c.switcher.leaveGate()
+	s.c.switcher.held = false
+	s.removeGate()
+	if s.c.node.Switchover.Available(opsv1.MethodPidfd) && s.c.old.ownPIDs() {
+		s.c.setMethod(opsv1.MethodPidfd)
 		return
 	}
-	r.setMethod(opsv1.MethodPlain)
+	s.c.setMethod(opsv1.MethodPlain)
 }
 
-func (r *restart) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
+func (s *stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
 	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	resp, err := r.rt.CreateContainer(call, req)
+	resp, err := s.c.node.Runtime.CreateContainer(call, req)
 	if status.Code(err) == codes.DeadlineExceeded {
 		// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
-		r.removeLate(ctx)
+		s.removeLate(ctx)
 	}
 	return resp.GetContainerId(), err
 }
 
 // removeLate removes the container of a create that was cut off, if it comes about within lateCreate.
-func (r *restart) removeLate(ctx context.Context) {
+func (s *stager) removeLate(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, lateCreate)
 	defer cancel()
 	for crinode.Sleep(ctx, 500*time.Millisecond) == nil {
-		rec := r.rec()
-		if id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token); err == nil && id != "" {
+		rec := s.c.rec()
+		if id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token); err == nil && id != "" {
 			return // undo removes it
 		}
 	}
 }
 
-// update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
-// read, and returns that; nil for nothing.
-func (r *restart) update() *runtimeapi.LinuxContainerResources {
-	newer := r.records.Resources(r.rec().Incumbent)
-	if newer == nil || proto.Equal(newer, r.recorded) {
-		return nil
-	}
-	r.recorded, r.applied = newer, criclone.OverlayResources(r.applied, newer)
-	return newer
-}
-
 // catchUp applies to the successor what kubelet has set on the incumbent while the
 // successor was being created. From Staged on the director applies updates to both.
-func (r *restart) catchUp(ctx context.Context, id string) {
-	newer := r.update()
+func (s *stager) catchUp(ctx context.Context, id string) {
+	newer := s.c.old.update()
 	if newer == nil {
 		return
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
-		r.log.WithError(err).Warn("staged container did not take the new resources")
+	if _, err := s.c.node.Runtime.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
+		s.c.log.WithError(err).Warn("staged container did not take the new resources")
 		return
 	}
 	if b, err := proto.Marshal(newer); err == nil {
-		r.records.Updated(id, b)
+		s.c.node.Records.Updated(id, b)
 	}
-}
-
-// load reads the incumbent and the request that made it, once.
-func (r *restart) load(ctx context.Context) error {
-	if r.request != nil {
-		return nil
-	}
-	rec := r.rec()
-	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
-	recorded := r.records.Resources(rec.Incumbent)
-	st, _, err := r.inspectIncumbent(ctx)
-	if err != nil {
-		return err
-	}
-	r.incumbent = st
-	err = r.node.Retry(ctx, func() (err error) {
-		r.request, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
-		return err
-	})
-	if err != nil {
-		return failf(opsv1.ReasonCreateFailed, "%v", err)
-	}
-	asked := criclone.OverlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
-	r.recorded, r.applied = recorded, criclone.OverlayResources(recorded, criclone.ReportedResources(st, asked))
-	return nil
 }

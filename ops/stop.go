@@ -6,161 +6,117 @@ package ops
 import (
 	"context"
 	"errors"
-	"strconv"
 	"time"
 
-	"google.golang.org/grpc/status"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// beforeStop masks the incumbent and runs its preStop hook. From the commit on kubelet's own stops join.
-func (r *restart) beforeStop(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
+// beforeStop masks the incumbent and runs its preStop hook, if there is one. The point of no return
+// is on disk before the hook runs: the next process neither grants the grace period anew nor lets
+// anyone cancel. Without a hook, the same write has the step stop. From then on kubelet's own stops
+// join.
+func (s *switcher) beforeStop(ctx context.Context) error {
+	if err := s.c.old.load(ctx); err != nil {
 		return err
 	}
-	rec := r.rec()
+	rec := s.c.rec()
 	resumed := !rec.StopBy.IsZero() // it is written after the commit
-	r.claim.Mask()
+	s.c.claim.Mask()
 	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's, unless
 	// the successor runs already.
-	running, err := r.watchIncumbent(ctx)
+	running, err := s.c.old.watch(ctx)
 	if err != nil {
 		return err
 	}
 	if !resumed {
-		if err := r.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
+		if err := s.c.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
 			return err
 		}
-		if !running && !r.overlaps() {
-			return r.stoppedByItself(ctx)
+		if !running && !s.c.overlaps() {
+			return s.c.old.stoppedByItself(ctx)
 		}
-		if !r.o.PassPointOfNoReturn() {
-			return r.cancelledOutcome()
+		if !s.c.op.PassPointOfNoReturn() {
+			return s.c.cancelledOutcome()
 		}
 	}
-	grace := r.grace()
+	grace := s.c.old.grace()
+	var hook *opsv1.Hook
+	if running {
+		hook = s.preStopHook(grace)
+	}
 	if rec.StopBy.IsZero() {
 		rec.StopBy = time.Now().Add(grace)
-		r.join.listen(rec.StopBy)
-		err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		s.c.join.listen(rec.StopBy)
+		err := s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
+			if hook == nil {
+				c.Step = store.StepStop
+			}
 		})
 		if err != nil {
 			return err
 		}
+		s.untouched = hook == nil && !rec.SuccessorMayRun()
 	}
-	r.probeHold(ctx)
-	if running {
-		r.preStop(ctx, grace, rec.StopBy)
+	s.c.revealer.probeHold(ctx)
+	if hook != nil {
+		s.runPreStop(ctx, hook, grace, rec.StopBy)
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := r.interrupted(); err != nil {
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
-	return r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepStop })
+	if s.c.rec().Step == store.StepStop {
+		return nil
+	}
+	return s.c.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
 }
 
-// watchIncumbent finds out whether the incumbent runs and watches its process where that says something.
-func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) {
-	rec := r.rec()
-	if r.exit != nil {
-		return !r.exit.Over(), nil
-	}
-	st, info, err := r.inspectIncumbent(ctx)
-	if err != nil {
-		return false, err
-	}
-	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-		return false, nil
-	}
-	if info.PID > 0 && r.ownPIDs() && r.switchover.Maybe(opsv1.MethodPidfd) {
-		if r.exit, err = r.switchover.Watch(info.PID, rec.Incumbent); err != nil {
-			r.log.WithError(err).Warn("process not watched")
-			if rec.Method == opsv1.MethodPidfd {
-				r.setMethod(opsv1.MethodPlain)
-			}
-		}
-	}
-	return true, nil
-}
-
-// stoppedByItself is the outcome of a restart whose container is gone already.
-func (r *restart) stoppedByItself(ctx context.Context) error {
-	code := int32(0)
-	if st, _, err := r.node.Inspect(ctx, r.rec().Incumbent); err == nil {
-		code = st.GetExitCode()
-	}
-	return failf(opsv1.ReasonContainerNotRunning, "container %q stopped by itself (exit code %d) before the "+
-		"restart began; kubelet handles it", r.want.GetName(), code)
-}
-
-// grace is what preStop and stop may take together, before the floor for the stop.
-func (r *restart) grace() time.Duration {
-	if r.want.GracePeriodSeconds != nil {
-		return time.Duration(r.want.GetGracePeriodSeconds()) * time.Second
-	}
-	for _, a := range []map[string]string{r.incumbent.GetAnnotations(), r.request.GetConfig().GetAnnotations()} {
-		if s, err := strconv.ParseInt(a[criclone.AnnotationTerminationGrace], 10, 32); err == nil && s >= 0 {
-			return time.Duration(s) * time.Second
-		}
-	}
-	return defaultGrace
-}
-
-// preStop runs the hook within the grace. As in kubelet, its failure does not
-// keep the container from being stopped, and no grace means no hook.
-func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time) {
-	hook := r.want.GetPreStop()
+// preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no grace
+// means no hook.
+func (s *switcher) preStopHook(grace time.Duration) *opsv1.Hook {
+	hook := s.c.spec.GetPreStop()
 	if hook == nil {
 		var err error
-		if hook, err = hooks.RecordedPreStop(r.incumbent.GetAnnotations()); err != nil {
-			r.preStopFailed("preStop: %v", err)
+		if hook, err = hooks.RecordedPreStop(s.c.old.status.GetAnnotations()); err != nil {
+			s.preStopFailed("preStop: %v", err)
 		}
 	}
-	if hook == nil || grace <= 0 {
-		return
+	if grace <= 0 {
+		return nil
 	}
+	return hook
+}
+
+// runPreStop runs the hook within the grace. As in kubelet, its failure does not keep the container
+// from being stopped.
+func (s *switcher) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, s.c.claim.Yielded())
 	defer end()
-	ctx, end = crinode.EndWith(ctx, r.join.sooner)
+	ctx, end = crinode.EndWith(ctx, s.c.join.sooner)
 	defer end()
-	if gone := r.exit.Ended(); gone != nil {
+	if gone := s.c.old.exit.Ended(); gone != nil {
 		ctx, end = crinode.EndWith(ctx, gone) // nobody left to run it in
 		defer end()
 	}
-	rec := r.rec()
-	if err := r.hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
-		r.preStopFailed("preStop hook failed: %v", err)
+	rec := s.c.rec()
+	if err := s.c.node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+		s.preStopFailed("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		r.preStopFailed("preStop hook did not end within the grace period of %s", grace)
+		s.preStopFailed("preStop hook did not end within the grace period of %s", grace)
 	}
 }
 
 // preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The warning
 // begins with "preStop".
-func (r *restart) preStopFailed(format string, args ...any) {
-	r.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
-	r.warn(format, args...)
-}
-
-// inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
-func (r *restart) inspectIncumbent(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
-	id := r.rec().Incumbent
-	err = r.node.Retry(ctx, func() (err error) {
-		st, info, err = r.node.Inspect(ctx, id)
-		return err
-	})
-	if err != nil {
-		return nil, info, failf(opsv1.ReasonRuntimeError, "reading container %s: %v", id, status.Convert(err).Message())
-	}
-	return st, info, nil
+func (s *switcher) preStopFailed(format string, args ...any) {
+	s.c.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
+	s.c.warn(format, args...)
 }

@@ -4,13 +4,11 @@
 package ops
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -18,69 +16,86 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // errNoHook is the one failure of a gate that an application may notice: its successor has begun beside it.
 var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
 
+// switcher lets the successor take the place of the incumbent.
+type switcher struct {
+	c    *Container
+	gate *gate.Gate // of the successor, once it waits there
+	pid  int        // of the process that waits there; 0 if this process cannot look at it
+	held bool       // the successor has been started behind a gate that is not open
+	// untouched is set while the step is stop and nothing has been stopped or started yet. Only the
+	// process that has written the step knows.
+	untouched bool
+	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the
+	// successor started beside the incumbent.
+	asked, beside, besideUntil time.Time
+}
+
 // swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
-func (r *restart) swap(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
+func (s *switcher) swap(ctx context.Context) error {
+	s.untouched = false
+	if err := s.c.old.load(ctx); err != nil {
 		return err
 	}
-	running, err := r.watchIncumbent(ctx)
+	running, err := s.c.old.watch(ctx)
 	if err != nil {
 		return err
 	}
-	by, began := r.rec().StopBy, time.Now()
+	by, began := s.c.rec().StopBy, time.Now()
 	switch {
-	case r.rec().Method == opsv1.MethodGate:
-		err = r.arm(ctx)
-	case r.overlaps() && running: // still so after the preStop hook, or in the next process?
-		err = r.successorRuns(ctx, r.rec().Successor)
+	case s.c.rec().Method == opsv1.MethodGate:
+		err = s.arm(ctx)
+	case s.c.overlaps() && running: // still so after the preStop hook, or in the next process?
+		err = s.successorRuns(ctx, s.c.rec().Successor)
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
-	r.asked = time.Now()
+	s.asked = time.Now()
 	stopped := make(chan error, 1)
 	go func() {
-		stopped <- guard.Try(r.log, func() error { return toOutcome(r.node.Stop(ctx, r.rec().Incumbent, by)) })
+		stopped <- guard.Try(s.c.log, func() error { return s.c.node.Stop(ctx, s.c.rec().Incumbent, by) })
 	}() // ends with the call, which is waited for below
-	gone := r.exit.Ended()
-	if r.rec().Method == opsv1.MethodPlain {
+	gone := s.c.old.exit.Ended()
+	if s.c.rec().Method == opsv1.MethodPlain {
 		gone = nil
 	}
 	var stopErr error
 	select {
 	case <-gone:
-		err = r.handOver(ctx)
+		err = s.handOver(ctx)
 		stopErr = <-stopped
 	case err = <-stopped:
 		if err == nil {
-			err = r.handOver(ctx)
+			err = s.handOver(ctx)
 		}
 	}
 	if err == nil {
-		err = r.awaitExited(ctx, stopErr)
+		err = s.c.old.awaitExited(ctx, stopErr)
 	}
 	if err != nil {
 		return err
 	}
-	begun, err := r.hasBegun(ctx)
+	begun, err := s.hasBegun(ctx)
 	if err != nil {
 		return err
 	}
-	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		rec.Step = stepStarted
+	s.c.note(func(rec *store.Container, c *opsv1.ContainerOperation) {
+		rec.Step = store.StepStarted
 		if !begun {
-			rec.Step = stepAsk
+			rec.Step = store.StepAsk
 		}
 		c.Phase = opsv1.Phase_PHASE_STARTING
 		c.SuccessorId = rec.Successor
@@ -90,134 +105,96 @@ func (r *restart) swap(ctx context.Context) error {
 
 // hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it is to wait for kubelet's request,
 // unless a process before this one knew that it need not.
-func (r *restart) hasBegun(ctx context.Context) (bool, error) {
-	switch rec := r.rec(); {
-	case r.isCertain() || r.overlaps():
+func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
+	switch rec := s.c.rec(); {
+	case s.c.isCertain() || s.c.overlaps():
 		return true, nil
 	case rec.Method == opsv1.MethodGate:
-		return r.gate == nil, nil
+		return s.gate == nil, nil
 	case rec.Successor == "":
 		return false, nil
 	default:
 		var st *runtimeapi.ContainerStatusResponse
-		err := r.node.Retry(ctx, func() (err error) {
-			st, err = r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+		err := s.c.node.Retry(ctx, func() (err error) {
+			st, err = s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 			return err
 		})
 		if err != nil {
-			return false, failf(opsv1.ReasonRuntimeError, "reading the new container: %v", status.Convert(err).Message())
+			return false, operation.Failf(opsv1.ReasonRuntimeError, "reading the new container: %v", status.Convert(err).Message())
 		}
 		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
 	}
 }
 
 // handOver lets the successor run, now that the incumbent's processes are gone.
-func (r *restart) handOver(ctx context.Context) error {
-	r.failpoint("stopped")
-	if err := r.interrupted(); err != nil { // after the failpoint: a test takes the slot back while the restart waits there
+func (s *switcher) handOver(ctx context.Context) error {
+	s.c.failpoint("stopped")
+	if err := s.c.interrupted(); err != nil { // after the failpoint: a test takes the slot back while the restart waits there
 		return err
 	}
 	var err error
-	switch method := r.rec().Method; {
+	switch method := s.c.rec().Method; {
 	case method == opsv1.MethodOverlap: // it does
-	case !r.isCertain(): // it begins when kubelet has asked for it
+	case !s.c.isCertain(): // it begins when kubelet has asked for it
 		return nil
 	case method == opsv1.MethodGate:
-		err = r.openGate(ctx)
+		err = s.openGate(ctx)
 	default:
-		err = r.start(ctx)
+		err = s.start(ctx)
 	}
-	if err == nil && !r.overlaps() {
-		r.failpoint("running")
+	if err == nil && !s.c.overlaps() {
+		s.c.failpoint("running")
 	}
 	return err
 }
 
-// exitPatience is how long a runtime that has answered a stop may take to show the container exited; kubelet may wait for that.
-const exitPatience = 15 * time.Second
-
-// awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
-// would be shown running. stopErr is why it does not know yet. Without one it may be late as well: containerd answers a stop at
-// once when the process had ended before, and it is still clearing that away (internal/cri/server/container_stop.go).
-func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
-	limit := exitPatience
-	if stopErr != nil {
-		limit = crinode.CallTimeout // it may be restarting
-		r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
-	}
-	deadline, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	waiting, end := crinode.EndWith(deadline, r.claim.Yielded())
-	defer end()
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		st, err := r.rt.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
-		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-			return nil
-		}
-		if crinode.Sleep(waiting, wait) == nil {
-			continue
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if deadline.Err() != nil {
-			why := "it shows it running"
-			if e := cmp.Or(stopErr, err); e != nil {
-				why = status.Convert(e).Message()
-			}
-			r.warn("the runtime did not say within %s that the old container has ended: %s", limit, why)
-		}
-		return nil // the successor serves; or kubelet has come, which is asked for before anything is shown
-	}
-}
-
 // arm starts the successor up to its gate, while the incumbent serves. When the gate does not work for this
 // container, it leaves a fresh successor without one.
-func (r *restart) arm(ctx context.Context) error {
+func (s *switcher) arm(ctx context.Context) error {
 	for {
-		if err := r.ensureStaged(ctx); err != nil {
+		if err := s.c.stager.ensureStaged(ctx); err != nil {
 			return err
 		}
-		rec := r.rec()
+		rec := s.c.rec()
 		if rec.Method != opsv1.MethodGate { // just now
 			return nil
 		}
 		// In the middle of the stop, and in the next process, the successor may wait there already.
-		if !r.held && r.unstarted(ctx) {
-			if why := r.noRoomForGate(ctx); why != "" {
-				if err := r.stopFirstFor(ctx, why); err != nil {
+		if !s.held && s.unstarted(ctx) {
+			if why := s.c.noRoomForGate(ctx); why != "" {
+				if err := s.stopFirstFor(ctx, why); err != nil {
 					return err
 				}
 				continue
 			}
-			r.beside = time.Now()
+			s.beside = time.Now()
 		}
-		err := r.startGated(ctx, rec)
-		r.besideUntil = time.Now()
-		var out *outcome
+		err := s.startGated(ctx, rec)
+		s.besideUntil = time.Now()
+		var out *operation.Outcome
 		switch {
 		case err == nil:
 		case besideFails(err):
-			if err := r.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
+			if err := s.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
 				return err
 			}
 			continue
 		case errors.Is(err, gate.ErrNotHeld):
-			r.dropGate(err)
-			if err := r.stageAnew(ctx, ""); err != nil {
+			s.c.stager.dropGate(err)
+			if err := s.c.stager.stageAnew(ctx, ""); err != nil {
 				return err
 			}
 			continue
 		case !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed || rec.Retried:
 			return err // nothing has been stopped
 		default:
-			if err := r.stageAnew(ctx, out.Message); err != nil {
+			if err := s.c.stager.stageAnew(ctx, out.Message); err != nil {
 				return err
 			}
 			continue
 		}
-		if r.gate != nil {
-			r.failpoint("gated")
+		if s.gate != nil {
+			s.c.failpoint("gated")
 		}
 		return nil
 	}
@@ -225,30 +202,30 @@ func (r *restart) arm(ctx context.Context) error {
 
 // startGated starts the successor and waits until it waits at its gate, or finds it past that and the incumbent gone, as a process
 // before this one may have left them. ErrNotHeld means that the gate does not hold it; it has been stopped then.
-func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
+func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
 	// A gate is opened in one step only, and what this process holds it has not opened.
-	mayBeOpen := rec.Step == stepStop && !r.held
-	if !r.switchover.Gate(rec.Token).Exists() {
+	mayBeOpen := rec.Step == store.StepStop && !s.held
+	if !s.c.node.Switchover.Gate(rec.Token).Exists() {
 		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
 		// container is one that nothing would hold.
-		if gone, err := r.awaitGone(ctx, switchover.HookTimeout); err != nil {
+		if gone, err := s.c.old.awaitGone(ctx, switchover.HookTimeout); err != nil {
 			return err
 		} else if !gone || !mayBeOpen {
-			r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+			s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return gate.ErrNotHeld
 		}
 	}
-	r.held = true
-	if err := r.startOnce(ctx, rec.Successor); err != nil {
+	s.held = true
+	if err := s.c.stager.startOnce(ctx, rec.Successor); err != nil {
 		return err
 	}
-	err := r.awaitGate(ctx, rec)
+	err := s.awaitGate(ctx, rec)
 	if err == nil {
-		if _, info, err := r.node.Inspect(ctx, rec.Successor); err == nil && r.switchover.OfContainer(info.PID, rec.Successor) == nil {
-			r.pid = info.PID
+		if _, info, err := s.c.node.Inspect(ctx, rec.Successor); err == nil && s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
+			s.pid = info.PID
 		}
-		if err := r.checkParts(ctx, rec); err != nil {
-			r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+		if err := s.c.stager.checkParts(ctx, rec); err != nil {
+			s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return err
 		}
 		return nil
@@ -256,85 +233,53 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := r.interrupted(); err != nil {
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
-	gone, gerr := r.incumbentGone(ctx)
+	gone, gerr := s.c.old.isGone(ctx)
 	if gerr != nil {
 		return gerr
 	}
 	if gone && mayBeOpen && errors.Is(err, gate.ErrNotHeld) {
 		// A process before this one has opened the gate; or nothing can be said, and then the
 		// successor is in the state that kubelet's policy is for.
-		r.log.WithError(err).Info("the successor is past its gate")
-		r.held = false
-		r.passed(ctx, rec)
+		s.c.log.WithError(err).Info("the successor is past its gate")
+		s.held = false
+		s.passed(ctx, rec)
 		return nil
 	}
 	if errors.Is(err, errNoHook) {
-		r.switchover.HookNotRun()
+		s.c.node.Switchover.HookNotRun()
 	}
 	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
-	r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+	s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 	if errors.Is(err, gate.ErrNotHeld) {
 		return err
 	}
-	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.switchover.GateTimeout)
-}
-
-// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
-// comes later.
-func (r *restart) incumbentGone(ctx context.Context) (bool, error) {
-	if r.exit.Over() {
-		return true, nil
-	}
-	runs, err := r.incumbentRuns(ctx)
-	if err != nil {
-		return false, fmt.Errorf("asking for the old container: %w", err)
-	}
-	return !runs, nil
-}
-
-// awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that is over.
-func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
-	for until := time.Now().Add(patience); ; {
-		last := time.Now().After(until)
-		if gone, err := r.incumbentGone(ctx); gone || err != nil || last {
-			return gone, err
-		}
-		if err := crinode.Sleep(ctx, 50*time.Millisecond); err != nil {
-			return false, err
-		}
-	}
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, s.c.node.Switchover.GateTimeout)
 }
 
 // passed says when the successor began if the process that opened its gate did not come to that: it did so
 // when the incumbent ended.
-func (r *restart) passed(ctx context.Context, rec containerRecord) {
-	if !r.records.Started(rec.Successor).IsZero() {
+func (s *switcher) passed(ctx context.Context, rec store.Container) {
+	if !s.c.node.Records.Started(rec.Successor).IsZero() {
 		return
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if at := st.GetStatus().GetFinishedAt(); err == nil && at != 0 {
-		r.began(rec.Successor, time.Unix(0, at))
+		s.began(rec.Successor, time.Unix(0, at))
 	}
 }
 
 // began notes when the application of the successor began.
-func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
-
-// setStarted notes when the application of a container that was held at a gate began.
-func (e *Engine) setStarted(id string, at time.Time) {
-	e.records.SetStarted(id, at)
-	e.view.SetStarted(id, at)
-}
+func (s *switcher) began(id string, at time.Time) { s.c.node.SetStarted(id, at) }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
-func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
-	g := r.switchover.Gate(rec.Token)
-	ctx, cancel := context.WithTimeout(ctx, r.switchover.GateTimeout)
+func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
+	g := s.c.node.Switchover.Gate(rec.Token)
+	ctx, cancel := context.WithTimeout(ctx, s.c.node.Switchover.GateTimeout)
 	defer cancel()
-	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, s.c.claim.Yielded())
 	defer end()
 	began, asked := time.Now(), time.Now()
 	err := g.Await(ctx, func() error {
@@ -342,99 +287,99 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 			return nil
 		}
 		asked = time.Now()
-		st, info, err := r.node.Inspect(ctx, rec.Successor)
+		st, info, err := s.c.node.Inspect(ctx, rec.Successor)
 		switch {
 		case err != nil:
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case time.Since(began) > switchover.HookTimeout && r.switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+		case time.Since(began) > switchover.HookTimeout && s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
 			return errNoHook
 		}
 		return nil
 	})
 	if err == nil {
-		r.leaveGate() // an upgrade's that has been held before
-		r.gate = g
+		s.leaveGate() // an upgrade's that has been held before
+		s.gate = g
 	}
 	return err
 }
 
 // openGate lets the successor pass its gate.
-func (r *restart) openGate(ctx context.Context) error {
-	if r.gate == nil { // a process before this one has opened it
+func (s *switcher) openGate(ctx context.Context) error {
+	if s.gate == nil { // a process before this one has opened it
 		return nil
 	}
-	waits, _ := gate.ProgramOf(r.pid) // none of a process that cannot be looked at
-	if err := r.gate.Open(); err != nil {
-		r.dropGate(err)
-		if err := r.stageAnew(ctx, ""); err != nil {
+	waits, _ := gate.ProgramOf(s.pid) // none of a process that cannot be looked at
+	if err := s.gate.Open(); err != nil {
+		s.c.stager.dropGate(err)
+		if err := s.c.stager.stageAnew(ctx, ""); err != nil {
 			return err
 		}
-		return r.start(ctx)
+		return s.start(ctx)
 	}
-	r.held = false
+	s.held = false
 	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
 	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
-	for opened := time.Now(); r.pid != 0 && time.Since(opened) < time.Second; {
-		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || crinode.Sleep(ctx, 100*time.Microsecond) != nil {
+	for opened := time.Now(); s.pid != 0 && time.Since(opened) < time.Second; {
+		if now, err := gate.ProgramOf(s.pid); err != nil || now != waits || crinode.Sleep(ctx, 100*time.Microsecond) != nil {
 			break
 		}
 	}
-	r.began(r.rec().Successor, time.Now())
-	if err := r.gate.Remove(); err != nil {
-		r.log.WithError(err).Warn("gate not removed")
+	s.began(s.c.rec().Successor, time.Now())
+	if err := s.gate.Remove(); err != nil {
+		s.c.log.WithError(err).Warn("gate not removed")
 	}
-	r.gate = nil
+	s.gate = nil
 	return nil
 }
 
 // leaveGate gives up a gate that is held: the hook goes on waiting, for the next process.
-func (r *restart) leaveGate() {
-	if r.gate != nil {
-		r.gate.Leave()
-		r.gate = nil
+func (s *switcher) leaveGate() {
+	if s.gate != nil {
+		s.gate.Leave()
+		s.gate = nil
 	}
 }
 
 // ensureStaged creates the successor if there is none.
-func (r *restart) ensureStaged(ctx context.Context) error {
-	rec := r.rec()
+func (s *stager) ensureStaged(ctx context.Context) error {
+	rec := s.c.rec()
 	if rec.Successor != "" {
 		return nil
 	}
-	id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token)
+	id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token)
 	if err != nil {
 		return err
 	}
 	if id == "" {
-		if id, err = r.create(ctx, rec.Token); err != nil {
+		if id, err = s.create(ctx, rec.Token); err != nil {
 			return err
 		}
 	}
 	// On disk with the next step; until then the token finds the successor.
-	r.c.Set(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Successor = id })
-	r.claim.Staged(id)
+	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Successor = id })
+	s.c.claim.Staged(id)
 	return nil
 }
 
 // stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was wrong with
 // the container itself; that is tried once.
-func (r *restart) stageAnew(ctx context.Context, why string) error {
+func (s *stager) stageAnew(ctx context.Context, why string) error {
 	if why != "" {
-		r.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
+		s.c.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
 	}
-	rec := r.rec()
-	token := r.newToken()
-	if err := r.removeContainer(ctx, rec.Successor); err != nil {
+	rec := s.c.rec()
+	token := s.c.node.Tokens.New()
+	if err := s.removeContainer(ctx, rec.Successor); err != nil {
 		return err
 	}
-	if err := r.switchover.Gate(rec.Token).Remove(); err != nil {
-		r.log.WithError(err).Warn("gate not removed")
+	if err := s.c.node.Switchover.Gate(rec.Token).Remove(); err != nil {
+		s.c.log.WithError(err).Warn("gate not removed")
 	}
-	r.claim.HideNow(token)
-	r.claim.Staged("")
-	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+	s.c.claim.HideNow(token)
+	s.c.claim.Staged("")
+	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Token, c.Successor = token, ""
 		if why != "" {
 			c.Retried = true
@@ -444,27 +389,27 @@ func (r *restart) stageAnew(ctx context.Context, why string) error {
 }
 
 // start starts the successor; once, from a fresh stage, if that fails.
-func (r *restart) start(ctx context.Context) error {
+func (s *switcher) start(ctx context.Context) error {
 	for {
-		if err := r.ensureStaged(ctx); err != nil {
+		if err := s.c.stager.ensureStaged(ctx); err != nil {
 			return err
 		}
-		rec := r.rec()
-		err := r.startOnce(ctx, rec.Successor)
+		rec := s.c.rec()
+		err := s.c.stager.startOnce(ctx, rec.Successor)
 		if err == nil {
 			return nil
 		}
-		var out *outcome
-		if !errors.As(err, &out) || rec.Retried || r.overlaps() && besideFails(err) {
+		var out *operation.Outcome
+		if !errors.As(err, &out) || rec.Retried || s.c.overlaps() && besideFails(err) {
 			return err
 		}
-		if err := r.stageAnew(ctx, out.Message); err != nil {
+		if err := s.c.stager.stageAnew(ctx, out.Message); err != nil {
 			return err
 		}
 	}
 }
 
 // startOnce starts the container, whatever state a crash or a runtime restart left it in.
-func (r *restart) startOnce(ctx context.Context, id string) error {
-	return toOutcome(r.node.StartOnce(ctx, id))
+func (s *stager) startOnce(ctx context.Context, id string) error {
+	return s.c.node.StartOnce(ctx, id)
 }

@@ -210,7 +210,7 @@ func TestStartIsCorrected(t *testing.T) {
 	}
 	_, err := n.kubelet.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: id})
 	n.must(err)
-	if !n.engine.records.Started(id).IsZero() {
+	if !n.engine.node.Records.Started(id).IsZero() {
 		t.Error("the start of a removed container is still recorded")
 	}
 }
@@ -429,7 +429,7 @@ func TestTakenBackWhileGated(t *testing.T) {
 	} {
 		t.Run(tc.at, func(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
-			n.engine.pods = deleting
+			n.engine.node.Pods = deleting
 			n.runTidied()
 			n.rt.takeCalls()
 			incumbent := n.rt.idOf(t, "app/0")
@@ -464,11 +464,11 @@ func TestTakenBackWhileGated(t *testing.T) {
 // A hook that never comes does not keep kubelet waiting.
 func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
-	n.engine.pods = deleting
+	n.engine.node.Pods = deleting
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.lateHook = true })
 	incumbent := n.rt.idOf(t, "app/0")
-	n.engine.switchover.GateTimeout = time.Hour // the test ends sooner
+	n.engine.node.Switchover.GateTimeout = time.Hour // the test ends sooner
 	var answered func()
 	n.rt.set(func(f *fakeRuntime) {
 		f.after = func(call string) error {
@@ -515,7 +515,7 @@ func TestGateAfterGate(t *testing.T) {
 	if c := n.rt.get(t, "app/2").config; len(c.GetCDIDevices()) != 1 || len(c.GetMounts()) != 2 {
 		t.Errorf("the third has %v and %v", c.GetCDIDevices(), c.GetMounts())
 	}
-	req := n.engine.records.Request(n.rt.idOf(t, "app/2"))
+	req := n.engine.node.Records.Request(n.rt.idOf(t, "app/2"))
 	if len(req.GetConfig().GetCDIDevices()) != 0 || len(req.GetConfig().GetMounts()) != 1 {
 		t.Errorf("recorded is %v", req)
 	}
@@ -692,7 +692,7 @@ func TestResumePastTheGate(t *testing.T) {
 func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	var later atomic.Int64 // how much the clock of the methods is ahead
-	n.engine.switchover.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	n.engine.node.Switchover.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
 	for _, uid := range []string{"first", "second", "third"} {

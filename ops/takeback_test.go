@@ -92,7 +92,7 @@ func TestTakenBack(t *testing.T) {
 			t.Run(m.name+" "+by, func(t *testing.T) {
 				t.Parallel()
 				n := newNode(t, podOptions{})
-				n.engine.pods = deleting
+				n.engine.node.Pods = deleting
 				n.runTidied()
 				n.rt.takeCalls()
 				if m.exec {
@@ -390,7 +390,7 @@ func TestKubeletIsStoppingAlready(t *testing.T) {
 // The shorter grace wins when both stop the same container.
 func TestKubeletStopsWithLessGrace(t *testing.T) {
 	n := newNode(t, podOptions{})
-	n.engine.pods = deleting
+	n.engine.node.Pods = deleting
 	n.runTidied()
 	incumbent := n.rt.get(t, "app/0")
 	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })

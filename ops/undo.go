@@ -5,10 +5,7 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -22,64 +19,69 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
+
+// undoer takes back what is hidden.
+type undoer struct{ c *Container }
 
 // undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
 // returns false if ctx ended before that was possible.
-func (r *restart) undo(ctx context.Context, out *outcome) bool {
-	rec := r.rec()
-	if r.claim == nil || !rec.HoldsSlot() {
+func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
+	rec := u.c.rec()
+	if u.c.claim == nil || !rec.HoldsSlot() {
 		return true
 	}
-	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
+	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.up != nil && u.c.up.revealed || u.c.join != nil && u.c.join.isShown()) {
 		return true // shown already
 	}
 	if out.Reason == opsv1.ReasonInternalError {
-		serves, err := r.successorServes(ctx)
+		serves, err := u.successorServes(ctx)
 		if err != nil {
 			return false
 		}
 		if serves {
-			r.showServing(out)
+			u.showServing(out)
 			return true
 		}
 	}
-	r.undoOverride()
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step = stepUndo
+	u.c.undoOverride()
+	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step = store.StepUndo
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && r.up == nil {
-		touched, err := r.incumbentStopped(ctx)
+	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && u.c.up == nil {
+		touched, err := u.c.old.hasStopped(ctx)
 		if err != nil {
 			return false
 		}
 		if touched {
 			// Kubelet gets to see the attempt that failed, and why.
 			if out.Reason == opsv1.ReasonPostStartHookFailed {
-				r.stopSuccessor(ctx, rec.Successor)
+				u.stopSuccessor(ctx, rec.Successor)
 			}
-			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })
-			r.claim.Reveal()
-			r.removeGate()
+			u.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepReveal })
+			u.c.claim.Reveal()
+			u.c.stager.removeGate()
 			return true
 		}
 	}
 	wait := 200 * time.Millisecond
 	for {
-		if rec.SuccessorMayRun() { // ask it to stop
-			r.stopSuccessor(ctx, rec.Successor)
+		if rec.SuccessorMayRun() && !u.c.switcher.untouched { // ask it to stop
+			u.stopSuccessor(ctx, rec.Successor)
 		}
-		err := r.removeStaged(ctx)
+		err := u.c.stager.removeStaged(ctx)
 		if err == nil {
-			r.claim.Discard()
-			r.removeGate()
+			u.c.claim.Discard()
+			u.c.stager.removeGate()
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
-		r.log.WithError(err).Warn("staged container not removed; trying again")
+		u.c.log.WithError(err).Warn("staged container not removed; trying again")
 		if crinode.Sleep(ctx, wait) != nil {
 			return false
 		}
@@ -89,25 +91,25 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 
 // successorServes reports whether the successor has taken over, whatever has come after that: the incumbent has ended, the successor runs and is past
 // its gate, and kubelet has not taken the slot back. It asks until the runtime answers, or ctx ends.
-func (r *restart) successorServes(ctx context.Context) (bool, error) {
-	id := r.successor()
-	if id == "" || r.held || r.claim.YieldedTo() != nil {
+func (u *undoer) successorServes(ctx context.Context) (bool, error) {
+	id := u.c.successor()
+	if id == "" || u.c.switcher.held || u.c.claim.YieldedTo() != nil {
 		return false, nil
 	}
-	if r.exit.Over() {
-		if err := r.awaitExited(ctx, nil); err != nil {
+	if u.c.old.exit.Over() {
+		if err := u.c.old.awaitExited(ctx, nil); err != nil {
 			return false, err
 		}
-	} else if stopped, err := r.incumbentStopped(ctx); err != nil || !stopped {
+	} else if stopped, err := u.c.old.hasStopped(ctx); err != nil || !stopped {
 		return false, err
 	}
 	for {
-		st, info, err := r.node.Inspect(ctx, id)
+		st, info, err := u.c.node.Inspect(ctx, id)
 		switch {
 		case status.Code(err) == codes.NotFound:
 			return false, nil
 		case err == nil:
-			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !r.atGate(ctx, info.PID, id), nil
+			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !u.atGate(ctx, info.PID, id), nil
 		}
 		if err := crinode.Sleep(ctx, 200*time.Millisecond); err != nil {
 			return false, err
@@ -116,150 +118,111 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 }
 
 // atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
-func (r *restart) atGate(ctx context.Context, pid int, id string) bool {
-	if !r.switchover.Gate(r.rec().Token).Exists() {
-		return r.switchover.GatesLost() && r.switchover.StillWaits(ctx, pid, id)
+func (u *undoer) atGate(ctx context.Context, pid int, id string) bool {
+	if !u.c.node.Switchover.Gate(u.c.rec().Token).Exists() {
+		return u.c.node.Switchover.GatesLost() && u.c.node.Switchover.StillWaits(ctx, pid, id)
 	}
-	return r.switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
+	return u.c.node.Switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
 }
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
-func (r *restart) showServing(out *outcome) {
-	if r.change != nil && !r.change.changed {
-		guard.Do(r.log, r.keepOverride) // it may be what has failed
+func (u *undoer) showServing(out *operation.Outcome) {
+	if u.c.change != nil && !u.c.change.changed {
+		guard.Do(u.c.log, u.c.keepOverride) // it may be what has failed
 	}
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step = stepReveal
+	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step = store.StepReveal
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	r.claim.Reveal()
-	r.removeGate()
-}
-
-// incumbentStopped asks until the runtime answers, or ctx ends.
-func (r *restart) incumbentStopped(ctx context.Context) (bool, error) {
-	for {
-		runs, err := r.incumbentRuns(ctx)
-		if err == nil {
-			return !runs, nil
-		}
-		if err := crinode.Sleep(ctx, 200*time.Millisecond); err != nil {
-			return false, err
-		}
-	}
-}
-
-// incumbentRuns reports whether the incumbent is still running; false if it is gone.
-func (r *restart) incumbentRuns(ctx context.Context) (bool, error) {
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
-	if status.Code(err) == codes.NotFound {
-		return false, nil
-	}
-	return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING, err
+	u.c.claim.Reveal()
+	u.c.stager.removeGate()
 }
 
 // removeGate removes the gate's files, if any.
-func (r *restart) removeGate() {
-	if err := r.switchover.Gate(r.rec().Token).Remove(); err != nil {
-		r.log.WithError(err).Warn("gate not removed")
+func (s *stager) removeGate() {
+	if err := s.c.node.Switchover.Gate(s.c.rec().Token).Remove(); err != nil {
+		s.c.log.WithError(err).Warn("gate not removed")
 	}
 }
 
 // stopSuccessor stops a successor that may have been started, within the grace of
 // whoever took the slot back, or takes it back meanwhile.
-func (r *restart) stopSuccessor(ctx context.Context, id string) {
+func (u *undoer) stopSuccessor(ctx context.Context, id string) {
 	if id == "" {
 		return
 	}
 	grace := crinode.MinGrace
-	switch y := r.claim.YieldedTo(); {
-	case r.held:
+	switch y := u.c.claim.YieldedTo(); {
+	case u.c.switcher.held:
 		// No application that would need time; and what waits there may be deaf to signals.
 	case y != nil:
 		grace = max(grace, time.Duration(y.Grace)*time.Second)
-	case r.incumbent != nil && r.request != nil:
-		r.stopUntilYield(ctx, id, max(grace, r.grace()))
+	case u.c.old.status != nil && u.c.old.request != nil:
+		u.c.stopUntilYield(ctx, id, max(grace, u.c.old.grace()))
 		return
 	}
-	r.stopWithin(ctx, id, grace)
+	u.c.stager.stopWithin(ctx, id, grace)
 }
 
 // stopUntilYield is stopWithin, but for a shorter grace once someone waits for the slot.
-func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Duration) {
+func (r *Container) stopUntilYield(ctx context.Context, id string, grace time.Duration) {
 	stopped := make(chan struct{})
 	var sooner sync.WaitGroup
 	sooner.Go(func() {
 		select {
 		case <-r.claim.Yielded():
 			guard.Do(r.log, func() {
-				r.stopWithin(ctx, id, max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+				r.stager.stopWithin(ctx, id, max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
 			})
 		case <-stopped:
 		}
 	})
 	defer sooner.Wait()
 	defer close(stopped)
-	r.stopWithin(ctx, id, grace)
+	r.stager.stopWithin(ctx, id, grace)
 }
 
 // stopWithin stops a container of ours.
-func (r *restart) stopWithin(ctx context.Context, id string, grace time.Duration) {
-	if err := r.node.StopWithin(ctx, id, grace); err != nil {
-		r.log.WithError(err).Warn("new container not stopped")
+func (s *stager) stopWithin(ctx context.Context, id string, grace time.Duration) {
+	if err := s.c.node.StopWithin(ctx, id, grace); err != nil {
+		s.c.log.WithError(err).Warn("new container not stopped")
 	}
 }
 
 // removeStaged removes every container that carries the token.
-func (r *restart) removeStaged(ctx context.Context) error {
-	rec := r.rec()
-	id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token)
+func (s *stager) removeStaged(ctx context.Context) error {
+	rec := s.c.rec()
+	id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token)
 	if err != nil || id == "" {
 		return err
 	}
-	return r.removeContainer(ctx, id)
+	return s.removeContainer(ctx, id)
 }
 
 // removeContainer removes a container that kubelet has not seen, and its traces: kubelet removes those of
 // containers that it knows.
-func (r *restart) removeContainer(ctx context.Context, id string) error {
-	traces := r.traces(ctx, id)
+func (s *stager) removeContainer(ctx context.Context, id string) error {
+	traces := s.traces(ctx, id)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+	if _, err := s.c.node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
 		return fmt.Errorf("removing container %s: %w", id, err)
 	}
-	r.records.Removed(id)
-	r.view.Forget(id)
-	r.removeFiles(traces)
+	s.c.node.Records.Removed(id)
+	s.c.node.View.Forget(id)
+	s.c.node.RemoveTraces(traces)
 	return nil
-}
-
-// removeFiles removes traces of a container.
-func (e *Engine) removeFiles(files []string) {
-	for _, f := range files {
-		if f == "" {
-			continue
-		}
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			e.log.WithError(err).Warn("trace of a removed container left")
-		}
-	}
-}
-
-// tracesOf is the link for log shippers.
-func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
-	return []string{filepath.Join(e.legacyLog, criclone.LogLinkName(pod, namespace, container, id))}
 }
 
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
 // successor that ran beside its incumbent is kept: it says why the restart failed.
-func (r *restart) traces(ctx context.Context, id string) []string {
-	pod := r.o.Pod()
-	files := r.tracesOf(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
-	if r.overlaps() {
+func (s *stager) traces(ctx context.Context, id string) []string {
+	pod := s.c.op.Pod()
+	files := []string{filepath.Join(s.c.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), s.c.spec.GetName(), id))}
+	if s.c.overlaps() {
 		return files
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 	if err != nil || st.GetStatus().GetLogPath() == "" {
 		return files
 	}

@@ -36,7 +36,7 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if err := errors.Join(validateUpgrade(req), validateEnvironments(given)); err != nil {
 		return nil, err
 	}
-	if s.e.images == nil {
+	if s.e.node.Images == nil {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which an upgrade needs")
 	}
 	if known := s.e.lookup(req.GetUid()); known != nil {
@@ -60,7 +60,7 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 // supersede cancels earlier upgrades of the same owner and container that nobody has committed: the
 // owner wants something else by now, which would wait for them.
 func (e *Engine) supersede(by *operation.Operation) {
-	for _, o := range e.activeOperations() {
+	for _, o := range e.node.Active() {
 		if o == by || !operation.SameSubject(o, by) || o.CommitRequested() {
 			continue
 		}

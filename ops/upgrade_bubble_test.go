@@ -154,7 +154,7 @@ func (n *upNode) boot(state string) {
 	n.must(err)
 	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
 	n.must(err)
-	p.engine.img, p.engine.overrides, p.engine.disk.Overrides = n.images, overrides, overrides
+	p.engine.node.ImageService, p.engine.node.Overrides, p.engine.disk.Overrides = n.images, overrides, overrides
 	unsynced(p.engine.disk.Journal)
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{

@@ -12,14 +12,15 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // Pods is kubelet's own view of its pods. [*podsapi.Client] is one.
@@ -159,7 +160,7 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 const holdLeast = 15 * time.Second
 
 // holdLeft is what is left of the time for which the upgrade waits, whichever process began to.
-func (r *restart) holdLeft(limit time.Duration) time.Duration {
+func (r *Container) holdLeft(limit time.Duration) time.Duration {
 	since := r.rec().HoldSince
 	if since.IsZero() { // written by a version that did not keep it
 		return limit
@@ -168,37 +169,37 @@ func (r *restart) holdLeft(limit time.Duration) time.Duration {
 }
 
 // awaitRelease waits until the caller is about to patch the pod's spec.
-func (r *restart) awaitRelease(ctx context.Context) error {
+func (r *Container) awaitRelease(ctx context.Context) error {
 	var yielded <-chan struct{} // never, without a slot
 	if r.claim != nil {
 		yielded = r.claim.Yielded()
 	}
-	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
+	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	select {
-	case <-r.o.Committed():
+	case <-r.op.Committed():
 		return nil
 	case <-yielded:
 		return r.interrupted()
-	case <-r.o.Cancelled():
+	case <-r.op.Cancelled():
 		return r.cancelledOutcome()
 	case <-hold.C:
-		return failf(opsv1.ReasonHoldTimeout, "not committed within %s", limit)
+		return operation.Failf(opsv1.ReasonHoldTimeout, "not committed within %s", limit)
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
 // awaitCommit waits for the commit of an upgrade whose successor is staged.
-func (r *restart) awaitCommit(ctx context.Context) error {
+func (r *Container) awaitCommit(ctx context.Context) error {
 	if err := r.awaitRelease(ctx); err != nil {
 		return err
 	}
-	if err := r.load(ctx); err != nil {
+	if err := r.old.load(ctx); err != nil {
 		return err
 	}
-	running, err := r.watchIncumbent(ctx)
+	running, err := r.old.watch(ctx)
 	if err != nil {
 		return err
 	}
@@ -206,7 +207,7 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 		return err
 	}
 	if !running {
-		return r.stoppedByItself(ctx)
+		return r.old.stoppedByItself(ctx)
 	}
 	if err := r.renewStaged(ctx); err != nil {
 		return err
@@ -214,20 +215,20 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 	if r.overlaps() && !r.isCertain() {
 		r.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
 	}
-	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, c.HoldSince, op.Phase = stepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
+	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step, c.HoldSince, op.Phase = store.StepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
 		if r.overlaps() {
-			c.Step = stepStart
+			c.Step = store.StepStart
 		}
 	})
 }
 
 // makeReady brings the successor as far as it comes while the incumbent serves.
-func (r *restart) makeReady(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
+func (r *Container) makeReady(ctx context.Context) error {
+	if err := r.old.load(ctx); err != nil {
 		return err
 	}
-	if _, err := r.watchIncumbent(ctx); err != nil {
+	if _, err := r.old.watch(ctx); err != nil {
 		return err
 	}
 	if err := r.interrupted(); err != nil {
@@ -236,13 +237,13 @@ func (r *restart) makeReady(ctx context.Context) error {
 	var err error
 	switch {
 	case r.overlaps():
-		if err = r.overlap(ctx); besideFails(err) {
-			err = r.giveUpOverlap(ctx, err)
+		if err = r.switcher.overlap(ctx); besideFails(err) {
+			err = r.switcher.giveUpOverlap(ctx, err)
 		}
 	case r.rec().Method == opsv1.MethodGate:
-		err = r.arm(ctx)
+		err = r.switcher.arm(ctx)
 	default:
-		err = r.ensureStaged(ctx)
+		err = r.stager.ensureStaged(ctx)
 	}
 	if err != nil {
 		return err
@@ -250,10 +251,10 @@ func (r *restart) makeReady(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
-	r.probeHold(ctx)
+	r.revealer.probeHold(ctx)
 	r.up.listen(true) // before anyone is told that kubelet may come
-	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
+	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step, c.HoldSince, op.Phase, op.SuccessorId = store.StepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
 	})
 }
 
@@ -261,11 +262,11 @@ func (r *restart) makeReady(ctx context.Context) error {
 const armedPoll = time.Second
 
 // awaitKubelet waits until kubelet, which has seen the new spec, stops the incumbent.
-func (r *restart) awaitKubelet(ctx context.Context) error {
+func (r *Container) awaitKubelet(ctx context.Context) error {
 	if err := r.rearm(ctx); err != nil {
 		return err
 	}
-	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
+	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
@@ -291,17 +292,17 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 			if err := r.makeRoom(ctx); err != nil {
 				return err
 			}
-			if r.overlaps() && !r.exit.Over() {
-				if err := r.successorRuns(ctx, r.successor()); err != nil {
+			if r.overlaps() && !r.old.exit.Over() {
+				if err := r.switcher.successorRuns(ctx, r.successor()); err != nil {
 					return err
 				}
 			}
 		case <-r.claim.Yielded():
 			return r.interrupted()
-		case <-r.o.Cancelled():
+		case <-r.op.Cancelled():
 			return r.cancelledOutcome()
 		case <-hold.C:
-			return failf(opsv1.ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's "+
+			return operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's "+
 				"spec patched?", limit)
 		case <-ctx.Done():
 			return ctx.Err()
@@ -310,33 +311,33 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 }
 
 // rearm makes a successor ready again that a process before this one had made so.
-func (r *restart) rearm(ctx context.Context) error {
-	if r.request != nil {
+func (r *Container) rearm(ctx context.Context) error {
+	if r.old.request != nil {
 		return nil // this one has
 	}
-	if err := r.load(ctx); err != nil {
+	if err := r.old.load(ctx); err != nil {
 		return err
 	}
-	if _, err := r.watchIncumbent(ctx); err != nil {
+	if _, err := r.old.watch(ctx); err != nil {
 		return err
 	}
 	if r.rec().Method == opsv1.MethodGate {
-		return r.arm(ctx)
+		return r.switcher.arm(ctx)
 	}
-	return r.ensureStaged(ctx)
+	return r.stager.ensureStaged(ctx)
 }
 
-func (r *restart) successor() string { return r.rec().Successor }
+func (r *Container) successor() string { return r.rec().Successor }
 
 // stopFor passes the point of no return: the incumbent is to be stopped within the grace, in seconds.
-func (r *restart) stopFor(grace int64, accept func()) error {
-	if !r.o.PassPointOfNoReturn() {
+func (r *Container) stopFor(grace int64, accept func()) error {
+	if !r.op.PassPointOfNoReturn() {
 		return r.cancelledOutcome()
 	}
 	r.claim.Mask()
 	by := time.Now().Add(time.Duration(grace) * time.Second)
-	err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, c.Grace, c.StopBy, op.Phase = stepStop, grace, by, opsv1.Phase_PHASE_STOPPING
+	err := r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step, c.Grace, c.StopBy, op.Phase = store.StepStop, grace, by, opsv1.Phase_PHASE_STOPPING
 	})
 	if err == nil {
 		r.up.stopBy(by)
@@ -346,24 +347,21 @@ func (r *restart) stopFor(grace int64, accept func()) error {
 }
 
 // hurry stops the incumbent, whose stop is under way, within that grace.
-func (r *restart) hurry(ctx context.Context, grace time.Duration) {
+func (r *Container) hurry(ctx context.Context, grace time.Duration) {
 	grace = max(grace, crinode.MinGrace)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
 	r.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
-	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
+	if _, err := r.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
 		r.log.WithError(err).Warn("container not stopped sooner")
 	}
 }
 
-// podsPatience bounds the question for kubelet's mind: its StopContainer waits for the answer.
-const podsPatience = 500 * time.Millisecond
-
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
-func (r *restart) refusal(ctx context.Context) string {
+func (r *Container) refusal(ctx context.Context) string {
 	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
-		if pod.Images[r.want.GetName()] != r.change.want.GetImage() {
+		if pod.Images[r.spec.GetName()] != r.change.want.GetImage() {
 			return "the pod's spec has not the new image yet"
 		}
 		return ""
@@ -371,13 +369,13 @@ func (r *restart) refusal(ctx context.Context) string {
 }
 
 // sure says that the successor is what kubelet asks for.
-func (r *restart) sure() {
-	r.c.SetCertain()
+func (r *Container) sure() {
+	r.handle.SetCertain()
 }
 
 // awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
 // successor has run nothing yet. ended says that nothing is left to do.
-func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
+func (r *Container) awaitRequest(ctx context.Context) (ended bool, err error) {
 	if err := r.rearm(ctx); err != nil {
 		return true, err
 	}
@@ -387,7 +385,7 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 	}
 	r.up.pending = nil
 	r.failpoint("asking")
-	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
+	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
 	patience := time.NewTimer(limit)
 	defer patience.Stop()
 	for {
@@ -398,18 +396,18 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 			if differing := r.differs(ctx, q.req); len(differing) > 0 {
 				err := r.leaveCreation(ctx, differing, 0)
 				if err == nil {
-					r.holdNext(ctx, adoptPatience)
+					r.revealer.holdNext(ctx, adoptPatience)
 				}
 				return true, err
 			}
 			// Before it begins, for the next process.
-			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step, c.Asked = stepStop, true })
+			r.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step, c.Asked = store.StepStop, true })
 			r.up.asked = &q
 			return false, nil
 		case <-r.claim.Yielded():
 			return true, r.interrupted()
 		case <-patience.C:
-			return true, failf(opsv1.ReasonHoldTimeout, "kubelet has stopped the container and not asked for the "+
+			return true, operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has stopped the container and not asked for the "+
 				"new one within %s", limit)
 		case <-ctx.Done():
 			return true, ctx.Err()
@@ -418,13 +416,13 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 }
 
 // leaveCreation lets kubelet make the container, because it asks for another one than the successor, which has this time to end.
-func (r *restart) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
+func (r *Container) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
 	if grace > 0 {
-		r.stopWithin(ctx, r.successor(), grace)
+		r.stager.stopWithin(ctx, r.successor(), grace)
 	}
-	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return failf(opsv1.ReasonRuntimeError, "%v", err)
+	if err := r.stager.removeContainer(ctx, r.successor()); err != nil {
+		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
@@ -438,13 +436,13 @@ func (r *restart) leaveCreation(ctx context.Context, differing []string, grace t
 }
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
-func (r *restart) showSuccessor(ctx context.Context) error {
+func (r *Container) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
-	r.holdProbes(ctx)
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
+	r.revealer.holdProbes(ctx)
+	r.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase, op.SuccessorId = store.StepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
 	if !r.claim.TryReveal() {
 		return r.interrupted()
@@ -456,7 +454,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 	}
 	r.up.pending = nil
 	r.failpoint("revealed")
-	r.measure(ctx, r.rec())
+	r.revealer.measure(ctx, r.rec())
 	return nil
 }
 
@@ -466,14 +464,14 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 const adoptPatience = 2 * time.Minute
 
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (r *restart) awaitAdoption(ctx context.Context) error {
+func (r *Container) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
 	if r.rec().Raised != nil {
 		if err := r.lowerOnce(); err != nil {
 			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
 		}
 	}
-	if r.o.Rebooted() {
+	if r.op.Rebooted() {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
 	if r.rec().Asked && r.up.asked == nil {
@@ -498,7 +496,7 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 			}
 		case <-r.claim.Yielded():
 			r.log.Info("the pod goes away, stopping the new container")
-			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), maxLateGrace))*time.Second)
+			r.stager.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
 			return r.interrupted()
 		case <-patience.C:
 			return r.unasked(ctx)
@@ -509,27 +507,23 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 }
 
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
-func (r *restart) unasked(ctx context.Context) error {
-	if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
-		return failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
+func (r *Container) unasked(ctx context.Context) error {
+	if _, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
+		return operation.Failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
 			"has the pod gone away?")
 	}
-	r.logLink(ctx, r.successor())
+	r.revealer.logLink(ctx, r.successor())
 	return nil
 }
 
-// maxLateGrace bounds the grace of a successor whose pod goes away, or that is not what kubelet asks for, in seconds: kubelet
-// waits two minutes for StopPodSandbox and for CreateContainer.
-const maxLateGrace = 90
-
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
-func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) {
-	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.container().GetAttempt()
+func (r *Container) adopt(ctx context.Context, q created) (ended bool, err error) {
+	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.status().GetAttempt()
 	var differing []string
 	if asked <= ours {
 		if differing = r.differs(ctx, q.req); len(differing) == 0 {
 			// Before anything else, for the next process.
-			if _, err := r.c.Write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
+			if _, err := r.handle.Write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
 				r.log.WithError(err).Warn("not written that kubelet has asked for the new container")
 			}
 		}
@@ -547,34 +541,34 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err == nil {
-		r.holdNext(ctx, adoptPatience)
+		r.revealer.holdNext(ctx, adoptPatience)
 	}
 	return true, err
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
-func (r *restart) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(r.want.GetName(), r.change.want.GetImage())
+func (r *Container) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(r.spec.GetName(), r.change.want.GetImage())
 }
 
-func tookAnotherImage() *outcome {
-	return failf(opsv1.ReasonTakenBackByKubelet, "kubelet restarted the container with another image than the "+
+func tookAnotherImage() *operation.Outcome {
+	return operation.Failf(opsv1.ReasonTakenBackByKubelet, "kubelet restarted the container with another image than the "+
 		"upgrade's: was the pod's spec patched?")
 }
 
 // podGrace is the grace of the pod's containers.
-func (r *restart) podGrace(ctx context.Context) time.Duration {
-	if r.load(ctx) != nil {
+func (r *Container) podGrace(ctx context.Context) time.Duration {
+	if r.old.load(ctx) != nil {
 		return crinode.MinGrace
 	}
-	return r.grace()
+	return r.old.grace()
 }
 
 // differs names what kubelet asks for otherwise than it was prepared.
-func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
-	ours, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
+func (r *Container) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
+	ours, err := r.node.RequestOf(ctx, r.successor(), r.rec().Sandbox)
 	if err != nil {
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
@@ -583,26 +577,8 @@ func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainer
 }
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
-func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
-	if err := r.match(ctx, r.successor(), asked); err != nil {
+func (r *Container) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
+	if err := r.node.MatchResources(ctx, r.successor(), asked); err != nil {
 		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
 	}
-}
-
-// match is matchResources of the container.
-func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
-	ours := e.records.Request(id)
-	want := asked.GetConfig().GetLinux().GetResources()
-	if ours == nil || want == nil || !criclone.ResourcesDiffer(ours, asked) {
-		return nil
-	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
-	defer cancel()
-	if _, err := e.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: want}); err != nil {
-		return err
-	}
-	if b, err := proto.Marshal(want); err == nil {
-		e.records.Updated(id, b)
-	}
-	return nil
 }

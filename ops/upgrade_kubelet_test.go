@@ -242,7 +242,7 @@ func TestUpgradeAsksKubelet(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
-				n.engine.pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
+				n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 					if tc.hang {
 						<-ctx.Done()
 						return nil, ctx.Err()

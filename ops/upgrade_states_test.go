@@ -422,7 +422,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			n.armed("op", webToo, first(runBeside))
 			o := n.engine.lookup("op")
 			_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
-				rec.Step, c.Phase = stepDone, opsv1.Phase_PHASE_FAILED
+				rec.Step, c.Phase = store.StepDone, opsv1.Phase_PHASE_FAILED
 				c.Reason, c.Message = opsv1.ReasonNewContainerExited, "it ended"
 			})
 			n.must(err)
@@ -473,11 +473,11 @@ func (n *upNode) phases(uid string) (seen func() string) {
 // olderKubelet has made app/0 with a hash of the whole spec, as kubelet before 1.31 does.
 func olderKubelet(t *testing.T, n *upNode) {
 	t.Helper()
-	req := n.engine.records.Request(n.rt.idOf(t, "app/0"))
+	req := n.engine.node.Records.Request(n.rt.idOf(t, "app/0"))
 	req.Config.Annotations[criclone.AnnotationHash] = "1234"
 	raw, err := proto.Marshal(req)
 	n.must(err)
-	n.engine.records.Created(n.rt.idOf(t, "app/0"), raw)
+	n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), raw)
 }
 
 // A container that kubelet must make itself: the image is put ready, and the commit is all that is waited for.

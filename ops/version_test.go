@@ -184,10 +184,10 @@ func TestOpenTakesUpGoldenRecords(t *testing.T) {
 				t.Fatalf("operations: %v", e.list())
 			}
 			at := o.Records()[0].Step
-			if claimed, want := v.Claimed(appSlot), at != stepNone && at != stepDone; claimed != want {
+			if claimed, want := v.Claimed(appSlot), at != store.StepNone && at != store.StepDone; claimed != want {
 				t.Errorf("the slot is claimed: %t, want %t", claimed, want)
 			}
-			if active, want := v.Active(), at != stepNone && at != stepDone && at != stepReveal; active != want {
+			if active, want := v.Active(), at != store.StepNone && at != store.StepDone && at != store.StepReveal; active != want {
 				t.Errorf("the view is active: %t, want %t", active, want)
 			}
 			if err := e.Close(); err != nil {

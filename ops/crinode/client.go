@@ -22,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 const (
@@ -29,6 +30,11 @@ const (
 	CallTimeout = 2 * time.Minute
 	// MinGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	MinGrace = 2 * time.Second
+	// DefaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
+	DefaultGrace = 30 * time.Second
+	// MaxLateGrace bounds the grace of a container that nobody knows, or that is not what kubelet
+	// asks for: kubelet waits two minutes for StopPodSandbox and for CreateContainer.
+	MaxLateGrace = 90 * time.Second
 	// MaxTries bounds the tries of a call that answers Unavailable although the runtime answers
 	// other calls: about 20 s together. There is no bound on waiting for a runtime that answers
 	// nothing.
@@ -39,18 +45,6 @@ const (
 type Client struct {
 	Runtime runtimeapi.RuntimeServiceClient
 	Log     logrus.FieldLogger
-}
-
-// Failure ends an operation on a container.
-type Failure struct {
-	Reason  string // one of the reasons in api/ops/v1
-	Message string // for the user
-}
-
-func (f *Failure) Error() string { return f.Message }
-
-func failf(reason, format string, args ...any) *Failure {
-	return &Failure{Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 
 // Bound returns conn with calls that end after [CallTimeout] if they have no deadline of their own:
@@ -155,7 +149,7 @@ func (c *Client) FindStaged(ctx context.Context, sandbox, token string) (string,
 // StartOnce starts the container, unless it has been started before: the process before this one
 // may have crashed, or the runtime restarted, during the call.
 //
-// It returns ctx's error or a [*Failure].
+// It returns ctx's error or a [*operation.Outcome].
 func (c *Client) StartOnce(ctx context.Context, id string) error {
 	for try := 1; ; try++ {
 		// Not bound to ctx: a cancelled StartContainer destroys the container.
@@ -191,8 +185,8 @@ func (c *Client) StartOnce(ctx context.Context, id string) error {
 	}
 }
 
-func startFailed(err error) *Failure {
-	return failf(opsv1.ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
+func startFailed(err error) *operation.Outcome {
+	return operation.Failf(opsv1.ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
 }
 
 // startError is containerd's reason for a container whose start failed
@@ -207,7 +201,7 @@ func hasRun(s *runtimeapi.ContainerStatus) bool {
 
 // Stop stops the container within what is left of its grace period, which ends at by.
 //
-// It returns ctx's error or a [*Failure].
+// It returns ctx's error or a [*operation.Outcome].
 func (c *Client) Stop(ctx context.Context, id string, by time.Time) error {
 	for try := 1; ; try++ {
 		left := max(time.Until(by), MinGrace)
@@ -220,7 +214,7 @@ func (c *Client) Stop(ctx context.Context, id string, by time.Time) error {
 			return nil
 		}
 		if status.Code(err) != codes.Unavailable || try == MaxTries {
-			return failf(opsv1.ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
+			return operation.Failf(opsv1.ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
 		}
 		if err := c.AwaitReturn(ctx, try); err != nil {
 			return err

@@ -20,6 +20,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // oneContainer is a runtime with one container. Each start and stop takes the next of errs; a start
@@ -91,7 +92,7 @@ func repeat(err error, n int) (list []error) {
 }
 
 func failsWith(err error, reason, says string) bool {
-	var f *crinode.Failure
+	var f *operation.Outcome
 	return errors.As(err, &f) && f.Reason == reason && strings.Contains(f.Message, says)
 }
 

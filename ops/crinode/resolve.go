@@ -12,6 +12,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // Target is a running container that an operation can replace.
@@ -20,7 +21,7 @@ type Target struct {
 	Attempt            uint32 // of the successor
 }
 
-// Sandbox returns the pod's running sandbox. It returns a [*Failure] if the pod has none, and other
+// Sandbox returns the pod's running sandbox. It returns a [*operation.Outcome] if the pod has none, and other
 // errors for the runtime's.
 func (c *Client) Sandbox(ctx context.Context, pod *opsv1.PodRef) (*runtimeapi.PodSandbox, error) {
 	labels := map[string]string{
@@ -48,19 +49,19 @@ func (c *Client) Sandbox(ctx context.Context, pod *opsv1.PodRef) (*runtimeapi.Po
 	case newest != nil:
 		return newest, nil
 	case len(list.GetItems()) > 0:
-		return nil, failf(opsv1.ReasonPodStopping,
+		return nil, operation.Failf(opsv1.ReasonPodStopping,
 			"pod %s has no running sandbox on this node: it has ended or is going away", name)
 	case pod.GetUid() != "":
-		return nil, failf(opsv1.ReasonNotFound, "no pod %s with UID %s runs on this node", name, pod.GetUid())
+		return nil, operation.Failf(opsv1.ReasonNotFound, "no pod %s with UID %s runs on this node", name, pod.GetUid())
 	default:
-		return nil, failf(opsv1.ReasonNotFound, "no pod %s runs on this node", name)
+		return nil, operation.Failf(opsv1.ReasonNotFound, "no pod %s runs on this node", name)
 	}
 }
 
 // Resolve finds the running container of the pod that want names, and checks the preconditions.
 // With force the container may be another than the one that want expects.
 //
-// It returns a [*Failure] for what the caller got wrong, and other errors for the runtime's.
+// It returns a [*operation.Outcome] for what the caller got wrong, and other errors for the runtime's.
 func (c *Client) Resolve(
 	ctx context.Context, pod *opsv1.PodRef, want *opsv1.ContainerRestart, force bool,
 ) (*Target, error) {
@@ -95,16 +96,16 @@ func (c *Client) Resolve(
 		}
 	}
 	if newest == nil {
-		return nil, failf(opsv1.ReasonNotFound, "pod %s has no container %q; running are: %s",
+		return nil, operation.Failf(opsv1.ReasonNotFound, "pod %s has no container %q; running are: %s",
 			pod.GetNamespace()+"/"+pod.GetName(), want.GetName(), strings.Join(names, ", "))
 	}
 	t.Incumbent = newest.GetId()
 	if expected := bareID(want.GetExpectedContainerId()); expected != "" && expected != t.Incumbent && !force {
-		return nil, failf(opsv1.ReasonExpectedIDDiffers, "container %q is %s now, not %s: it has been restarted since; "+
+		return nil, operation.Failf(opsv1.ReasonExpectedIDDiffers, "container %q is %s now, not %s: it has been restarted since; "+
 			"ask again without an expected ID, or with force", want.GetName(), t.Incumbent, expected)
 	}
 	if newest.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-		return nil, failf(opsv1.ReasonContainerNotRunning, "container %q is not running (%s): "+
+		return nil, operation.Failf(opsv1.ReasonContainerNotRunning, "container %q is not running (%s): "+
 			"kubelet starts it by its own policy, a restart would not make it faster",
 			want.GetName(), stateName(newest.GetState()))
 	}

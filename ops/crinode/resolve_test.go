@@ -16,6 +16,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // fakeRuntime lists its sandboxes and containers.
@@ -138,7 +139,7 @@ func TestResolve(t *testing.T) {
 			}
 			got, err := (&crinode.Client{Runtime: f}).Resolve(t.Context(), pod, tt.want, tt.force)
 			if tt.reason != "" {
-				var failure *crinode.Failure
+				var failure *operation.Outcome
 				if !errors.As(err, &failure) || failure.Reason != tt.reason || !strings.Contains(failure.Message, tt.says) {
 					t.Errorf("got %v, want a failure %s: %s", err, tt.reason, tt.says)
 				}

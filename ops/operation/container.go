@@ -58,14 +58,39 @@ func (c *Container) Status() *opsv1.ContainerOperation {
 func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
+	return c.writeLocked(f, func() {})
+}
+
+// End is Write for the container's last step. If all other containers have ended, the end of the
+// operation is on disk with the same write: the next process finds nothing left to do. Nobody is told
+// of that before [Operation.Conclude], so that the container's slot can be released in between.
+func (c *Container) End(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	step, err := c.writeLocked(f, func() { c.op.final = c.op.finishedLocked() })
+	if err != nil {
+		c.op.final = nil
+	}
+	return step, err
+}
+
+// writeLocked is Write; it calls ready after the change. The caller holds the operation's mutex.
+func (c *Container) writeLocked(
+	f func(rec *store.Container, status *opsv1.ContainerOperation), ready func(),
+) (store.Step, error) {
 	before := c.op.containers[c.i]
-	f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+	c.changeLocked(f)
+	ready()
 	if err := c.op.saveLocked(); err != nil {
 		c.op.containers[c.i] = before
 		return "", Failf(opsv1.ReasonJournalError, "%v", err)
 	}
 	c.op.notifyLocked()
 	return c.op.containers[c.i].Step, nil
+}
+
+func (c *Container) changeLocked(f func(rec *store.Container, status *opsv1.ContainerOperation)) {
+	f(&c.op.containers[c.i], c.op.latestLocked().GetContainers()[c.i])
 }
 
 // Note is Write for the time after the switch: the successor serves, and a journal that cannot be
@@ -76,7 +101,7 @@ func (c *Container) Note(f func(rec *store.Container, status *opsv1.ContainerOpe
 	if err != nil {
 		c.op.mu.Lock()
 		defer c.op.mu.Unlock()
-		f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+		c.changeLocked(f)
 		c.op.notifyLocked()
 	}
 	return step, err
@@ -87,7 +112,7 @@ func (c *Container) Note(f func(rec *store.Container, status *opsv1.ContainerOpe
 func (c *Container) Set(f func(rec *store.Container, status *opsv1.ContainerOperation)) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
-	f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+	c.changeLocked(f)
 }
 
 // Show changes the public state in memory and tells watchers.

@@ -28,6 +28,7 @@ type Operation struct {
 
 	mu         sync.Mutex       // guards all following fields
 	op         *opsv1.Operation // the public state
+	final      *opsv1.Operation // op once the journal has the end, until Conclude tells of it; else nil
 	containers []store.Container
 	changed    chan struct{} // closed and replaced at each change
 	cancelled  chan struct{} // closed when the operation is cancelled
@@ -194,7 +195,7 @@ func (o *Operation) Repeat(c Command) error {
 		close(o.supplied)
 		o.supplied = make(chan struct{})
 	}
-	if o.op.GetFinishTime() == nil && !o.commitRequested {
+	if o.endLocked() == nil && !o.commitRequested {
 		o.giveLocked(c.Environments)
 	}
 	return nil
@@ -211,7 +212,7 @@ func (o *Operation) saveLocked() error {
 	if o.op.GetFinishTime() == nil {
 		o.op.Phase = o.phaseLocked()
 	}
-	op, err := proto.Marshal(o.op)
+	op, err := proto.Marshal(o.latestLocked())
 	if err != nil {
 		return err
 	}
@@ -221,7 +222,7 @@ func (o *Operation) saveLocked() error {
 	}
 	r := &store.Record{
 		Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, CommitRequested: o.commitRequested,
-		Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.hadEnvironment,
+		Credentials: o.forgotten || o.final == nil && len(o.credentials) > 0, Environments: o.hadEnvironment,
 	}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
@@ -270,8 +271,24 @@ func (o *Operation) FinishedAt() (time.Time, bool) {
 func (o *Operation) Change(f func(op *opsv1.Operation)) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	f(o.op)
+	f(o.latestLocked())
 	o.notifyLocked()
+}
+
+// latestLocked is the public state that changes are made to, and that the journal gets.
+func (o *Operation) latestLocked() *opsv1.Operation {
+	if o.final != nil {
+		return o.final
+	}
+	return o.op
+}
+
+// endLocked is the public state of an operation whose end is in the journal, or was to be; else nil.
+func (o *Operation) endLocked() *opsv1.Operation {
+	if latest := o.latestLocked(); latest.GetFinishTime() != nil {
+		return latest
+	}
+	return nil
 }
 
 func (o *Operation) notifyLocked() {
@@ -315,7 +332,7 @@ func (o *Operation) IsCancelled() bool {
 func (o *Operation) Cancel(reason string) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.op.GetFinishTime() != nil || o.cancelSaid {
+	if o.endLocked() != nil || o.cancelSaid {
 		return nil
 	}
 	if o.pastPointOfNoReturn {
@@ -330,7 +347,7 @@ func (o *Operation) Cancel(reason string) error {
 func (o *Operation) CancelUncommitted(reason string) (bool, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.commitRequested || o.pastPointOfNoReturn || o.cancelSaid || o.op.GetFinishTime() != nil {
+	if o.commitRequested || o.pastPointOfNoReturn || o.cancelSaid || o.endLocked() != nil {
 		return false, nil
 	}
 	return true, o.cancelLocked(reason)
@@ -371,9 +388,9 @@ func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
 	refused := func(format string, args ...any) error {
 		return status.Errorf(codes.FailedPrecondition, format, args...)
 	}
-	switch phase := leastAdvanced(o.op.GetContainers()); {
-	case o.op.GetFinishTime() != nil:
-		return refused("upgrade %s has ended: %s", o.op.GetUid(), o.op.GetMessage())
+	switch phase, end := leastAdvanced(o.op.GetContainers()), o.endLocked(); {
+	case end != nil:
+		return refused("upgrade %s has ended: %s", o.op.GetUid(), end.GetMessage())
 	case o.cancelSaid || anyFailed(o.op.GetContainers()):
 		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
 	case phase != opsv1.Phase_PHASE_PREPARED:
@@ -439,36 +456,53 @@ func (o *Operation) forgetEnvironmentsLocked() {
 	o.environments = nil
 }
 
-// Conclude marks the operation finished if all its containers have ended, and calls ended before
-// watchers are told. ended must not call the operation. Conclude returns the journal's error if the
-// end could not be written; the operation is finished anyway.
-func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	phase := opsv1.Phase_PHASE_SUCCEEDED
+// finishedLocked returns the public state of the operation at its end; nil if a container has not
+// ended.
+func (o *Operation) finishedLocked() *opsv1.Operation {
+	op := proto.Clone(o.op).(*opsv1.Operation)
+	op.Phase = opsv1.Phase_PHASE_SUCCEEDED
 	var messages []string
-	for i, c := range o.op.GetContainers() {
+	for i, c := range op.GetContainers() {
 		if o.containers[i].Step != store.StepDone {
-			return nil // the process ends, and the next one goes on
+			return nil
 		}
-		phase = max(phase, c.GetPhase())
+		op.Phase = max(op.GetPhase(), c.GetPhase())
 		if c.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
 			messages = append(messages, fmt.Sprintf("%s: %s", c.GetName(), c.GetMessage()))
 		}
 	}
-	for _, c := range o.op.GetContainers() {
-		if c.GetPhase() == opsv1.Phase_PHASE_FAILED {
-			phase = opsv1.Phase_PHASE_FAILED // says more than that others were cancelled
-		}
+	if slices.ContainsFunc(op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
+		return c.GetPhase() == opsv1.Phase_PHASE_FAILED
+	}) {
+		op.Phase = opsv1.Phase_PHASE_FAILED // says more than that others were cancelled
 	}
-	o.op.Phase = phase
-	o.op.FinishTime = timestamppb.Now()
+	op.FinishTime = timestamppb.Now()
+	if len(messages) > 0 {
+		op.Message = strings.Join(messages, "; ")
+	}
+	return op
+}
+
+// Conclude marks the operation finished if all its containers have ended, and calls ended before
+// watchers are told. ended must not call the operation. Conclude writes the end, unless
+// [Container.End] has. It returns the journal's error if the end could not be written; the operation
+// is finished anyway.
+func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) (err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	op, isWritten := o.final, o.final != nil
+	if !isWritten {
+		op = o.finishedLocked()
+	}
+	if op == nil {
+		return nil // the process ends, and the next one goes on
+	}
+	o.op, o.final = op, nil
 	o.credentials = nil
 	o.forgetEnvironmentsLocked()
-	if len(messages) > 0 {
-		o.op.Message = strings.Join(messages, "; ")
+	if !isWritten {
+		err = o.saveLocked()
 	}
-	err := o.saveLocked()
 	o.enterLocked()
 	ended(o.op, o.stays)
 	o.notifyLocked()

@@ -191,6 +191,108 @@ func TestConclude(t *testing.T) {
 	}
 }
 
+// stored returns the operation as the next process finds it.
+func stored(t *testing.T, d *store.Store) (o *operation.Operation) {
+	t.Helper()
+	err := d.Journal.Load(func(uid string, r *store.Record) (err error) {
+		o, err = operation.Decode(uid, r, d)
+		return err
+	}, nil, func(err error) { t.Error(err) })
+	if err != nil || o == nil {
+		t.Fatalf("no operation: %v", err)
+	}
+	return o
+}
+
+// The end of the last container is the end of the operation in the journal. Watchers are told later.
+func TestEnd(t *testing.T) {
+	d := disk(t, t.TempDir())
+	c := operation.RestartCommand(&opsv1.RestartRequest{
+		Uid: "op", Pod: pod(), Containers: []*opsv1.ContainerRestart{{Name: "app"}, {Name: "web"}},
+		Credentials: []*opsv1.RegistryCredential{{Username: "somebody"}},
+	}, nil)
+	o := operation.New(c, pod(), d)
+	if err := o.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	end := func(i int) {
+		t.Helper()
+		_, err := o.Container(i).End(func(rec *store.Container, c *opsv1.ContainerOperation) {
+			rec.Step, c.Phase = store.StepDone, opsv1.Phase_PHASE_SUCCEEDED
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	end(0)
+	if stored(t, d).Finished() {
+		t.Error("the journal has the end before the last container's")
+	}
+	end(1)
+	if !stored(t, d).Finished() || o.Finished() {
+		t.Errorf("finished: %t in the journal, %t for watchers", stored(t, d).Finished(), o.Finished())
+	}
+	if _, forgotten, _ := stored(t, d).Credentials(); forgotten {
+		t.Error("the next process asks for credentials")
+	}
+
+	// What comes now changes nothing of the end, and is not lost.
+	if err := o.Cancel("enough"); err != nil || o.IsCancelled() {
+		t.Errorf("cancelled: %t, %v", o.IsCancelled(), err)
+	}
+	if done, err := o.CancelUncommitted("enough"); err != nil || done {
+		t.Errorf("cancelled: %t, %v", done, err)
+	}
+	_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+		rec.Joined = true
+		c.Warnings = append(c.Warnings, "late")
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	o.Container(1).Show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
+	told := 0
+	if err := o.Conclude(func(*opsv1.Operation, []operation.Stay) { told++ }); err != nil || told != 1 {
+		t.Errorf("told %d times, %v", told, err)
+	}
+	for who, op := range map[string]*opsv1.Operation{"watchers": o.Snapshot(), "the journal": stored(t, d).Snapshot()} {
+		app := op.GetContainers()[0]
+		if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetFinishTime() == nil || len(app.GetWarnings()) != 1 {
+			t.Errorf("%s: %v", who, op)
+		}
+	}
+	if !o.Snapshot().GetContainers()[1].GetPreStopFailed() || !stored(t, d).Records()[0].Joined {
+		t.Error("a late change is lost")
+	}
+}
+
+// An end that cannot be written is that of the container in memory; Conclude tries again.
+func TestEndIsNotWritten(t *testing.T) {
+	d := disk(t, t.TempDir())
+	o := upgrade(t, d)
+	if err := d.Journal.Close(); err != nil {
+		t.Fatal(err)
+	}
+	change := func(rec *store.Container, c *opsv1.ContainerOperation) {
+		rec.Step, c.Phase = store.StepDone, opsv1.Phase_PHASE_SUCCEEDED
+	}
+	if _, err := o.Container(0).End(change); err == nil || o.Container(0).Record().Step == store.StepDone {
+		t.Errorf("step %s, %v", o.Container(0).Record().Step, err)
+	}
+	ended := func(*opsv1.Operation, []operation.Stay) {}
+	if err := o.Conclude(ended); err != nil || o.Finished() {
+		t.Errorf("finished: %t, %v", o.Finished(), err)
+	}
+	o.Container(0).Set(change)
+	if err := o.Conclude(ended); err == nil || !o.Finished() {
+		t.Errorf("finished: %t, %v", o.Finished(), err)
+	}
+	d.Journal.Reopen()
+	if err := o.Save(); err != nil || !stored(t, d).Finished() {
+		t.Errorf("finished: %t, %v", stored(t, d).Finished(), err)
+	}
+}
+
 func TestTurns(t *testing.T) {
 	turns, slot := operation.NewTurns(), interceptors.Slot{PodUID: "uid", Container: "app"}
 	up := upgrade(t, disk(t, t.TempDir()))

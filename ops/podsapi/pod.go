@@ -10,6 +10,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
+// Timeout bounds a question for kubelet's mind: a call of kubelet's may wait for the answer.
+const Timeout = 500 * time.Millisecond
+
 // Pod is what of a v1.Pod tells why kubelet stops its containers.
 type Pod struct {
 	UID string

@@ -1,0 +1,222 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
+)
+
+// incumbent is the container that the operation replaces.
+type incumbent struct {
+	c       *Container
+	status  *runtimeapi.ContainerStatus
+	request *runtimeapi.CreateContainerRequest
+	// applied is what the resources in request have become, with all that has been recorded up to
+	// recorded.
+	applied, recorded *runtimeapi.LinuxContainerResources
+	exit              *switchover.Exit // nil where there is none
+}
+
+// exitPatience is how long a runtime that has answered a stop may take to show the container exited; kubelet may wait for that.
+const exitPatience = 15 * time.Second
+
+// watchIncumbent finds out whether the incumbent runs and watches its process where that says something.
+func (i *incumbent) watch(ctx context.Context) (running bool, err error) {
+	rec := i.c.rec()
+	if i.exit != nil {
+		return !i.exit.Over(), nil
+	}
+	st, info, err := i.inspect(ctx)
+	if err != nil {
+		return false, err
+	}
+	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return false, nil
+	}
+	if info.PID > 0 && i.ownPIDs() && i.c.node.Switchover.Maybe(opsv1.MethodPidfd) {
+		if i.exit, err = i.c.node.Switchover.Watch(info.PID, rec.Incumbent); err != nil {
+			i.c.log.WithError(err).Warn("process not watched")
+			if rec.Method == opsv1.MethodPidfd {
+				i.c.setMethod(opsv1.MethodPlain)
+			}
+		}
+	}
+	return true, nil
+}
+
+// stoppedByItself is the outcome of a restart whose container is gone already.
+func (i *incumbent) stoppedByItself(ctx context.Context) error {
+	code := int32(0)
+	if st, _, err := i.c.node.Inspect(ctx, i.c.rec().Incumbent); err == nil {
+		code = st.GetExitCode()
+	}
+	return operation.Failf(opsv1.ReasonContainerNotRunning, "container %q stopped by itself (exit code %d) before the "+
+		"restart began; kubelet handles it", i.c.spec.GetName(), code)
+}
+
+// grace is what preStop and stop may take together, before the floor for the stop.
+func (i *incumbent) grace() time.Duration {
+	if i.c.spec.GracePeriodSeconds != nil {
+		return time.Duration(i.c.spec.GetGracePeriodSeconds()) * time.Second
+	}
+	for _, a := range []map[string]string{i.status.GetAnnotations(), i.request.GetConfig().GetAnnotations()} {
+		if s, err := strconv.ParseInt(a[criclone.AnnotationTerminationGrace], 10, 32); err == nil && s >= 0 {
+			return time.Duration(s) * time.Second
+		}
+	}
+	return crinode.DefaultGrace
+}
+
+// inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
+func (i *incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
+	id := i.c.rec().Incumbent
+	err = i.c.node.Retry(ctx, func() (err error) {
+		st, info, err = i.c.node.Inspect(ctx, id)
+		return err
+	})
+	if err != nil {
+		return nil, info, operation.Failf(opsv1.ReasonRuntimeError, "reading container %s: %v", id, status.Convert(err).Message())
+	}
+	return st, info, nil
+}
+
+// awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
+// would be shown running. stopErr is why it does not know yet. Without one it may be late as well: containerd answers a stop at
+// once when the process had ended before, and it is still clearing that away (internal/cri/server/container_stop.go).
+func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
+	limit := exitPatience
+	if stopErr != nil {
+		limit = crinode.CallTimeout // it may be restarting
+		i.c.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
+	}
+	deadline, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	waiting, end := crinode.EndWith(deadline, i.c.claim.Yielded())
+	defer end()
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		st, err := i.c.node.Runtime.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			return nil
+		}
+		if crinode.Sleep(waiting, wait) == nil {
+			continue
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if deadline.Err() != nil {
+			why := "it shows it running"
+			if e := cmp.Or(stopErr, err); e != nil {
+				why = status.Convert(e).Message()
+			}
+			i.c.warn("the runtime did not say within %s that the old container has ended: %s", limit, why)
+		}
+		return nil // the successor serves; or kubelet has come, which is asked for before anything is shown
+	}
+}
+
+// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
+// comes later.
+func (i *incumbent) isGone(ctx context.Context) (bool, error) {
+	if i.exit.Over() {
+		return true, nil
+	}
+	runs, err := i.runs(ctx)
+	if err != nil {
+		return false, fmt.Errorf("asking for the old container: %w", err)
+	}
+	return !runs, nil
+}
+
+// awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that is over.
+func (i *incumbent) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
+	for until := time.Now().Add(patience); ; {
+		last := time.Now().After(until)
+		if gone, err := i.isGone(ctx); gone || err != nil || last {
+			return gone, err
+		}
+		if err := crinode.Sleep(ctx, 50*time.Millisecond); err != nil {
+			return false, err
+		}
+	}
+}
+
+// ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
+// hold, such as a port, have ended when the first one has.
+func (i *incumbent) ownPIDs() bool {
+	return i.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_CONTAINER
+}
+
+// update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
+// read, and returns that; nil for nothing.
+func (i *incumbent) update() *runtimeapi.LinuxContainerResources {
+	newer := i.c.node.Records.Resources(i.c.rec().Incumbent)
+	if newer == nil || proto.Equal(newer, i.recorded) {
+		return nil
+	}
+	i.recorded, i.applied = newer, criclone.OverlayResources(i.applied, newer)
+	return newer
+}
+
+// load reads the incumbent and the request that made it, once.
+func (i *incumbent) load(ctx context.Context) error {
+	if i.request != nil {
+		return nil
+	}
+	rec := i.c.rec()
+	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
+	recorded := i.c.node.Records.Resources(rec.Incumbent)
+	st, _, err := i.inspect(ctx)
+	if err != nil {
+		return err
+	}
+	i.status = st
+	err = i.c.node.Retry(ctx, func() (err error) {
+		i.request, err = i.c.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
+		return err
+	})
+	if err != nil {
+		return operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
+	}
+	asked := criclone.OverlayResources(i.request.GetConfig().GetLinux().GetResources(), recorded)
+	i.recorded, i.applied = recorded, criclone.OverlayResources(recorded, criclone.ReportedResources(st, asked))
+	return nil
+}
+
+// incumbentStopped asks until the runtime answers, or ctx ends.
+func (i *incumbent) hasStopped(ctx context.Context) (bool, error) {
+	for {
+		runs, err := i.runs(ctx)
+		if err == nil {
+			return !runs, nil
+		}
+		if err := crinode.Sleep(ctx, 200*time.Millisecond); err != nil {
+			return false, err
+		}
+	}
+}
+
+// incumbentRuns reports whether the incumbent is still running; false if it is gone.
+func (i *incumbent) runs(ctx context.Context) (bool, error) {
+	st, err := i.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+	if status.Code(err) == codes.NotFound {
+		return false, nil
+	}
+	return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING, err
+}
