@@ -27,6 +27,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
@@ -137,6 +138,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		ops:        map[string]*operation.Operation{},
 	}
 	node.Active = e.activeOperations
+	node.Rooms = &room.Node{Runtime: node.Client, Switchover: node.Switchover, Active: node.Active}
 	node.Lost = lost.New(lost.Options{
 		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens, Pods: o.Pods,
 		LogLinks: node.LogLinks, Log: log,

@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -19,6 +18,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
@@ -42,8 +42,7 @@ type Node struct {
 	// Active returns the operations that have not finished. The caller must hold no lock of an
 	// operation.
 	Active func() []*operation.Operation
-	// Limits is held while the limits of pods are changed, see [cgroup.Raise].
-	Limits sync.Mutex
+	Rooms  *room.Node
 	// LogLinks is where kubelet keeps a symlink per container log for log shippers.
 	LogLinks string
 	Metrics  Metrics

@@ -67,7 +67,7 @@ func (s *switcher) overlap(ctx context.Context) error {
 	if err := s.c.interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := s.c.raise(ctx); err != nil {
+	if err := s.c.room.Raise(ctx, s.c.resources()); err != nil {
 		return err
 	}
 	s.c.failpoint("raised")

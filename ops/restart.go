@@ -17,11 +17,11 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/failpoint"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -45,7 +45,7 @@ func (r *Container) giveUp(ctx context.Context, why error) {
 	if r.up != nil {
 		r.endOthers()
 	}
-	guard.Do(r.log, func() { r.lower(ctx) })
+	guard.Do(r.log, func() { r.room.Lower(ctx) })
 }
 
 // Container is the operation on one container: a state machine over [store.Step].
@@ -64,10 +64,7 @@ type Container struct {
 	revealer *revealer
 	undoer   *undoer
 
-	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
-	pod *cgroup.Pod
-	// shortSince is since when that pod has had too little memory, by each look.
-	shortSince time.Time
+	room *room.Room
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
 
@@ -89,6 +86,10 @@ func newContainer(node *Node, o *operation.Operation, i int) *Container {
 	}
 	r.old, r.stager, r.switcher = &incumbent{c: r}, &stager{r}, &switcher{c: r}
 	r.revealer, r.undoer = &revealer{c: r}, &undoer{r}
+	r.room = node.Rooms.Of(room.Container{
+		Operation: o, Index: i, Log: r.log, Write: r.write, Note: r.note, Warn: r.warn,
+		Exited: func() bool { return r.old.exit.Over() }, Interrupted: r.interrupted,
+	})
 	if upgrade := o.Upgrade(); upgrade != nil {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
@@ -190,7 +191,7 @@ func (r *Container) run(ctx context.Context) bool {
 		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
-		if !r.lower(ctx) {
+		if !r.room.Lower(ctx) {
 			return false
 		}
 		r.stager.removeGate() // whichever process has made or opened it

@@ -73,7 +73,7 @@ func (s *stager) stage(ctx context.Context) error {
 		return err
 	}
 	if s.c.overlaps() { // before anything is made for it
-		if err := s.c.roomBeside(call); err != nil {
+		if err := s.c.room.Beside(call, s.c.resources()); err != nil {
 			return err
 		}
 	}
@@ -111,7 +111,7 @@ func (s *stager) chooseMethod(ctx context.Context) error {
 		return err
 	}
 	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(s.c.old.request.GetConfig()) == nil {
-		why := s.c.noRoomForGate(ctx)
+		why := s.c.room.RefuseGate(ctx)
 		if why == "" {
 			s.c.setMethod(opsv1.MethodGate)
 			return nil

@@ -466,10 +466,8 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *Container) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
-	if r.rec().Raised != nil {
-		if err := r.lowerOnce(); err != nil {
-			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
-		}
+	if err := r.room.TryLower(); err != nil {
+		r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
 	}
 	if r.op.Rebooted() {
 		return nil // the spec has the new image, of which kubelet makes the container anew

@@ -66,7 +66,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		Log:        n.log,
 		Registerer: st.registry,
 		Tracer:     n.tracing.Tracer(),
-		Method:     ops.Method(c.Restart.Method),
+		Method:     c.Restart.Method,
 		CDISpecDir: c.Restart.CDISpecDir,
 		Images:     st.puller,
 		Pods:       pods,
