@@ -147,7 +147,7 @@ func (s *switcher) giveUpOverlap(ctx context.Context, why error) error {
 	s.c.stopFirst = true
 	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { // on disk with the new stage
 		c.StopFirst = true
-		if s.c.up == nil {
+		if !s.c.kind.Adopted() {
 			c.Step = store.StepStaged
 		}
 	})

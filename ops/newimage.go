@@ -93,7 +93,7 @@ func (r *Container) pull(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 		credentials, forgotten, others := r.op.Credentials()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
-			Uid: r.kind() + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
+			Uid: r.kind.Name() + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
 			PinFor: pinFor, Owner: r.pinOwner(),
 		}
 		if by, ok := ctx.Deadline(); ok {
@@ -151,7 +151,7 @@ func (r *Container) pinOwner() string {
 	if requester := r.op.Requester(); requester != "" {
 		return requester
 	}
-	return r.kind() + " " + r.op.UID()
+	return r.kind.Name() + " " + r.op.UID()
 }
 
 // pinPatience bounds the pinning of the old image: the slot is taken meanwhile.
@@ -377,7 +377,7 @@ func (r *Container) useImage(ctx context.Context, c *runtimeapi.ContainerConfig)
 
 // keepOverride makes the image that of the slot from now on. It is on disk with the next step, which is the one that reveals the successor.
 func (r *Container) keepOverride() {
-	if r.change == nil || r.up != nil {
+	if r.change == nil || r.kind.Adopted() {
 		return
 	}
 	r.change.before, r.change.changed = r.node.Overrides.Set(r.slot(), r.rec().Override), true

@@ -129,10 +129,12 @@ func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.Cre
 		return nil, err
 	}
 	switch {
-	case s.c.up != nil:
-		err = s.c.dress(ctx, req.GetConfig())
 	case s.c.change != nil:
 		err = s.c.useImage(ctx, req.GetConfig())
+		if err == nil && s.c.kind.Adopted() { // kubelet will ask for it once the pod's spec has the new image
+			name := req.GetConfig().GetMetadata().GetName()
+			req.Config.Annotations[criclone.AnnotationHash] = criclone.KubeletHash(name, s.c.change.want.GetImage())
+		}
 	default:
 		err = s.c.specImage(ctx, req.GetConfig())
 	}
@@ -291,5 +293,5 @@ func (r *Container) renewStaged(ctx context.Context) error {
 // isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for. If not, it
 // begins only when kubelet has asked.
 func (r *Container) isCertain() bool {
-	return r.up == nil || r.handle.IsCertain()
+	return !r.kind.Adopted() || r.handle.IsCertain()
 }

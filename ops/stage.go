@@ -47,7 +47,7 @@ func (s *stager) stage(ctx context.Context) error {
 	}
 	s.c.node.Switchover.Probe(ctx)
 	var plan *store.Override
-	if s.c.change != nil && s.c.up == nil {
+	if s.c.change != nil && !s.c.kind.Adopted() {
 		if plan, err = s.c.planImage(call, found); err != nil {
 			return err
 		}
@@ -67,7 +67,7 @@ func (s *stager) stage(ctx context.Context) error {
 			return ctx.Err()
 		}
 		return operation.Failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
-			"(%v); try again when crictl ps answers at once", s.c.kind(), hidePatience, err)
+			"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hidePatience, err)
 	}
 	if err := s.chooseMethod(call); err != nil {
 		return err
@@ -87,13 +87,7 @@ func (s *stager) stage(ctx context.Context) error {
 	return s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		rec.Step, rec.Successor = store.StepStaged, id
 		c.SuccessorId = id
-		if s.c.up != nil {
-			rec.Step, rec.HoldSince, c.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
-			return
-		}
-		if !s.c.overlaps() {
-			c.Phase = opsv1.Phase_PHASE_STOPPING
-		}
+		s.c.kind.Staged(rec, c)
 	})
 }
 

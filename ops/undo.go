@@ -33,7 +33,7 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 	if u.c.claim == nil || !rec.HoldsSlot() {
 		return true
 	}
-	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.up != nil && u.c.up.revealed || u.c.join != nil && u.c.join.isShown()) {
+	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.kind.Revealed()) {
 		return true // shown already
 	}
 	if out.Reason == opsv1.ReasonInternalError {
@@ -51,7 +51,7 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 		c.Step = store.StepUndo
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && u.c.up == nil {
+	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && !u.c.kind.Adopted() {
 		touched, err := u.c.old.hasStopped(ctx)
 		if err != nil {
 			return false
