@@ -132,7 +132,7 @@ func (d *upgrader) Taken() {}
 func (d *upgrader) Adopted() bool { return true }
 
 // NextImage implements [Kind].
-func (d *upgrader) NextImage() string { return d.c.change.want.GetImage() }
+func (d *upgrader) NextImage() string { return d.c.image.Image() }
 
 // Staged implements [Kind].
 func (d *upgrader) Staged(rec *store.Container, status *opsv1.ContainerOperation) {

@@ -16,6 +16,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/room"
@@ -26,14 +27,12 @@ import (
 // Node is what the operations on all containers of the node share.
 type Node struct {
 	*crinode.Client
-	ImageService runtimeapi.ImageServiceClient
-	View         *interceptors.View
-	Records      *store.Records
-	Overrides    *store.Overrides
-	Switchover   *switchover.Prober
-	Hooks        *hooks.Runner
-	// Images is nil on a node that pulls no images: it has no upgrades and overrides.
-	Images Images
+	View       *interceptors.View
+	Records    *store.Records
+	Overrides  *store.Overrides
+	Switchover *switchover.Prober
+	Hooks      *hooks.Runner
+	Images     *imagechange.Node
 	// Pods may be nil.
 	Pods   Pods
 	Turns  *operation.Turns

@@ -20,6 +20,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/failpoint"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -62,14 +63,14 @@ type Container struct {
 	revealer *revealer
 	undoer   *undoer
 
-	room *room.Room
+	room  *room.Room
+	image *imagechange.Change
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
 
 	queued bool // it waits for the slot, or has ended doing so
 
-	change *newImage // nil if the image stays
-	kind   Kind
+	kind Kind
 }
 
 // newContainer has no side effects: one operation may have several on the same container.
@@ -87,16 +88,13 @@ func newContainer(node *Node, o *operation.Operation, i int) *Container {
 		Operation: o, Index: i, Log: r.log, Write: r.write, Note: r.note, Warn: r.warn,
 		Exited: func() bool { return r.old.exit.Over() }, Interrupted: r.interrupted,
 	})
-	if upgrade := o.Upgrade(); upgrade != nil {
+	r.image = node.Images.Of(imagechange.Container{
+		Operation: o, Index: i, Log: r.log, Warn: r.warn, Failpoint: r.failpoint,
+	})
+	if o.Upgrade() != nil {
 		r.kind = newUpgrader(r)
-		r.change = &newImage{want: upgrade.GetContainers()[i]}
-		return r
-	}
-	r.kind = newRestarter(r)
-	if spec.GetImage() != "" || spec.GetRevertImage() {
-		r.change = &newImage{want: &opsv1.ContainerUpgrade{
-			Name: spec.GetName(), Image: handle.Status().GetImage(), PullPolicy: spec.GetPullPolicy(),
-		}}
+	} else {
+		r.kind = newRestarter(r)
 	}
 	return r
 }
@@ -229,8 +227,8 @@ func (d *restarter) Drive(ctx context.Context) error {
 	case d.c.claim != nil:
 		d.joins()
 		ready = d.c.resume
-	case d.c.change != nil:
-		ready = d.c.prepareImage
+	case d.c.image.Changes():
+		ready = d.prepareImage
 	}
 	if err := ready(ctx); err != nil {
 		return err
@@ -239,7 +237,7 @@ func (d *restarter) Drive(ctx context.Context) error {
 		var err error
 		switch s := d.c.rec().Step; s {
 		case store.StepNone:
-			if err = d.c.stager.stage(ctx); d.c.revertStopped(err) {
+			if err = d.c.stager.stage(ctx); d.c.image.RevertStopped(err) {
 				return nil
 			}
 		case store.StepStaged:
@@ -277,14 +275,6 @@ func (d *restarter) Drive(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// prepareSpecImage takes the slot once the image of the pod's spec is on the node.
-func (d *restarter) prepareSpecImage(ctx context.Context) error {
-	if err := d.c.ensureImage(ctx); err != nil {
-		return err
-	}
-	return d.c.takeSlot(ctx)
 }
 
 // resume readies what the journal has of the container for the next step.

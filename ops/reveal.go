@@ -33,7 +33,7 @@ func (d *restarter) afterStart(ctx context.Context) error {
 	if err := d.c.interrupted(); err != nil {
 		return err
 	}
-	d.c.keepOverride()
+	d.c.image.Keep()
 	d.c.revealer.holdProbes(ctx)
 	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal

@@ -46,11 +46,9 @@ func (s *stager) stage(ctx context.Context) error {
 		return err
 	}
 	s.c.node.Switchover.Probe(ctx)
-	var plan *store.Override
-	if s.c.change != nil && !s.c.kind.Adopted() {
-		if plan, err = s.c.planImage(call, found); err != nil {
-			return err
-		}
+	plan, err := s.c.image.Plan(call, found)
+	if err != nil {
+		return err
 	}
 	token := s.c.node.Tokens.New()
 	err = s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {

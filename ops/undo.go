@@ -46,7 +46,7 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 			return true
 		}
 	}
-	u.c.undoOverride()
+	u.c.image.Undo()
 	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepUndo
 		op.Reason, op.Message = out.Reason, out.Message
@@ -127,9 +127,7 @@ func (u *undoer) atGate(ctx context.Context, pid int, id string) bool {
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
 func (u *undoer) showServing(out *operation.Outcome) {
-	if u.c.change != nil && !u.c.change.changed {
-		guard.Do(u.c.log, u.c.keepOverride) // it may be what has failed
-	}
+	guard.Do(u.c.log, u.c.image.Keep) // it may be what has failed
 	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal
 		op.Reason, op.Message = out.Reason, out.Message

@@ -361,7 +361,7 @@ func (r *Container) hurry(ctx context.Context, grace time.Duration) {
 // kubelet does next decides in the end.
 func (d *upgrader) refusal(ctx context.Context) string {
 	return d.c.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
-		if pod.Images[d.c.spec.GetName()] != d.c.change.want.GetImage() {
+		if pod.Images[d.c.spec.GetName()] != d.c.image.Image() {
 			return "the pod's spec has not the new image yet"
 		}
 		return ""
@@ -548,7 +548,7 @@ func (d *upgrader) adopt(ctx context.Context, q created) (ended bool, err error)
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
 func (d *upgrader) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(d.c.spec.GetName(), d.c.change.want.GetImage())
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(d.c.spec.GetName(), d.c.image.Image())
 }
 
 func tookAnotherImage() *operation.Outcome {

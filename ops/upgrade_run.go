@@ -5,14 +5,11 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -97,11 +94,11 @@ func (d *upgrader) drives() {
 // prepare pulls the image, checks it, takes the slot and stages the successor.
 func (d *upgrader) prepare(ctx context.Context) error {
 	limit := orElse(d.c.op.Upgrade().GetPrepareTimeout(), defaultPrepare)
-	return d.c.withinPatience(ctx, d.c.op.CreateTime(), limit, func(ctx context.Context) error {
-		if err := d.c.pullImage(ctx); err != nil {
+	return d.c.within(ctx, d.c.op.CreateTime(), limit, func(ctx context.Context) error {
+		if err := d.c.image.Pull(ctx); err != nil {
 			return err
 		}
-		if err := d.c.ensureVolumes(ctx); err != nil {
+		if err := d.c.image.EnsureVolumes(ctx); err != nil {
 			return err
 		}
 		// Before the slot is taken, another operation may have a container of its own in it.
@@ -109,8 +106,12 @@ func (d *upgrader) prepare(ctx context.Context) error {
 			return err
 		}
 		d.drives()
-		if err := d.checkImage(ctx); err != nil {
+		why, err := d.c.image.CheckUpgrade(ctx)
+		if err != nil {
 			return err
+		}
+		if why != "" {
+			d.toKubelet(why)
 		}
 		if d.c.rec().Method == opsv1.MethodKubelet {
 			d.dropSlot()
@@ -120,82 +121,9 @@ func (d *upgrader) prepare(ctx context.Context) error {
 	})
 }
 
-// checkImage finds out whether the successor can be made here, and whether the image fits. If only kubelet can make it, the
-// method is [MethodKubelet].
-func (d *upgrader) checkImage(ctx context.Context) error {
-	found, err := d.c.node.Resolve(ctx, d.c.op.Pod(), d.c.spec, false)
-	if err != nil {
-		var out *operation.Outcome
-		if errors.As(err, &out) {
-			return out
-		}
-		return fmt.Errorf("finding the container: %w", err)
-	}
-	d.c.pinOld(ctx, found)
-	request, err := d.c.fitImage(ctx, found)
-	var none *noRequestError
-	switch {
-	case errors.As(err, &none):
-		d.toKubelet("%v", err)
-		return nil
-	case err != nil:
-		return err
-	}
-	config := request.GetConfig()
-	o, runs := d.c.node.Overrides.Of(d.c.slot()), config.GetImage().GetUserSpecifiedImage()
-	was := o.SpecImageOf(runs)
-	switch {
-	case was != runs && was == d.c.change.want.GetImage():
-		return operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already, and runs %s in "+
-			"its place: revert that override instead", d.c.spec.GetName(), was, o.Image)
-	case was == d.c.change.want.GetImage():
-		return d.sameName(ctx, config)
-	case config.GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(config.GetMetadata().GetName(), was):
-		d.toKubelet("kubelet's hash of the container is not that of its name and image, so it would not take over a container made here (is kubelet older than 1.31?)")
-	}
-	return nil
-}
-
-// sameName ends the preparation of the image that the container's spec has: there is nothing that kubelet would do. With pull policy Always
-// the tag has just been resolved again, and who asks is told whether a restart would start something else. That is no failure.
-func (d *upgrader) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	name := d.c.change.want.GetImage()
-	if d.c.change.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		return operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already: kubelet would "+
-			"leave it as it is (restart it instead)", d.c.spec.GetName(), name)
-	}
-	now, err := d.c.imageOnNode(ctx, name)
-	if err != nil {
-		return err
-	}
-	if now == nil {
-		return operation.Failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed "+
-			"meanwhile?", name)
-	}
-	runs := c.GetImage().GetImage()
-	old, err := d.c.imageOnNode(ctx, runs)
-	if err != nil {
-		return err
-	}
-	if old != nil {
-		runs = old.GetId()
-	}
-	out := &operation.Outcome{
-		Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonImageUnchanged,
-		Message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now",
-			d.c.spec.GetName(), name),
-	}
-	if now.GetId() != runs {
-		out.Reason = opsv1.ReasonImageMoved
-		out.Message = fmt.Sprintf("container %q has image %s in its spec already, "+
-			"which names another image now than the one that runs: a restart starts it", d.c.spec.GetName(), name)
-	}
-	return out
-}
-
 // toKubelet has kubelet make the successor.
-func (d *upgrader) toKubelet(format string, args ...any) {
-	d.c.warn("only the image is put ready, kubelet makes the container: "+format, args...)
+func (d *upgrader) toKubelet(why string) {
+	d.c.warn("only the image is put ready, kubelet makes the container: %s", why)
 	d.c.setMethod(opsv1.MethodKubelet)
 }
 
