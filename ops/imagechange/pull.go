@@ -123,11 +123,11 @@ func (c *Change) pullOnce(ctx context.Context, want *opsv1.ContainerUpgrade) (ag
 	credentials, forgotten, others := c.c.Operation.Credentials()
 	c.c.Failpoint("pulling")
 	req := &opsv1.PullRequest{
-		Uid: c.kind() + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(),
-		Credentials: credentials, Owner: c.pinOwner(),
+		Uid: kindOf(c.c.Operation) + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(),
+		Credentials: credentials, Owner: pinOwner(c.c.Operation),
 	}
 	if c.want != nil { // else as kubelet's own
-		req.PinFor = durationpb.New(c.pinFor())
+		req.PinFor = durationpb.New(pinFor(c.c.Operation))
 	}
 	if by, ok := ctx.Deadline(); ok {
 		req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
@@ -182,28 +182,28 @@ func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
 	}
 }
 
-// kind is restart or upgrade.
-func (c *Change) kind() string {
-	if c.isUpgrade() {
+// kindOf is restart or upgrade.
+func kindOf(o *operation.Operation) string {
+	if o.Upgrade() != nil {
 		return "upgrade"
 	}
 	return "restart"
 }
 
 // pinOwner is whose pins the images get.
-func (c *Change) pinOwner() string {
-	if owner := c.c.Operation.Upgrade().GetOwner(); owner != "" {
+func pinOwner(o *operation.Operation) string {
+	if owner := o.Upgrade().GetOwner(); owner != "" {
 		return owner
 	}
-	if requester := c.c.Operation.Requester(); requester != "" {
+	if requester := o.Requester(); requester != "" {
 		return requester
 	}
-	return c.kind() + " " + c.c.Operation.UID()
+	return kindOf(o) + " " + o.UID()
 }
 
 // pinFor is for how long.
-func (c *Change) pinFor() time.Duration {
-	if d := c.c.Operation.Upgrade().GetPinFor().AsDuration(); d > 0 {
+func pinFor(o *operation.Operation) time.Duration {
+	if d := o.Upgrade().GetPinFor().AsDuration(); d > 0 {
 		return d
 	}
 	return defaultPin
@@ -216,7 +216,7 @@ func (c *Change) pinOld(ctx context.Context, at *crinode.Target) {
 	defer cancel()
 	st, err := c.node.Runtime.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
-		err = c.node.Puller.Pin(ctx, st.GetStatus().GetImageRef(), c.pinOwner(), time.Now().Add(c.pinFor()))
+		err = c.node.Puller.Pin(ctx, st.GetStatus().GetImageRef(), pinOwner(c.c.Operation), time.Now().Add(pinFor(c.c.Operation)))
 	}
 	if err != nil {
 		c.c.Warn("the old image is not pinned: %v", err)
