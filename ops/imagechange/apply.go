@@ -97,7 +97,7 @@ func (c *Change) useSpec(ctx context.Context, config *runtimeapi.ContainerConfig
 		if err != nil {
 			return err
 		}
-	} else if uid, username := criclone.ImageUser(now); criclone.NonRootByImage(config, old) && criclone.IsRoot(uid, username) {
+	} else if criclone.NonRootByImage(config, old) && criclone.IsRoot(criclone.ImageUser(now)) {
 		return operation.Failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
 			"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
 			"decide", name)

@@ -21,8 +21,8 @@ import (
 // NotOverridden is the outcome of going back to the image of the pod's spec in a container that has
 // that image.
 func NotOverridden(container string) error {
-	return operation.Failf(opsv1.ReasonImageNotOverridden, "container %q has the image of the pod's spec: there is nothing "+
-		"to revert", container)
+	return operation.Failf(opsv1.ReasonImageNotOverridden, "container %q has the image of the pod's spec: "+
+		"there is nothing to revert", container)
 }
 
 // NotRunning reports whether the error is the outcome of a container that does not run.
@@ -207,8 +207,8 @@ func (c *Change) CheckUpgrade(ctx context.Context) (onlyKubelet string, err erro
 	was := o.SpecImageOf(runs)
 	switch {
 	case was != runs && was == c.want.GetImage():
-		return "", operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already, and runs %s in "+
-			"its place: revert that override instead", c.spec.GetName(), was, o.Image)
+		return "", operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already, "+
+			"and runs %s in its place: revert that override instead", c.spec.GetName(), was, o.Image)
 	case was == c.want.GetImage():
 		return "", c.sameName(ctx, config)
 	case config.GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(config.GetMetadata().GetName(), was):

@@ -216,7 +216,8 @@ func (c *Change) pinOld(ctx context.Context, at *crinode.Target) {
 	defer cancel()
 	st, err := c.node.Runtime.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
-		err = c.node.Puller.Pin(ctx, st.GetStatus().GetImageRef(), pinOwner(c.c.Operation), time.Now().Add(pinFor(c.c.Operation)))
+		o := c.c.Operation
+		err = c.node.Puller.Pin(ctx, st.GetStatus().GetImageRef(), pinOwner(o), time.Now().Add(pinFor(o)))
 	}
 	if err != nil {
 		c.c.Warn("the old image is not pinned: %v", err)

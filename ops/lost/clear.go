@@ -211,7 +211,8 @@ func (l *slot) remove(ctx context.Context, s *stray, st *runtimeapi.ContainerSta
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := l.k.Node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id}); err != nil {
+	_, err := l.k.Node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id})
+	if err != nil {
 		return err
 	}
 	l.k.Node.RemoveTraces(files)

@@ -122,8 +122,8 @@ func (r *Room) Raise(ctx context.Context, resources *runtimeapi.LinuxContainerRe
 			why += " (cri-proxy's unit is an older one, which has ProtectControlGroups=: run cri-proxy install again)"
 		}
 	}
-	return operation.Failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, which goes "+
-		"on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
+	return operation.Failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, "+
+		"which goes on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
 		mebi(need), memoryOf(room), why)
 }
 
