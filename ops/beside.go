@@ -30,8 +30,8 @@ func (s *switcher) stopFirstFor(ctx context.Context, why string) error {
 	return s.c.stager.stageAnew(ctx, "")
 }
 
-// makeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory, and
-// stages another one, which is started when the incumbent has ended.
+// makeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory,
+// and stages another one, which is started when the incumbent has ended.
 func (r *Container) makeRoom(ctx context.Context) error {
 	if r.switcher.gate == nil {
 		return nil
@@ -55,9 +55,9 @@ func (r *Container) resources() *runtimeapi.LinuxContainerResources {
 	return criclone.OverlayResources(r.old.request.GetConfig().GetLinux().GetResources(), r.old.applied)
 }
 
-// oomKilled is containerd's reason for a container of which the kernel has killed a process for lack
-// of memory (internal/cri/server/events.go handleEvent TaskOOM). With cgroup v1 the kernel tells of
-// the whole pod, so that the container may go on with that reason.
+// oomKilled is containerd's reason for a container of which the kernel has killed a process for
+// lack of memory (internal/cri/server/events.go handleEvent TaskOOM). With cgroup v1 the kernel
+// tells of the whole pod, so that the container may go on with that reason.
 const oomKilled = "OOMKilled"
 
 // tellEnd warns of an incumbent that has not ended because it was asked to.
@@ -98,7 +98,8 @@ func (r *Container) tellEnd(ctx context.Context) {
 	}
 }
 
-// besideAt says what the successor did at that time, if that may have been the reason for something.
+// besideAt says what the successor did at that time, if that may have been the reason for
+// something.
 func (r *Container) besideAt(at time.Time) string {
 	switch {
 	case r.switcher.beside.IsZero() || at.Before(r.switcher.beside):
@@ -110,8 +111,8 @@ func (r *Container) besideAt(at time.Time) string {
 	}
 }
 
-// besideErrors are what runc says of a start that may have failed because the incumbent has what the
-// successor needs: memory, process IDs, a device, the name of a cgroup.
+// besideErrors are what runc says of a start that may have failed because the incumbent has what
+// the successor needs: memory, process IDs, a device, the name of a cgroup.
 var besideErrors = []string{
 	"procready not received",           // runc init ended before it could tell (libcontainer/process_linux.go)
 	"can't get final child",            // its first stages did
@@ -121,8 +122,8 @@ var besideErrors = []string{
 	"device or resource busy",          // EBUSY
 }
 
-// besideFails reports whether a start has failed in a way that it may not fail in once the incumbent
-// is gone.
+// besideFails reports whether a start has failed in a way that it may not fail in once the
+// incumbent is gone.
 func besideFails(err error) bool {
 	var out *operation.Outcome
 	if !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed {

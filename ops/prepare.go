@@ -19,8 +19,8 @@ import (
 // slot is the slot of the container.
 func (r *Container) slot() interceptors.Slot { return r.handle.Slot() }
 
-// within runs f until it is done, ctx ends, the operation is cancelled or the limit, which is counted
-// from began, is over.
+// within runs f until it is done, ctx ends, the operation is cancelled or the limit, which is
+// counted from began, is over.
 func (r *Container) within(
 	ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error,
 ) error {
@@ -79,8 +79,8 @@ func (d *restarter) prepareSpecImage(ctx context.Context) error {
 	return d.c.takeSlot(ctx)
 }
 
-// prepareImage pulls the image of a restart with another one and takes the slot. Whatever else needs
-// a check is checked once the slot is taken.
+// prepareImage pulls the image of a restart with another one and takes the slot. Whatever else
+// needs a check is checked once the slot is taken.
 func (d *restarter) prepareImage(ctx context.Context) error {
 	if d.c.spec.GetRevertImage() {
 		return d.prepareRevert(ctx)

@@ -73,12 +73,13 @@ func (s *stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
 	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || s.c.rec().Method == opsv1.MethodGate {
 		return nil
 	}
-	return operation.Failf(opsv1.ReasonCreateContainerConfigError, "a part of a volume (subPath) was replaced since kubelet "+
-		"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
+	return operation.Failf(opsv1.ReasonCreateContainerConfigError,
+		"a part of a volume (subPath) was replaced since kubelet "+
+			"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
 }
 
-// nextRequest is the request that makes the successor: that of the incumbent, with what kubelet would
-// compute anew, and with the image that the operation is for.
+// nextRequest is the request that makes the successor: that of the incumbent, with what kubelet
+// would compute anew, and with the image that the operation is for.
 func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
 	if err := s.c.old.load(ctx); err != nil {
 		return nil, err
@@ -97,8 +98,8 @@ func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.Cre
 	return req, nil
 }
 
-// renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make now:
-// an upgrade may have waited for its commit for long.
+// renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make
+// now: an upgrade may have waited for its commit for long.
 func (r *Container) renewStaged(ctx context.Context) error {
 	pull, end := crinode.EndWith(ctx, r.claim.Yielded())
 	pull, endToo := crinode.EndWith(pull, r.op.Cancelled())
@@ -130,8 +131,8 @@ func (r *Container) renewStaged(ctx context.Context) error {
 	return r.stager.stageAnew(ctx, "")
 }
 
-// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for. If not, it
-// begins only when kubelet has asked.
+// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
+// If not, it begins only when kubelet has asked.
 func (r *Container) isCertain() bool {
 	return !r.kind.Adopted() || r.handle.IsCertain()
 }

@@ -67,8 +67,8 @@ func (c *Change) loadImages(ctx context.Context, ref, old string) error {
 	return nil
 }
 
-// useSpec gives the successor of a plain restart what the image of the pod's spec means on this node
-// now: a tag may have moved since the incumbent's start.
+// useSpec gives the successor of a plain restart what the image of the pod's spec means on this
+// node now: a tag may have moved since the incumbent's start.
 func (c *Change) useSpec(ctx context.Context, config *runtimeapi.ContainerConfig) error {
 	name := config.GetImage().GetUserSpecifiedImage()
 	if c.node.Puller == nil || name == "" || c.node.Overrides.Of(c.slot()) != nil {
@@ -110,7 +110,8 @@ func (c *Change) useSpec(ctx context.Context, config *runtimeapi.ContainerConfig
 	return nil
 }
 
-// ApplyVolumes gives the mounts of volumes of type image what their references mean on this node now.
+// ApplyVolumes gives the mounts of volumes of type image what their references mean on this node
+// now.
 func (c *Change) ApplyVolumes(ctx context.Context, config *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
 	if c.node.Puller == nil {
 		return nil

@@ -1,8 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package imagechange finds the image of a successor: it pulls the image, pins it, checks whether it
-// can take the place of the one there, and keeps the override that a restart with another image
+// Package imagechange finds the image of a successor: it pulls the image, pins it, checks whether
+// it can take the place of the one there, and keeps the override that a restart with another image
 // leaves.
 package imagechange
 
@@ -87,8 +87,8 @@ func (n *Node) Of(c Container) *Change {
 // isUpgrade reports whether the pod's spec gets the image, too. Otherwise it is an override of it.
 func (c *Change) isUpgrade() bool { return c.c.Operation.Upgrade() != nil }
 
-// Changes reports whether the operation is for another image. Without, a restart uses what the image
-// of the pod's spec means by now.
+// Changes reports whether the operation is for another image. Without, a restart uses what the
+// image of the pod's spec means by now.
 func (c *Change) Changes() bool { return c.want != nil }
 
 // Image returns the new image, as the command has it; empty if the image stays.
@@ -96,8 +96,8 @@ func (c *Change) Image() string { return c.want.GetImage() }
 
 func (c *Change) slot() view.Slot { return c.handle.Slot() }
 
-// Keep makes the image that of the slot from now on, once, unless it is that of the pod's spec. It is
-// on disk with the next step, which is the one that reveals the successor.
+// Keep makes the image that of the slot from now on, once, unless it is that of the pod's spec. It
+// is on disk with the next step, which is the one that reveals the successor.
 func (c *Change) Keep() {
 	if c.want == nil || c.isUpgrade() || c.changed {
 		return

@@ -83,7 +83,9 @@ func node(t *testing.T, images *fakeImages) (*imagechange.Node, *store.Store) {
 }
 
 // change is that of an accepted operation on app.
-func change(t *testing.T, n *imagechange.Node, disk *store.Store, c operation.Command) (*imagechange.Change, *operation.Operation) {
+func change(
+	t *testing.T, n *imagechange.Node, disk *store.Store, c operation.Command,
+) (*imagechange.Change, *operation.Operation) {
 	t.Helper()
 	o := operation.New(c, &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: "uid"}, disk)
 	if err := o.Accept(); err != nil {
@@ -182,7 +184,8 @@ func TestKeep(t *testing.T) {
 	}{
 		{name: "an upgrade", c: upgrade(0), before: override("app:old"), plan: override("app:v2"), kept: "app:old"},
 		{name: "a plain restart", c: restart(&opsv1.ContainerRestart{}), before: override("app:old"), kept: "app:old"},
-		{name: "another image", c: restart(&opsv1.ContainerRestart{Image: "app:v2"}), plan: override("app:v2"), kept: "app:v2"},
+		{name: "another image", c: restart(&opsv1.ContainerRestart{Image: "app:v2"}),
+			plan: override("app:v2"), kept: "app:v2"},
 		{name: "back", c: restart(&opsv1.ContainerRestart{RevertImage: true}), before: override("app:old")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -45,7 +45,8 @@ func unfit(err error) error {
 	return operation.Failf(opsv1.ReasonImageUnfit, "%v", err)
 }
 
-// fit returns the request that made the container, if the image can take the place of the one there.
+// fit returns the request that made the container, if the image can take the place of the one
+// there.
 //
 // Errors: an [*operation.Outcome], a *noRequestError, or the runtime's.
 func (c *Change) fit(ctx context.Context, at *crinode.Target) (*runtimeapi.CreateContainerRequest, error) {
@@ -73,8 +74,8 @@ func (c *Change) CheckNext(ctx context.Context, next *runtimeapi.CreateContainer
 	return unfit(criclone.CheckImage(st, next, c.want))
 }
 
-// Repull pulls the image of an upgrade again if its policy is Always, and those of volumes. Its name
-// may mean another one by now, whoever has pulled that.
+// Repull pulls the image of an upgrade again if its policy is Always, and those of volumes. Its
+// name may mean another one by now, whoever has pulled that.
 func (c *Change) Repull(ctx context.Context) error {
 	var err error
 	if c.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
@@ -119,8 +120,8 @@ func (c *Change) RevertStopped(err error) bool {
 	return true
 }
 
-// Plan checks the image of a restart with another one and returns the override that it comes to; nil
-// if it is the end of one, or if the operation makes none. The slot is taken.
+// Plan checks the image of a restart with another one and returns the override that it comes to;
+// nil if it is the end of one, or if the operation makes none. The slot is taken.
 func (c *Change) Plan(ctx context.Context, at *crinode.Target) (*store.Override, error) {
 	if c.want == nil || c.isUpgrade() {
 		return nil, nil
@@ -182,8 +183,8 @@ func (c *Change) Plan(ctx context.Context, at *crinode.Target) (*store.Override,
 	}, nil
 }
 
-// CheckUpgrade finds out whether the successor of an upgrade can be made here, and whether the image
-// fits. onlyKubelet says why only kubelet can make it; empty if it can be made here.
+// CheckUpgrade finds out whether the successor of an upgrade can be made here, and whether the
+// image fits. onlyKubelet says why only kubelet can make it; empty if it can be made here.
 func (c *Change) CheckUpgrade(ctx context.Context) (onlyKubelet string, err error) {
 	found, err := c.node.Runtime.Resolve(ctx, c.c.Operation.Pod(), c.spec, false)
 	if err != nil {
@@ -219,8 +220,8 @@ func (c *Change) CheckUpgrade(ctx context.Context) (onlyKubelet string, err erro
 }
 
 // sameName ends the preparation of the image that the container's spec has: there is nothing that
-// kubelet would do. With pull policy Always the tag has just been resolved again, and who asks is told
-// whether a restart would start something else. That is no failure.
+// kubelet would do. With pull policy Always the tag has just been resolved again, and who asks is
+// told whether a restart would start something else. That is no failure.
 func (c *Change) sameName(ctx context.Context, config *runtimeapi.ContainerConfig) error {
 	name := c.want.GetImage()
 	if c.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {

@@ -44,7 +44,8 @@ func (f *fakeRuntime) ContainerStatus(
 ) (*runtimeapi.ContainerStatusResponse, error) {
 	for _, c := range f.containers {
 		if c.GetId() == r.GetContainerId() {
-			return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState()}}, nil
+			return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState()}},
+				nil
 		}
 	}
 	return nil, status.Error(codes.NotFound, "no such container")
@@ -53,7 +54,8 @@ func (f *fakeRuntime) ContainerStatus(
 func (f *fakeRuntime) RemoveContainer(
 	_ context.Context, r *runtimeapi.RemoveContainerRequest, _ ...grpc.CallOption,
 ) (*runtimeapi.RemoveContainerResponse, error) {
-	f.containers = slices.DeleteFunc(f.containers, func(c *runtimeapi.Container) bool { return c.GetId() == r.GetContainerId() })
+	f.containers = slices.DeleteFunc(f.containers,
+		func(c *runtimeapi.Container) bool { return c.GetId() == r.GetContainerId() })
 	return &runtimeapi.RemoveContainerResponse{}, nil
 }
 

@@ -99,9 +99,9 @@ func (r *Room) findPod(ctx context.Context) (*cgroup.Pod, error) {
 	return r.node.Switchover.FindPod(info.PID, id)
 }
 
-// RefuseGate says why the successor must not be started up to its gate while the incumbent runs: the
-// kernel would kill one of them for the memory that runc takes, and it prefers the larger one, or
-// runc could not make its processes. Empty if the successor may be started.
+// RefuseGate says why the successor must not be started up to its gate while the incumbent runs:
+// the kernel would kill one of them for the memory that runc takes, and it prefers the larger one,
+// or runc could not make its processes. Empty if the successor may be started.
 func (r *Room) RefuseGate(ctx context.Context) string {
 	pod, err := r.findPod(ctx)
 	r.pod = pod

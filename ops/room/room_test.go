@@ -39,7 +39,8 @@ type files struct {
 func (f *files) set(name, content string) {
 	f.t.Helper()
 	path := filepath.Join(f.root, name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content+"\n"), 0o644)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755),
+		os.WriteFile(path, []byte(content+"\n"), 0o644)); err != nil {
 		f.t.Error(err)
 	}
 }
@@ -260,7 +261,8 @@ func TestBesideRefused(t *testing.T) {
 			o := newOperation(t, f, &fakeRuntime{})
 			err := o.room.Raise(t.Context(), tt.need)
 			var out *operation.Outcome
-			if !errors.As(err, &out) || out.Reason != opsv1.ReasonInsufficientResources || !strings.Contains(out.Message, tt.want) {
+			if !errors.As(err, &out) || out.Reason != opsv1.ReasonInsufficientResources ||
+				!strings.Contains(out.Message, tt.want) {
 				t.Errorf("got %v", err)
 			}
 			if f.limit() != 64 {
