@@ -25,8 +25,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
@@ -40,15 +42,6 @@ const (
 	keepFinished = time.Hour
 	maxFinished  = 2000
 )
-
-// Images puts images on the node for upgrades and overrides. [*prepull.Puller] does.
-type Images interface {
-	// Ensure pulls an image unless it is there, and reports changes to each. It returns the
-	// finished pull, or ctx's error.
-	Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error)
-	// Pin keeps an image that is on the node from kubelet's image garbage collection.
-	Pin(ctx context.Context, image, owner string, until time.Time) error
-}
 
 // Options configures an [Engine]. StateDir, Conn, View and Log are required.
 type Options struct {
@@ -68,7 +61,7 @@ type Options struct {
 	// [opsv1.MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
 	// Images is for upgrades and restarts with another image, which are refused without.
-	Images Images
+	Images imagechange.Puller
 	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does
 	// next.
 	Pods Pods
@@ -118,9 +111,8 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
 	node := &Node{
-		Client:       &crinode.Client{Runtime: rt, Log: log},
-		ImageService: runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
-		View:         o.View, Records: records, Hooks: hooks.NewRunner(rt), Images: o.Images, Pods: o.Pods,
+		Client: &crinode.Client{Runtime: rt, Log: log},
+		View:   o.View, Records: records, Hooks: hooks.NewRunner(rt), Pods: o.Pods,
 		Switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),
@@ -137,6 +129,11 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		ops:        map[string]*operation.Operation{},
 	}
 	node.Active = e.activeOperations
+	node.Images = &imagechange.Node{
+		Runtime: node.Client, Service: runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)), Puller: o.Images,
+		RequestOf: node.RequestOf,
+	}
+	node.Rooms = &room.Node{Runtime: node.Client, Switchover: node.Switchover, Active: node.Active}
 	node.Lost = lost.New(lost.Options{
 		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens, Pods: o.Pods,
 		LogLinks: node.LogLinks, Log: log,
@@ -144,8 +141,8 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	records.EachStarted(o.View.SetStarted)
 	records.EachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
-	if node.Overrides, err = store.OpenOverrides(journal, node.ImageService, log); err == nil {
-		e.disk.Overrides = node.Overrides
+	if node.Overrides, err = store.OpenOverrides(journal, node.Images.Service, log); err == nil {
+		e.disk.Overrides, node.Images.Overrides = node.Overrides, node.Overrides
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {

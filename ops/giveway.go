@@ -7,42 +7,32 @@ import (
 	"context"
 )
 
-// wantSlot says that a restart waits for its slot, and has the upgrade that holds the slot taken
-// back; see [operation.Turns]. The caller must call got when it waits no more.
-func (r *Container) wantSlot() (got func()) {
-	holder, got := r.node.Turns.Want(r.slot())
-	if holder != nil {
-		r.node.GiveWay(holder, r.op)
-	}
-	return got
-}
-
 // keepSlot is for an upgrade that had the slot in the process before this one. It may be taken back
 // at once.
-func (r *Container) keepSlot() {
-	if r.node.Turns.Keep(r.slot(), r.op) {
-		r.node.GiveWay(r.op, nil)
+func (d *upgrader) keepSlot() {
+	if d.c.node.Turns.Keep(d.c.slot(), d.c.op) {
+		d.c.node.GiveWay(d.c.op, nil)
 	}
 }
 
 // leaveSlot says that the upgrade has the slot no more.
-func (r *Container) leaveSlot() { r.node.Turns.Leave(r.slot(), r.op) }
+func (d *upgrader) leaveSlot() { d.c.node.Turns.Leave(d.c.slot(), d.c.op) }
 
 // takeUpgradeSlot is takeSlot for an upgrade.
-func (r *Container) takeUpgradeSlot(ctx context.Context) error {
+func (d *upgrader) takeUpgradeSlot(ctx context.Context) error {
 	for {
-		if err := r.takeSlot(ctx); err != nil {
+		if err := d.c.takeSlot(ctx); err != nil {
 			return err
 		}
-		over := r.node.Turns.Hold(r.slot(), r.op)
+		over := d.c.node.Turns.Hold(d.c.slot(), d.c.op)
 		if over == nil {
 			return nil
 		}
-		r.dropSlot()
+		d.dropSlot()
 		select {
 		case <-over:
-		case <-r.op.Cancelled():
-			return r.cancelledOutcome()
+		case <-d.c.op.Cancelled():
+			return d.c.cancelledOutcome()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -50,8 +40,8 @@ func (r *Container) takeUpgradeSlot(ctx context.Context) error {
 }
 
 // dropSlot gives up the slot of an upgrade that has nothing in the slot.
-func (r *Container) dropSlot() {
-	r.leaveSlot()
-	r.claim.Release()
-	r.claim = nil
+func (d *upgrader) dropSlot() {
+	d.leaveSlot()
+	d.c.claim.Release()
+	d.c.claim = nil
 }

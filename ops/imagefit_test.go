@@ -41,7 +41,7 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			images := newFakeImages()
 			images.images["sha256:app:v1"] = &runtimeapi.Image{Id: "sha256:app:v1", Uid: uid(tc.runs)}
 			images.images["app:v1"] = &runtimeapi.Image{Id: "sha256:moved", Uid: uid(tc.now)}
-			n.engine.node.Images, n.engine.node.ImageService = images, images
+			n.engine.node.Images.Puller, n.engine.node.Images.Service = images, images
 			c := n.containerConfig("app", 0)
 			c.Image = &runtimeapi.ImageSpec{Image: "sha256:app:v1", UserSpecifiedImage: "app:v1"}
 			c.Linux.SecurityContext.RunAsUser = uid(tc.runs)

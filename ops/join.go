@@ -27,7 +27,7 @@ import (
 // a probe fails meanwhile, as that of an application that drains, it stops the container too. What it wants by that is what
 // the restart does already, so its stop joins: it is answered once the successor is there. A pod that goes away is told apart.
 type join struct {
-	c *Container
+	d *restarter
 
 	creates chan created
 	shown   chan struct{} // closed when kubelet has been shown the successor
@@ -45,8 +45,8 @@ type join struct {
 
 var _ interceptors.Driver = (*join)(nil)
 
-func newJoin(c *Container) *join {
-	return &join{c: c, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
+func newJoin(d *restarter) *join {
+	return &join{d: d, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
 }
 
 // listen lets kubelet's stops join from now on. by is when the incumbent's grace ends.
@@ -59,7 +59,7 @@ func (j *join) listen(by time.Time) {
 // show says that kubelet has been shown the successor. It reports whether a stop of kubelet's has joined, or is about to; so is
 // one of which the view knows, and that has not come here yet. If none has, none will.
 func (j *join) show() bool {
-	stopping := j.c.claim.Stopping()
+	stopping := j.d.c.claim.Stopping()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	close(j.shown)
@@ -89,13 +89,13 @@ func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !j.begin() {
 		return false, nil
 	}
-	why := j.c.refusalToJoin(ctx)
+	why := j.d.refusalToJoin(ctx)
 	j.decide(why == "")
 	if why != "" {
-		j.c.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
+		j.d.c.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
 		return false, nil
 	}
-	j.c.joined()
+	j.d.joined()
 	j.hurry(ctx, time.Duration(grace)*time.Second)
 	select {
 	case <-j.shown:
@@ -151,7 +151,7 @@ func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	if !less {
 		return
 	}
-	j.c.hurry(ctx, grace)
+	j.d.c.hurry(ctx, grace)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if !j.hurried {
@@ -191,27 +191,27 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 
 // joins lets kubelet's stops join from the moment on at which the restart is bound to stop the container, whichever process
 // has come to that. The caller holds the slot.
-func (r *Container) joins() {
-	rec := r.rec()
+func (d *restarter) joins() {
+	rec := d.c.rec()
 	if rec.Joinable() {
-		r.join.listen(rec.StopBy)
+		d.join.listen(rec.StopBy)
 	}
 	if rec.Joined {
-		r.join.mu.Lock()
-		r.join.joined = true
-		r.join.mu.Unlock()
+		d.join.mu.Lock()
+		d.join.joined = true
+		d.join.mu.Unlock()
 	}
 	if rec.Step == store.StepReveal {
-		r.join.show()
+		d.join.show()
 	}
-	r.claim.Drive(r.join)
+	d.c.claim.Drive(d.join)
 }
 
 // refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet tells; empty if it may.
-func (r *Container) refusalToJoin(ctx context.Context) string {
-	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
-		name, rec := r.spec.GetName(), r.rec()
-		request, err := r.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
+func (d *restarter) refusalToJoin(ctx context.Context) string {
+	return d.c.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
+		name, rec := d.c.spec.GetName(), d.c.rec()
+		request, err := d.c.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for nothing.
@@ -222,11 +222,11 @@ func (r *Container) refusalToJoin(ctx context.Context) string {
 }
 
 // joined notes that a stop of kubelet's has joined the restart.
-func (r *Container) joined() {
-	if r.rec().Joined {
+func (d *restarter) joined() {
+	if d.c.rec().Joined {
 		return
 	}
-	_, err := r.handle.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	_, err := d.c.handle.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		if c.Joined {
 			return
 		}
@@ -234,9 +234,9 @@ func (r *Container) joined() {
 		op.Warnings = append(op.Warnings, joinedWarning)
 	})
 	if err != nil {
-		r.log.WithError(err).Warn("not written that a stop of kubelet's has joined the restart")
+		d.c.log.WithError(err).Warn("not written that a stop of kubelet's has joined the restart")
 	}
-	r.log.Info("kubelet stops the container too: its stop joins the restart")
+	d.c.log.Info("kubelet stops the container too: its stop joins the restart")
 }
 
 const joinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a failed probe perhaps: " +
@@ -254,21 +254,21 @@ const (
 )
 
 // awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
-func (r *Container) awaitRecreation(ctx context.Context) error {
+func (d *restarter) awaitRecreation(ctx context.Context) error {
 	patience := time.NewTimer(joinPatience)
 	defer patience.Stop()
 	look := time.NewTicker(joinPoll)
 	defer look.Stop()
 	for {
 		select {
-		case q := <-r.join.creates:
-			return r.recreate(ctx, q)
+		case q := <-d.join.creates:
+			return d.recreate(ctx, q)
 		case <-look.C:
-			if r.isKnown(ctx) {
+			if d.isKnown(ctx) {
 				return nil
 			}
-		case <-r.claim.Yielded():
-			return r.interrupted()
+		case <-d.c.claim.Yielded():
+			return d.c.interrupted()
 		case <-patience.C:
 			return nil
 		case <-ctx.Done():
@@ -278,40 +278,40 @@ func (r *Container) awaitRecreation(ctx context.Context) error {
 }
 
 // isKnown reports whether kubelet tells that it goes by the successor: that is so from the beginning of its next sync of the pod.
-func (r *Container) isKnown(ctx context.Context) bool {
-	if r.node.Pods == nil {
+func (d *restarter) isKnown(ctx context.Context) bool {
+	if d.c.node.Pods == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
+	pod, err := d.c.node.Pods.Pod(ctx, d.c.op.Pod().GetUid())
 	if err != nil {
 		return false
 	}
-	_, id, _ := strings.Cut(pod.Running[r.spec.GetName()], "://")
-	return id == r.successor()
+	_, id, _ := strings.Cut(pod.Running[d.c.spec.GetName()], "://")
+	return id == d.c.successor()
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (r *Container) recreate(ctx context.Context, q created) error {
-	if q.req.GetConfig().GetMetadata().GetAttempt() > r.status().GetAttempt() {
+func (d *restarter) recreate(ctx context.Context, q created) error {
+	if q.req.GetConfig().GetMetadata().GetAttempt() > d.c.status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := r.node.Overridden(ctx, r.slot(), q.req)
-	differing := r.differs(ctx, asked)
+	asked := d.c.node.Overridden(ctx, d.c.slot(), q.req)
+	differing := d.c.differs(ctx, asked)
 	if len(differing) == 0 {
-		r.matchResources(ctx, asked)
-		q.answer <- adoption{id: r.successor(), ok: true}
+		d.c.matchResources(ctx, asked)
+		q.answer <- adoption{id: d.c.successor(), ok: true}
 		return nil
 	}
-	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
-	r.stager.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
-	if err := r.stager.removeContainer(ctx, r.successor()); err != nil {
+	d.c.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
+	d.c.stager.stopWithin(ctx, d.c.successor(), min(max(d.c.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
+	if err := d.c.stager.removeContainer(ctx, d.c.successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
-	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
-	r.setMethod(opsv1.MethodKubelet)
-	r.revealer.holdNext(ctx, adoptPatience)
+	d.c.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
+	d.c.setMethod(opsv1.MethodKubelet)
+	d.c.revealer.holdNext(ctx, adoptPatience)
 	return nil
 }
 

@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,8 +16,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
@@ -26,14 +27,12 @@ import (
 // Node is what the operations on all containers of the node share.
 type Node struct {
 	*crinode.Client
-	ImageService runtimeapi.ImageServiceClient
-	View         *interceptors.View
-	Records      *store.Records
-	Overrides    *store.Overrides
-	Switchover   *switchover.Prober
-	Hooks        *hooks.Runner
-	// Images is nil on a node that pulls no images: it has no upgrades and overrides.
-	Images Images
+	View       *interceptors.View
+	Records    *store.Records
+	Overrides  *store.Overrides
+	Switchover *switchover.Prober
+	Hooks      *hooks.Runner
+	Images     *imagechange.Node
 	// Pods may be nil.
 	Pods   Pods
 	Turns  *operation.Turns
@@ -42,8 +41,7 @@ type Node struct {
 	// Active returns the operations that have not finished. The caller must hold no lock of an
 	// operation.
 	Active func() []*operation.Operation
-	// Limits is held while the limits of pods are changed, see [cgroup.Raise].
-	Limits sync.Mutex
+	Rooms  *room.Node
 	// LogLinks is where kubelet keeps a symlink per container log for log shippers.
 	LogLinks string
 	Metrics  Metrics

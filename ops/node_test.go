@@ -72,17 +72,17 @@ type node struct {
 	daemons []*daemon
 	sandbox string
 	method  string
-	room    *room // nil: the processes' own cgroups, which are none of a pod
+	room    *fakeRoom // nil: the processes' own cgroups, which are none of a pod
 }
 
 // podOptions are what a test wants different about the pod.
 type podOptions struct {
 	annotations map[string]string // of app
 	mounts      []*runtimeapi.Mount
-	hidden      bool   // app is made behind the proxy's back, as before its installation
-	processes   bool   // the containers have real ones
-	method      string // the best that is allowed
-	room        *room  // of the pod
+	hidden      bool      // app is made behind the proxy's back, as before its installation
+	processes   bool      // the containers have real ones
+	method      string    // the best that is allowed
+	room        *fakeRoom // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {

@@ -20,22 +20,22 @@ import (
 )
 
 // beforeOverlap writes that the successor is about to run beside the incumbent.
-func (s *switcher) beforeOverlap(ctx context.Context) error {
-	if err := s.c.old.load(ctx); err != nil {
+func (d *restarter) beforeOverlap(ctx context.Context) error {
+	if err := d.c.old.load(ctx); err != nil {
 		return err
 	}
-	running, err := s.c.old.watch(ctx)
+	running, err := d.c.old.watch(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.c.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
 	if !running {
-		return s.c.old.stoppedByItself(ctx)
+		return d.c.old.stoppedByItself(ctx)
 	}
-	s.maskWhenGone()
-	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.switcher.maskWhenGone()
+	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase = store.StepStart, opsv1.Phase_PHASE_STARTING
 	})
 }
@@ -67,7 +67,7 @@ func (s *switcher) overlap(ctx context.Context) error {
 	if err := s.c.interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := s.c.raise(ctx); err != nil {
+	if err := s.c.room.Raise(ctx, s.c.resources()); err != nil {
 		return err
 	}
 	s.c.failpoint("raised")
@@ -79,7 +79,7 @@ func (s *switcher) overlap(ctx context.Context) error {
 	}
 	s.c.failpoint("running")
 	rec := s.c.rec()
-	if s.c.up == nil { // kubelet does it when it takes the container over
+	if !s.c.kind.Adopted() { // kubelet does it when it takes the container over
 		s.c.revealer.logLink(ctx, rec.Successor)
 	}
 	if err := s.c.revealer.postStartOnce(ctx); err != nil {

@@ -70,10 +70,7 @@ func (v *revealer) holdNext(ctx context.Context, within time.Duration) {
 	if hold <= 0 {
 		return
 	}
-	node, image, name := v.c.node, "", v.c.spec.GetName()
-	if v.c.up != nil {
-		image = v.c.change.want.GetImage()
-	}
+	node, image, name := v.c.node, v.c.kind.NextImage(), v.c.spec.GetName()
 	v.c.node.View.WhenCreated(v.c.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
 		if image != "" && req.GetConfig().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
 			return false // kubelet has not seen the new spec yet

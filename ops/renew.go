@@ -6,7 +6,6 @@ package ops
 import (
 	"context"
 	"errors"
-	"slices"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -18,7 +17,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// renew puts into the config of the successor, which is that of the incumbent, what kubelet would compute anew.
+// renew puts into the config of the successor, which is that of the incumbent, what kubelet would
+// compute anew.
 func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	env, lost := s.c.op.Environment(s.c.spec.GetName())
 	podDir := environment.PodDir(c, s.c.op.Pod().GetUid())
@@ -40,11 +40,11 @@ func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error
 	if err := parts.Note(c); err != nil {
 		return operation.Failf(opsv1.ReasonInternalError, "%v", err)
 	}
-	return s.c.volumeImages(ctx, c, env)
+	return s.c.image.ApplyVolumes(ctx, c, env)
 }
 
-// checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a path that others can change is what was
-// meant. If not, it must not run.
+// checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a
+// path that others can change is what was meant. If not, it must not run.
 func (s *stager) checkParts(ctx context.Context, rec store.Container) error {
 	var st *runtimeapi.ContainerStatus
 	err := s.c.node.Retry(ctx, func() (err error) {
@@ -73,49 +73,13 @@ func (s *stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
 	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || s.c.rec().Method == opsv1.MethodGate {
 		return nil
 	}
-	return operation.Failf(opsv1.ReasonCreateContainerConfigError, "a part of a volume (subPath) was replaced since kubelet "+
-		"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
+	return operation.Failf(opsv1.ReasonCreateContainerConfigError,
+		"a part of a volume (subPath) was replaced since kubelet "+
+			"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
 }
 
-// volumeImages gives the mounts of volumes of type image what their references mean on this node now.
-func (r *Container) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
-	if r.node.Images == nil {
-		return nil
-	}
-	for _, v := range env.GetImageVolumes() {
-		i := slices.IndexFunc(c.GetMounts(), func(m *runtimeapi.Mount) bool { return m.GetContainerPath() == v.GetContainerPath() })
-		if i < 0 || c.Mounts[i].GetImage() == nil {
-			continue
-		}
-		now, err := r.imageOnNode(ctx, v.GetReference())
-		switch {
-		case err != nil:
-			return err
-		case now == nil:
-			return operation.Failf(opsv1.ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it "+
-				"removed just now?", v.GetReference(), v.GetContainerPath())
-		}
-		c.Mounts[i].Image.Image = now.GetId()
-	}
-	return nil
-}
-
-// ensureVolumes makes sure of the images of volumes, as kubelet does before each start (kuberuntime_manager.go getImageVolumes).
-func (r *Container) ensureVolumes(ctx context.Context) error {
-	env, _ := r.op.Environment(r.spec.GetName())
-	if r.node.Images == nil {
-		return nil
-	}
-	for _, v := range env.GetImageVolumes() {
-		if err := r.ensure(ctx, &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: v.GetReference(), PullPolicy: v.GetPullPolicy()}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// nextRequest is the request that makes the successor: that of the incumbent, with what kubelet would compute anew, and with
-// the image that the operation is for.
+// nextRequest is the request that makes the successor: that of the incumbent, with what kubelet
+// would compute anew, and with the image that the operation is for.
 func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
 	if err := s.c.old.load(ctx); err != nil {
 		return nil, err
@@ -128,132 +92,18 @@ func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.Cre
 	if err := s.renew(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
-	switch {
-	case s.c.up != nil:
-		err = s.c.dress(ctx, req.GetConfig())
-	case s.c.change != nil:
-		err = s.c.useImage(ctx, req.GetConfig())
-	default:
-		err = s.c.specImage(ctx, req.GetConfig())
-	}
-	if err != nil {
+	if err := s.c.image.Apply(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
 	return req, nil
 }
 
-// ensureImage makes sure of the image of the pod's spec as kubelet does before each start (image_manager.go
-// EnsureImageExists), before the slot is taken: a pull may take long.
-func (r *Container) ensureImage(ctx context.Context) error {
-	if r.node.Images == nil || r.node.Overrides.Of(r.slot()) != nil {
-		return nil
-	}
-	if err := r.node.AwaitRuntime(ctx); err != nil {
-		return err
-	}
-	// What cannot be found is said when the slot is taken.
-	found, err := r.node.Resolve(ctx, r.op.Pod(), r.spec, r.op.Request().GetForce())
-	if err != nil {
-		return nil //nolint:nilerr // see above
-	}
-	request, err := r.node.RequestOf(ctx, found.Incumbent, found.Sandbox)
-	if err != nil {
-		return nil //nolint:nilerr // see above
-	}
-	want := &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: request.GetConfig().GetImage().GetUserSpecifiedImage(), PullPolicy: r.spec.GetPullPolicy()}
-	return r.withinPatience(ctx, r.op.CreateTime(), defaultPrepare, func(ctx context.Context) error {
-		if want.GetImage() != "" { // else kubelet is an old one that does not tell
-			if err := r.ensure(ctx, want); err != nil {
-				return err
-			}
-		}
-		return r.ensureVolumes(ctx)
-	})
-}
-
-// ensure has the image on the node, by the container's policy.
-func (r *Container) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) error {
-	if want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		image, err := r.imageOnNode(ctx, want.GetImage())
-		switch {
-		case err != nil:
-			return err
-		case image != nil:
-			return nil
-		case want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER:
-			return operation.Failf(opsv1.ReasonErrImageNeverPull, "Container image %q is not present with pull policy of "+
-				"Never", want.GetImage())
-		}
-	}
-	return r.pull(ctx, want)
-}
-
-// imageOnNode returns what the runtime knows of an image; nil if the node has none of that name.
-func (r *Container) imageOnNode(ctx context.Context, name string) (image *runtimeapi.Image, err error) {
-	err = r.node.Retry(ctx, func() error {
-		st, err := r.node.ImageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
-		image = st.GetImage()
-		return err
-	})
-	if err != nil {
-		return nil, operation.Failf(opsv1.ReasonRuntimeError, "reading image %s: %v", name, err)
-	}
-	return image, nil
-}
-
-// specImage gives the successor of a plain restart what the image of the pod's spec means on this node now: a tag may
-// have moved since the incumbent's start.
-func (r *Container) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	name := c.GetImage().GetUserSpecifiedImage()
-	if r.node.Images == nil || name == "" || r.node.Overrides.Of(r.slot()) != nil {
-		return nil
-	}
-	now, err := r.imageOnNode(ctx, name)
-	switch {
-	case err != nil:
-		return err
-	case now == nil:
-		return operation.Failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
-	case now.GetId() == c.GetImage().GetImage():
-		return nil
-	}
-	old, err := r.imageOnNode(ctx, c.GetImage().GetImage())
-	if err != nil {
-		return err
-	}
-	// Who sends an environment knows the pod, and has said what that demands of the user; else only the container can tell.
-	env, _ := r.op.Environment(r.spec.GetName())
-	if env != nil {
-		err := unfit(criclone.CheckNonRoot(now, &opsv1.ContainerUpgrade{Name: r.spec.GetName(), Image: name, RunAsNonRoot: r.spec.GetRunAsNonRoot(), RunAsUser: r.spec.RunAsUser}))
-		if err != nil {
-			return err
-		}
-	} else if uid, username := criclone.ImageUser(now); criclone.NonRootByImage(c, old) && criclone.IsRoot(uid, username) {
-		return operation.Failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
-			"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
-			"decide", name)
-	}
-	r.log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
-	criclone.SetImage(c, name, now.GetId())
-	if env == nil || r.spec.RunAsUser == nil {
-		criclone.AdoptImageUser(c, old, now)
-	}
-	return nil
-}
-
-// renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make now: an upgrade
-// may have waited for its commit for long.
+// renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make
+// now: an upgrade may have waited for its commit for long.
 func (r *Container) renewStaged(ctx context.Context) error {
 	pull, end := crinode.EndWith(ctx, r.claim.Yielded())
 	pull, endToo := crinode.EndWith(pull, r.op.Cancelled())
-	var err error
-	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		err = r.pullImage(pull)
-	}
-	r.change.image = nil // the name may mean another one by now, whoever has pulled that
-	if err == nil {
-		err = r.ensureVolumes(pull)
-	}
+	err := r.image.Repull(pull)
 	endToo()
 	end()
 	if gone := r.interrupted(); gone != nil {
@@ -267,15 +117,7 @@ func (r *Container) renewStaged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var image *runtimeapi.ImageStatusResponse
-	err = r.node.Retry(ctx, func() (err error) {
-		image, err = r.imageStatus(ctx, r.change.want.GetImage())
-		return err
-	})
-	if err == nil {
-		err = unfit(criclone.CheckImage(image, next, r.change.want))
-	}
-	if err != nil {
+	if err := r.image.CheckNext(ctx, next); err != nil {
 		return err
 	}
 	ours := r.node.Records.Request(rec.Successor)
@@ -283,13 +125,14 @@ func (r *Container) renewStaged(ctx context.Context) error {
 		return nil
 	}
 	if ours != nil {
-		r.log.WithField("differing", criclone.Diff(ours, next)).Info("what kubelet would make has changed since the preparation")
+		r.log.WithField("differing", criclone.Diff(ours, next)).
+			Info("what kubelet would make has changed since the preparation")
 	}
 	return r.stager.stageAnew(ctx, "")
 }
 
-// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for. If not, it
-// begins only when kubelet has asked.
+// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
+// If not, it begins only when kubelet has asked.
 func (r *Container) isCertain() bool {
-	return r.up == nil || r.handle.IsCertain()
+	return !r.kind.Adopted() || r.handle.IsCertain()
 }

@@ -17,11 +17,12 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/failpoint"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -42,10 +43,8 @@ func (r *Container) giveUp(ctx context.Context, why error) {
 	if r.claim != nil {
 		r.node.Lost.Abandon(ctx, r.log, r.claim, r.op.Pod(), rec)
 	}
-	if r.up != nil {
-		r.endOthers()
-	}
-	guard.Do(r.log, func() { r.lower(ctx) })
+	r.kind.Failed()
+	guard.Do(r.log, func() { r.room.Lower(ctx) })
 }
 
 // Container is the operation on one container: a state machine over [store.Step].
@@ -64,18 +63,14 @@ type Container struct {
 	revealer *revealer
 	undoer   *undoer
 
-	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
-	pod *cgroup.Pod
-	// shortSince is since when that pod has had too little memory, by each look.
-	shortSince time.Time
+	room  *room.Room
+	image *imagechange.Change
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
 
 	queued bool // it waits for the slot, or has ended doing so
 
-	change *newImage // nil if the image stays
-	up     *upgrade  // nil if it is no upgrade
-	join   *join     // nil if it is one
+	kind Kind
 }
 
 // newContainer has no side effects: one operation may have several on the same container.
@@ -89,17 +84,17 @@ func newContainer(node *Node, o *operation.Operation, i int) *Container {
 	}
 	r.old, r.stager, r.switcher = &incumbent{c: r}, &stager{r}, &switcher{c: r}
 	r.revealer, r.undoer = &revealer{c: r}, &undoer{r}
-	if upgrade := o.Upgrade(); upgrade != nil {
-		r.up = newUpgrade()
-		r.up.hurry = r.hurry
-		r.change = &newImage{want: upgrade.GetContainers()[i]}
-		return r
-	}
-	r.join = newJoin(r)
-	if spec.GetImage() != "" || spec.GetRevertImage() {
-		r.change = &newImage{want: &opsv1.ContainerUpgrade{
-			Name: spec.GetName(), Image: handle.Status().GetImage(), PullPolicy: spec.GetPullPolicy(),
-		}}
+	r.room = node.Rooms.Of(room.Container{
+		Operation: o, Index: i, Log: r.log, Write: r.write, Note: r.note, Warn: r.warn,
+		Exited: func() bool { return r.old.exit.Over() }, Interrupted: r.interrupted,
+	})
+	r.image = node.Images.Of(imagechange.Container{
+		Operation: o, Index: i, Log: r.log, Warn: r.warn, Failpoint: r.failpoint,
+	})
+	if o.Upgrade() != nil {
+		r.kind = newUpgrader(r)
+	} else {
+		r.kind = newRestarter(r)
 	}
 	return r
 }
@@ -116,15 +111,7 @@ func (r *Container) write(f func(rec *store.Container, c *opsv1.ContainerOperati
 }
 
 // failpoint is where a test may end or hold the process.
-func (r *Container) failpoint(name string) { failpoint.Reach(r.kind() + "." + name) }
-
-// kind is restart or upgrade.
-func (r *Container) kind() string {
-	if r.up != nil {
-		return "upgrade"
-	}
-	return "restart"
-}
+func (r *Container) failpoint(name string) { failpoint.Reach(r.kind.Name() + "." + name) }
 
 // show changes the public state only.
 func (r *Container) show(f func(c *opsv1.ContainerOperation)) { r.handle.Show(f) }
@@ -150,21 +137,13 @@ func (r *Container) runGuarded(ctx context.Context) (ok bool) {
 func (r *Container) run(ctx context.Context) bool {
 	if r.rec().Step == store.StepDone {
 		ok := r.status().GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
-		if r.up != nil && !ok {
-			r.endOthers() // the process before may not have come to that
+		if !ok {
+			r.kind.Failed() // the process before may not have come to that
 		}
 		return ok
 	}
-	drive := r.drive
-	if r.up != nil {
-		drive = r.driveUpgrade
-	}
-	err := guard.Try(r.log, func() error { return drive(ctx) })
-	if r.up != nil {
-		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
-	} else {
-		r.join.end(ctx.Err() != nil)
-	}
+	err := guard.Try(r.log, func() error { return r.kind.Drive(ctx) })
+	r.kind.Over(ctx.Err() != nil) // whatever is still to be done: kubelet is not kept waiting for it
 	defer func() {
 		r.old.exit.Close()
 		r.switcher.leaveGate()
@@ -190,21 +169,21 @@ func (r *Container) run(ctx context.Context) bool {
 		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
-		if !r.lower(ctx) {
+		if !r.room.Lower(ctx) {
 			return false
 		}
 		r.stager.removeGate() // whichever process has made or opened it
 		r.tellEnd(ctx)
 	}
-	if r.up != nil && out.Phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != opsv1.MethodKubelet {
-		r.node.Overrides.Set(r.slot(), nil) // the image is that of the pod's spec
+	if out.Phase == opsv1.Phase_PHASE_SUCCEEDED {
+		r.kind.Succeeded()
 	}
 	r.end(out)
 	if r.claim != nil {
 		r.claim.Release()
 	}
-	if r.up != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
-		r.endOthers()
+	if out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
+		r.kind.Failed()
 	}
 	return out.Phase == opsv1.Phase_PHASE_SUCCEEDED
 }
@@ -212,7 +191,7 @@ func (r *Container) run(ctx context.Context) bool {
 // end writes how it ended, and with the last container how the operation did. Not so for a container of
 // an upgrade that did not succeed: that cancels the others first.
 func (r *Container) end(out *operation.Outcome) {
-	if r.up != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
+	if r.kind.IsJoint() && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
 		r.writeEnd(out, r.handle.Write)
 	} else {
 		r.writeEnd(out, r.handle.End)
@@ -237,56 +216,56 @@ func (r *Container) writeEnd(
 	if out.Reason != "" {
 		log = log.WithFields(logrus.Fields{"reason": out.Reason, "message": out.Message})
 	}
-	log.Infof("container %s ended", r.kind())
+	log.Infof("container %s ended", r.kind.Name())
 }
 
 // drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
-func (r *Container) drive(ctx context.Context) error {
-	ready := r.prepareSpecImage
+func (d *restarter) Drive(ctx context.Context) error {
+	ready := d.prepareSpecImage
 	switch {
-	case r.claim != nil:
-		r.joins()
-		ready = r.resume
-	case r.change != nil:
-		ready = r.prepareImage
+	case d.c.claim != nil:
+		d.joins()
+		ready = d.c.resume
+	case d.c.image.Changes():
+		ready = d.prepareImage
 	}
 	if err := ready(ctx); err != nil {
 		return err
 	}
 	for {
 		var err error
-		switch s := r.rec().Step; s {
+		switch s := d.c.rec().Step; s {
 		case store.StepNone:
-			if err = r.stager.stage(ctx); r.revertStopped(err) {
+			if err = d.c.stager.stage(ctx); d.c.image.RevertStopped(err) {
 				return nil
 			}
 		case store.StepStaged:
-			if r.overlaps() {
-				err = r.switcher.beforeOverlap(ctx)
+			if d.c.overlaps() {
+				err = d.beforeOverlap(ctx)
 			} else {
-				err = r.switcher.beforeStop(ctx)
+				err = d.beforeStop(ctx)
 			}
 		case store.StepStart:
-			switch err = r.switcher.overlap(ctx); {
+			switch err = d.c.switcher.overlap(ctx); {
 			case err == nil:
-				err = r.switcher.beforeStop(ctx)
+				err = d.beforeStop(ctx)
 			case besideFails(err):
-				err = r.switcher.giveUpOverlap(ctx, err)
+				err = d.c.switcher.giveUpOverlap(ctx, err)
 			}
 		case store.StepStop:
-			err = r.switcher.swap(ctx)
+			err = d.c.switcher.swap(ctx)
 		case store.StepStarted:
-			return r.revealer.afterStart(ctx)
+			return d.afterStart(ctx)
 		case store.StepReveal: // resumed: kubelet has been shown both
-			if c := r.status(); c.GetReason() != "" {
+			if c := d.c.status(); c.GetReason() != "" {
 				return operation.Failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			if !r.op.Rebooted() { // else the runtime's times are those of the reboot
-				r.revealer.measure(ctx, r.rec())
+			if !d.c.op.Rebooted() { // else the runtime's times are those of the reboot
+				d.c.revealer.measure(ctx, d.c.rec())
 			}
-			if r.rec().Joined {
-				return r.awaitRecreation(ctx)
+			if d.c.rec().Joined {
+				return d.awaitRecreation(ctx)
 			}
 			return nil
 		default:
@@ -296,14 +275,6 @@ func (r *Container) drive(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// prepareSpecImage takes the slot once the image of the pod's spec is on the node.
-func (r *Container) prepareSpecImage(ctx context.Context) error {
-	if err := r.ensureImage(ctx); err != nil {
-		return err
-	}
-	return r.takeSlot(ctx)
 }
 
 // resume readies what the journal has of the container for the next step.
@@ -342,7 +313,7 @@ func (r *Container) outlived(ctx context.Context) error {
 	if r.op.Rebooted() {
 		return operation.Failf(opsv1.ReasonNodeRestarted, "the node was restarted in the middle of the %s, which ended all "+
 			"containers: kubelet makes them anew, and the new container of this %s has not taken over",
-			r.kind(), r.kind())
+			r.kind.Name(), r.kind.Name())
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
 	err := r.node.Retry(ctx, func() (err error) {
@@ -351,7 +322,7 @@ func (r *Container) outlived(ctx context.Context) error {
 	})
 	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return operation.Failf(opsv1.ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its "+
-			"containers with it: the pod goes away, or kubelet makes them anew", r.kind())
+			"containers with it: the pod goes away, or kubelet makes them anew", r.kind.Name())
 	}
 	return nil // what the runtime cannot tell, the next step meets
 }
@@ -367,9 +338,7 @@ func (r *Container) status() *opsv1.ContainerOperation { return r.handle.Status(
 func (r *Container) takeSlot(ctx context.Context) error {
 	waiting, end := crinode.EndWith(ctx, r.op.Cancelled())
 	defer end()
-	if r.up == nil {
-		defer r.wantSlot()()
-	}
+	defer r.kind.WantSlot()()
 	r.queued = true
 	if err := r.node.Lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {
@@ -384,9 +353,7 @@ func (r *Container) takeSlot(ctx context.Context) error {
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
-		if r.join != nil {
-			r.joins()
-		}
+		r.kind.Taken()
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()
@@ -407,7 +374,7 @@ func (r *Container) cancelledOutcome() *operation.Outcome {
 func (r *Container) interrupted() error {
 	if y := r.claim.YieldedTo(); y != nil {
 		return operation.Failf(opsv1.ReasonTakenBackByKubelet, "kubelet called %s in the middle of the %s and is in charge now",
-			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind())
+			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind.Name())
 	}
 	select {
 	case <-r.op.Cancelled(): // then it has not been committed, and never is

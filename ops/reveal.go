@@ -24,29 +24,29 @@ type revealer struct {
 }
 
 // afterStart runs postStart and reveals.
-func (v *revealer) afterStart(ctx context.Context) error {
-	rec := v.c.rec()
-	v.logLink(ctx, rec.Successor)
-	if err := v.postStartOnce(ctx); err != nil {
+func (d *restarter) afterStart(ctx context.Context) error {
+	rec := d.c.rec()
+	d.c.revealer.logLink(ctx, rec.Successor)
+	if err := d.c.revealer.postStartOnce(ctx); err != nil {
 		return err
 	}
-	if err := v.c.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
-	v.c.keepOverride()
-	v.holdProbes(ctx)
-	v.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.image.Keep()
+	d.c.revealer.holdProbes(ctx)
+	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal
 		op.Phase = opsv1.Phase_PHASE_REVEALING
 	})
-	if !v.c.claim.TryReveal() {
-		return v.c.interrupted()
+	if !d.c.claim.TryReveal() {
+		return d.c.interrupted()
 	}
-	joined := v.c.join.show()
-	v.c.failpoint("revealed")
-	v.measure(ctx, rec)
+	joined := d.join.show()
+	d.c.failpoint("revealed")
+	d.c.revealer.measure(ctx, rec)
 	if joined {
-		return v.c.awaitRecreation(ctx)
+		return d.awaitRecreation(ctx)
 	}
 	return nil
 }

@@ -23,16 +23,16 @@ import (
 
 const testMiB = 1 << 20
 
-// room gives all containers of a node one pod of cgroup v2 in a tree of files, which no kernel keeps.
-type room struct {
+// fakeRoom gives all containers of a node one pod of cgroup v2 in a tree of files, which no kernel keeps.
+type fakeRoom struct {
 	t    testing.TB
 	root string
 }
 
 // newRoom has a limit of 64 MiB and 20 MiB in use.
-func newRoom(t testing.TB) *room {
+func newRoom(t testing.TB) *fakeRoom {
 	t.Helper()
-	r := &room{t: t, root: t.TempDir()}
+	r := &fakeRoom{t: t, root: t.TempDir()}
 	r.set("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
 	r.set("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 2097152 kB")
 	r.set("pod/memory.max", strconv.Itoa(64*testMiB))
@@ -42,14 +42,14 @@ func newRoom(t testing.TB) *room {
 	return r
 }
 
-func (r *room) path(name string) string {
+func (r *fakeRoom) path(name string) string {
 	if rest, is := strings.CutPrefix(name, "pod/"); is {
 		return filepath.Join(r.root, "sys/fs/cgroup/kubepods/podu", rest)
 	}
 	return filepath.Join(r.root, name)
 }
 
-func (r *room) set(name, content string) {
+func (r *fakeRoom) set(name, content string) {
 	r.t.Helper()
 	path := r.path(name)
 	next := path + ".next" // the kernel never shows half a file
@@ -58,20 +58,20 @@ func (r *room) set(name, content string) {
 	}
 }
 
-func (r *room) used(mib int) {
+func (r *fakeRoom) used(mib int) {
 	r.t.Helper()
 	r.set("pod/memory.current", strconv.Itoa(mib*testMiB))
 }
 
 // cache has 63 MiB in use, 40 of them cache, of which so much is still to be written.
-func (r *room) cache(dirty int) {
+func (r *fakeRoom) cache(dirty int) {
 	r.t.Helper()
 	r.used(63)
 	r.set("pod/memory.stat", fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty %d", 20*testMiB, 40*testMiB, dirty*testMiB))
 }
 
 // limit is the pod's, in MiB.
-func (r *room) limit() int {
+func (r *fakeRoom) limit() int {
 	b, err := os.ReadFile(r.path("pod/memory.max"))
 	if err != nil {
 		r.t.Error(err)
@@ -84,7 +84,7 @@ func (r *room) limit() int {
 }
 
 // find is [cgroup.System.Find].
-func (r *room) find(pid int, container string) (*cgroup.Pod, error) {
+func (r *fakeRoom) find(pid int, container string) (*cgroup.Pod, error) {
 	r.set(fmt.Sprintf("proc/%d/cgroup", pid), "0::/kubepods/podu/"+container)
 	r.set("pod/"+container+"/memory.current", strconv.Itoa(15*testMiB))
 	r.set("pod/"+container+"/pids.current", "5")
@@ -99,7 +99,7 @@ func warnings(op *opsv1.Operation) string {
 }
 
 // limited is a node with a pod of limited room, and with the memory limit of app.
-func limited(t *testing.T, o podOptions, limitMiB int64) (*node, *room) {
+func limited(t *testing.T, o podOptions, limitMiB int64) (*node, *fakeRoom) {
 	t.Helper()
 	o.processes = true
 	o.room = newRoom(t)
@@ -122,50 +122,50 @@ func TestNoRoomForTheGate(t *testing.T) {
 	const again = "CreateContainer app/1; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"
 	for _, tc := range []struct {
 		name   string
-		begin  func(*room) // before the operation
-		before func(*room) // before the old container is stopped
+		begin  func(*fakeRoom) // before the operation
+		before func(*fakeRoom) // before the old container is stopped
 		method string
 		calls  string
 		warns  string
 	}{
 		{name: "room", method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
 		{
-			name: "cache is room", begin: func(r *room) {
+			name: "cache is room", begin: func(r *fakeRoom) {
 				r.used(63)
 				r.set("pod/memory.stat", fmt.Sprintf("inactive_file %d", 30*testMiB))
 			},
 			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
-			name: "cache that the kernel counts a moment later", begin: func(r *room) {
+			name: "cache that the kernel counts a moment later", begin: func(r *fakeRoom) {
 				r.cache(40)
 				time.AfterFunc(300*time.Millisecond, func() { r.cache(0) })
 			},
 			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
-			name: "cache that stays to be written", begin: func(r *room) { r.cache(35) }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "cache that stays to be written", begin: func(r *fakeRoom) { r.cache(35) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 6.0 MiB of memory free (limit 64.0 MiB, 63.0 MiB used, of which 5.0 MiB is cache, in /kubepods/podu), less than the 16.0 MiB",
 		},
 		{
-			name: "little memory", begin: func(r *room) { r.used(60) }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "little memory", begin: func(r *fakeRoom) { r.used(60) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 4.0 MiB of memory free (limit 64.0 MiB, 60.0 MiB used, in /kubepods/podu), less than the 16.0 MiB",
 		},
 		{
-			name: "more than the limit", begin: func(r *room) { r.used(65) }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "more than the limit", begin: func(r *fakeRoom) { r.used(65) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 0.0 MiB of memory free",
 		},
 		{
-			name: "few process IDs", begin: func(r *room) { r.set("pod/pids.max", "20") }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "few process IDs", begin: func(r *fakeRoom) { r.set("pod/pids.max", "20") }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 10 process IDs free (limit 20, 10 used, in /kubepods/podu), less than the 24",
 		},
-		{name: "memory that goes", before: func(r *room) { r.used(60) }, method: opsv1.MethodPidfd, calls: again, warns: "the pod has 4.0 MiB of memory free"},
+		{name: "memory that goes", before: func(r *fakeRoom) { r.used(60) }, method: opsv1.MethodPidfd, calls: again, warns: "the pod has 4.0 MiB of memory free"},
 		{
-			name: "process IDs that go", before: func(r *room) { r.set("pod/pids.current", "999") }, method: opsv1.MethodPidfd, calls: again,
+			name: "process IDs that go", before: func(r *fakeRoom) { r.set("pod/pids.current", "999") }, method: opsv1.MethodPidfd, calls: again,
 			warns: "the pod has 1 process IDs free",
 		},
 		{
-			name: "not known", begin: func(r *room) { r.set("pod/memory.max", "much") },
+			name: "not known", begin: func(r *fakeRoom) { r.set("pod/memory.max", "much") },
 			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 	} {
@@ -208,17 +208,17 @@ func TestNoRoomForTheGate(t *testing.T) {
 // An upgrade starts nothing before kubelet stops the old container, and no longer leaves it waiting, when there is no room.
 func TestNoRoomWhenArmed(t *testing.T) {
 	for name, tc := range map[string]struct {
-		prepared, armed func(*room)
+		prepared, armed func(*fakeRoom)
 		reboot          bool
 		want            string // what is alive then
 		method          string
 	}{
-		"at once":                            {prepared: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"later":                              {armed: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"the next process, it waits":         {armed: func(r *room) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
-		"the next process, later":            {armed: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"the next process, nothing waits":    {prepared: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"as much as it takes while it waits": {armed: func(r *room) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
+		"at once":                            {prepared: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"later":                              {armed: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"the next process, it waits":         {armed: func(r *fakeRoom) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
+		"the next process, later":            {armed: func(r *fakeRoom) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"the next process, nothing waits":    {prepared: func(r *fakeRoom) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"as much as it takes while it waits": {armed: func(r *fakeRoom) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -268,10 +268,10 @@ func TestNoRoomWhenArmed(t *testing.T) {
 // The pod has room for the second container while it runs beside the first, and not longer.
 func TestRoomToOverlap(t *testing.T) {
 	for name, tc := range map[string]struct {
-		begin func(*room)
+		begin func(*fakeRoom)
 		limit int64 // of the container, in MiB
 		// during is what happens while both run.
-		during func(*room)
+		during func(*fakeRoom)
 		fails  bool // the successor does not start
 		most   int  // the pod's limit then, in MiB
 		end    int
@@ -281,13 +281,13 @@ func TestRoomToOverlap(t *testing.T) {
 		"the container's own limit":   {limit: 48, most: 112, end: 64, want: succeeded},
 		"no limit of its own":         {most: 64 + 15, end: 64, want: succeeded},
 		"it does not start":           {limit: 48, fails: true, most: 112, end: 64, want: "FAILED, app FAILED StartFailed"},
-		"a resize meanwhile":          {limit: 48, most: 112, during: func(r *room) { r.set("pod/memory.max", strconv.Itoa(80*testMiB)) }, end: 80, want: succeeded},
-		"a pod that is nearly full":   {limit: 48, begin: func(r *room) { r.used(63) }, most: 112, end: 64, want: succeeded},
-		"a pod without a limit":       {limit: 48, begin: func(r *room) { r.set("pod/memory.max", strconv.Itoa(1<<40)) }, most: 1<<20 + 48, end: 1 << 20, want: succeeded},
-		"the node has less":           {limit: 48, begin: func(r *room) { r.set("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 40960 kB") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "it may use 48.0 MiB, and outside of the pod there is 40.0 MiB of memory free (limit 4096.0 MiB, 4056.0 MiB used, in the node)"},
-		"the pods of the node do":     {limit: 48, begin: func(r *room) { r.above(1000, 980) }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "20.0 MiB of memory free (limit 1000.0 MiB, 980.0 MiB used, in /kubepods)"},
-		"few process IDs":             {begin: func(r *room) { r.set("pod/pids.max", "14") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "the old one has 5 processes and threads, and the pod has 4 process IDs free"},
-		"the limit cannot be written": {limit: 48, begin: func(r *room) { r.readOnly() }, end: 0, want: "FAILED, app FAILED InsufficientResources", says: "the pod's limit cannot be raised"},
+		"a resize meanwhile":          {limit: 48, most: 112, during: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(80*testMiB)) }, end: 80, want: succeeded},
+		"a pod that is nearly full":   {limit: 48, begin: func(r *fakeRoom) { r.used(63) }, most: 112, end: 64, want: succeeded},
+		"a pod without a limit":       {limit: 48, begin: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(1<<40)) }, most: 1<<20 + 48, end: 1 << 20, want: succeeded},
+		"the node has less":           {limit: 48, begin: func(r *fakeRoom) { r.set("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 40960 kB") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "it may use 48.0 MiB, and outside of the pod there is 40.0 MiB of memory free (limit 4096.0 MiB, 4056.0 MiB used, in the node)"},
+		"the pods of the node do":     {limit: 48, begin: func(r *fakeRoom) { r.above(1000, 980) }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "20.0 MiB of memory free (limit 1000.0 MiB, 980.0 MiB used, in /kubepods)"},
+		"few process IDs":             {begin: func(r *fakeRoom) { r.set("pod/pids.max", "14") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "the old one has 5 processes and threads, and the pod has 4 process IDs free"},
+		"the limit cannot be written": {limit: 48, begin: func(r *fakeRoom) { r.readOnly() }, end: 0, want: "FAILED, app FAILED InsufficientResources", says: "the pod's limit cannot be raised"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -335,14 +335,14 @@ func TestRoomToOverlap(t *testing.T) {
 }
 
 // above sets limit and use of what is above the pod, in MiB.
-func (r *room) above(limit, used int) {
+func (r *fakeRoom) above(limit, used int) {
 	r.t.Helper()
 	r.set("sys/fs/cgroup/kubepods/memory.max", strconv.Itoa(limit*testMiB))
 	r.set("sys/fs/cgroup/kubepods/memory.current", strconv.Itoa(used*testMiB))
 }
 
 // readOnly makes the limit a file that nobody writes.
-func (r *room) readOnly() {
+func (r *fakeRoom) readOnly() {
 	r.t.Helper()
 	if os.Getuid() != 0 {
 		if err := os.Chmod(r.path("pod/memory.max"), 0o400); err != nil {

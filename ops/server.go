@@ -18,6 +18,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
@@ -55,7 +56,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 		}
 		return known.Snapshot(), nil
 	}
-	if s.e.node.Images == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
+	if s.e.node.Images.Puller == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which a restart with another image needs")
 	}
 	pod, err := s.precheck(ctx, req)
@@ -90,10 +91,10 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 			continue
 		}
 		_, err := s.e.node.Resolve(ctx, pod, c, req.GetForce())
-		if c.GetRevertImage() && (err == nil || notRunning(err)) {
+		if c.GetRevertImage() && (err == nil || imagechange.NotRunning(err)) {
 			err = nil
 			if s.e.node.Overrides.Of(slot) == nil {
-				err = notOverridden(c.GetName())
+				err = imagechange.NotOverridden(c.GetName())
 			}
 		}
 		if err != nil {

@@ -46,11 +46,9 @@ func (s *stager) stage(ctx context.Context) error {
 		return err
 	}
 	s.c.node.Switchover.Probe(ctx)
-	var plan *store.Override
-	if s.c.change != nil && s.c.up == nil {
-		if plan, err = s.c.planImage(call, found); err != nil {
-			return err
-		}
+	plan, err := s.c.image.Plan(call, found)
+	if err != nil {
+		return err
 	}
 	token := s.c.node.Tokens.New()
 	err = s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
@@ -67,13 +65,13 @@ func (s *stager) stage(ctx context.Context) error {
 			return ctx.Err()
 		}
 		return operation.Failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
-			"(%v); try again when crictl ps answers at once", s.c.kind(), hidePatience, err)
+			"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hidePatience, err)
 	}
 	if err := s.chooseMethod(call); err != nil {
 		return err
 	}
 	if s.c.overlaps() { // before anything is made for it
-		if err := s.c.roomBeside(call); err != nil {
+		if err := s.c.room.Beside(call, s.c.resources()); err != nil {
 			return err
 		}
 	}
@@ -87,13 +85,7 @@ func (s *stager) stage(ctx context.Context) error {
 	return s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		rec.Step, rec.Successor = store.StepStaged, id
 		c.SuccessorId = id
-		if s.c.up != nil {
-			rec.Step, rec.HoldSince, c.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
-			return
-		}
-		if !s.c.overlaps() {
-			c.Phase = opsv1.Phase_PHASE_STOPPING
-		}
+		s.c.kind.Staged(rec, c)
 	})
 }
 
@@ -111,7 +103,7 @@ func (s *stager) chooseMethod(ctx context.Context) error {
 		return err
 	}
 	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(s.c.old.request.GetConfig()) == nil {
-		why := s.c.noRoomForGate(ctx)
+		why := s.c.room.RefuseGate(ctx)
 		if why == "" {
 			s.c.setMethod(opsv1.MethodGate)
 			return nil

@@ -18,39 +18,39 @@ import (
 // is on disk before the hook runs: the next process neither grants the grace period anew nor lets
 // anyone cancel. Without a hook, the same write has the step stop. From then on kubelet's own stops
 // join.
-func (s *switcher) beforeStop(ctx context.Context) error {
-	if err := s.c.old.load(ctx); err != nil {
+func (d *restarter) beforeStop(ctx context.Context) error {
+	if err := d.c.old.load(ctx); err != nil {
 		return err
 	}
-	rec := s.c.rec()
+	rec := d.c.rec()
 	resumed := !rec.StopBy.IsZero() // it is written after the commit
-	s.c.claim.Mask()
+	d.c.claim.Mask()
 	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's, unless
 	// the successor runs already.
-	running, err := s.c.old.watch(ctx)
+	running, err := d.c.old.watch(ctx)
 	if err != nil {
 		return err
 	}
 	if !resumed {
-		if err := s.c.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
+		if err := d.c.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
 			return err
 		}
-		if !running && !s.c.overlaps() {
-			return s.c.old.stoppedByItself(ctx)
+		if !running && !d.c.overlaps() {
+			return d.c.old.stoppedByItself(ctx)
 		}
-		if !s.c.op.PassPointOfNoReturn() {
-			return s.c.cancelledOutcome()
+		if !d.c.op.PassPointOfNoReturn() {
+			return d.c.cancelledOutcome()
 		}
 	}
-	grace := s.c.old.grace()
+	grace := d.c.old.grace()
 	var hook *opsv1.Hook
 	if running {
-		hook = s.preStopHook(grace)
+		hook = d.preStopHook(grace)
 	}
 	if rec.StopBy.IsZero() {
 		rec.StopBy = time.Now().Add(grace)
-		s.c.join.listen(rec.StopBy)
-		err := s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		d.join.listen(rec.StopBy)
+		err := d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
 			if hook == nil {
 				c.Step = store.StepStop
@@ -59,32 +59,32 @@ func (s *switcher) beforeStop(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		s.untouched = hook == nil && !rec.SuccessorMayRun()
+		d.c.switcher.untouched = hook == nil && !rec.SuccessorMayRun()
 	}
-	s.c.revealer.probeHold(ctx)
+	d.c.revealer.probeHold(ctx)
 	if hook != nil {
-		s.runPreStop(ctx, hook, grace, rec.StopBy)
+		d.runPreStop(ctx, hook, grace, rec.StopBy)
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := s.c.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
-	if s.c.rec().Step == store.StepStop {
+	if d.c.rec().Step == store.StepStop {
 		return nil
 	}
-	return s.c.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
+	return d.c.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
 }
 
 // preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no grace
 // means no hook.
-func (s *switcher) preStopHook(grace time.Duration) *opsv1.Hook {
-	hook := s.c.spec.GetPreStop()
+func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
+	hook := d.c.spec.GetPreStop()
 	if hook == nil {
 		var err error
-		if hook, err = hooks.RecordedPreStop(s.c.old.status.GetAnnotations()); err != nil {
-			s.preStopFailed("preStop: %v", err)
+		if hook, err = hooks.RecordedPreStop(d.c.old.status.GetAnnotations()); err != nil {
+			d.preStopFailed("preStop: %v", err)
 		}
 	}
 	if grace <= 0 {
@@ -95,28 +95,28 @@ func (s *switcher) preStopHook(grace time.Duration) *opsv1.Hook {
 
 // runPreStop runs the hook within the grace. As in kubelet, its failure does not keep the container
 // from being stopped.
-func (s *switcher) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
+func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	ctx, end := crinode.EndWith(ctx, s.c.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, d.c.claim.Yielded())
 	defer end()
-	ctx, end = crinode.EndWith(ctx, s.c.join.sooner)
+	ctx, end = crinode.EndWith(ctx, d.join.sooner)
 	defer end()
-	if gone := s.c.old.exit.Ended(); gone != nil {
+	if gone := d.c.old.exit.Ended(); gone != nil {
 		ctx, end = crinode.EndWith(ctx, gone) // nobody left to run it in
 		defer end()
 	}
-	rec := s.c.rec()
-	if err := s.c.node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
-		s.preStopFailed("preStop hook failed: %v", err)
+	rec := d.c.rec()
+	if err := d.c.node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+		d.preStopFailed("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		s.preStopFailed("preStop hook did not end within the grace period of %s", grace)
+		d.preStopFailed("preStop hook did not end within the grace period of %s", grace)
 	}
 }
 
 // preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The warning
 // begins with "preStop".
-func (s *switcher) preStopFailed(format string, args ...any) {
-	s.c.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
-	s.c.warn(format, args...)
+func (d *restarter) preStopFailed(format string, args ...any) {
+	d.c.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
+	d.c.warn(format, args...)
 }

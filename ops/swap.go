@@ -160,8 +160,8 @@ func (s *switcher) arm(ctx context.Context) error {
 			return nil
 		}
 		// In the middle of the stop, and in the next process, the successor may wait there already.
-		if !s.held && s.unstarted(ctx) {
-			if why := s.c.noRoomForGate(ctx); why != "" {
+		if !s.held && s.c.room.Unstarted(ctx) {
+			if why := s.c.room.RefuseGate(ctx); why != "" {
 				if err := s.stopFirstFor(ctx, why); err != nil {
 					return err
 				}

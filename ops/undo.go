@@ -33,7 +33,7 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 	if u.c.claim == nil || !rec.HoldsSlot() {
 		return true
 	}
-	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.up != nil && u.c.up.revealed || u.c.join != nil && u.c.join.isShown()) {
+	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.kind.Revealed()) {
 		return true // shown already
 	}
 	if out.Reason == opsv1.ReasonInternalError {
@@ -46,12 +46,12 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 			return true
 		}
 	}
-	u.c.undoOverride()
+	u.c.image.Undo()
 	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepUndo
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && u.c.up == nil {
+	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && !u.c.kind.Adopted() {
 		touched, err := u.c.old.hasStopped(ctx)
 		if err != nil {
 			return false
@@ -127,9 +127,7 @@ func (u *undoer) atGate(ctx context.Context, pid int, id string) bool {
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
 func (u *undoer) showServing(out *operation.Outcome) {
-	if u.c.change != nil && !u.c.change.changed {
-		guard.Do(u.c.log, u.c.keepOverride) // it may be what has failed
-	}
+	guard.Do(u.c.log, u.c.image.Keep) // it may be what has failed
 	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal
 		op.Reason, op.Message = out.Reason, out.Message

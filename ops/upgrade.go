@@ -19,7 +19,6 @@ import (
 
 // What an upgrade does whose command does not say otherwise.
 const (
-	defaultPin     = 24 * time.Hour
 	defaultPrepare = 30 * time.Minute
 	defaultHold    = 10 * time.Minute
 )
@@ -36,7 +35,7 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if err := errors.Join(validateUpgrade(req), validateEnvironments(given)); err != nil {
 		return nil, err
 	}
-	if s.e.node.Images == nil {
+	if s.e.node.Images.Puller == nil {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which an upgrade needs")
 	}
 	if known := s.e.lookup(req.GetUid()); known != nil {

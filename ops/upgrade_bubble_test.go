@@ -27,6 +27,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -40,7 +41,7 @@ type fakeImages struct {
 	pinned []string
 }
 
-var _ Images = (*fakeImages)(nil)
+var _ imagechange.Puller = (*fakeImages)(nil)
 
 func newFakeImages() *fakeImages {
 	images := map[string]*runtimeapi.Image{}
@@ -154,7 +155,8 @@ func (n *upNode) boot(state string) {
 	n.must(err)
 	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
 	n.must(err)
-	p.engine.node.ImageService, p.engine.node.Overrides, p.engine.disk.Overrides = n.images, overrides, overrides
+	p.engine.node.Images.Service, p.engine.node.Images.Overrides = n.images, overrides
+	p.engine.node.Overrides, p.engine.disk.Overrides = overrides, overrides
 	unsynced(p.engine.disk.Journal)
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{

@@ -24,7 +24,7 @@ func upgradable(t *testing.T) *node {
 
 func (n *node) withImages() {
 	images := newFakeImages()
-	n.engine.node.Images, n.engine.node.ImageService = images, images
+	n.engine.node.Images.Puller, n.engine.node.Images.Service = images, images
 }
 
 // phase waits for a phase of the operation.

@@ -160,8 +160,8 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 const holdLeast = 15 * time.Second
 
 // holdLeft is what is left of the time for which the upgrade waits, whichever process began to.
-func (r *Container) holdLeft(limit time.Duration) time.Duration {
-	since := r.rec().HoldSince
+func (d *upgrader) holdLeft(limit time.Duration) time.Duration {
+	since := d.c.rec().HoldSince
 	if since.IsZero() { // written by a version that did not keep it
 		return limit
 	}
@@ -169,21 +169,21 @@ func (r *Container) holdLeft(limit time.Duration) time.Duration {
 }
 
 // awaitRelease waits until the caller is about to patch the pod's spec.
-func (r *Container) awaitRelease(ctx context.Context) error {
+func (d *upgrader) awaitRelease(ctx context.Context) error {
 	var yielded <-chan struct{} // never, without a slot
-	if r.claim != nil {
-		yielded = r.claim.Yielded()
+	if d.c.claim != nil {
+		yielded = d.c.claim.Yielded()
 	}
-	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
-	hold := time.NewTimer(r.holdLeft(limit))
+	limit := orElse(d.c.op.Upgrade().GetHoldTimeout(), defaultHold)
+	hold := time.NewTimer(d.holdLeft(limit))
 	defer hold.Stop()
 	select {
-	case <-r.op.Committed():
+	case <-d.c.op.Committed():
 		return nil
 	case <-yielded:
-		return r.interrupted()
-	case <-r.op.Cancelled():
-		return r.cancelledOutcome()
+		return d.c.interrupted()
+	case <-d.c.op.Cancelled():
+		return d.c.cancelledOutcome()
 	case <-hold.C:
 		return operation.Failf(opsv1.ReasonHoldTimeout, "not committed within %s", limit)
 	case <-ctx.Done():
@@ -192,68 +192,68 @@ func (r *Container) awaitRelease(ctx context.Context) error {
 }
 
 // awaitCommit waits for the commit of an upgrade whose successor is staged.
-func (r *Container) awaitCommit(ctx context.Context) error {
-	if err := r.awaitRelease(ctx); err != nil {
+func (d *upgrader) awaitCommit(ctx context.Context) error {
+	if err := d.awaitRelease(ctx); err != nil {
 		return err
 	}
-	if err := r.old.load(ctx); err != nil {
+	if err := d.c.old.load(ctx); err != nil {
 		return err
 	}
-	running, err := r.old.watch(ctx)
+	running, err := d.c.old.watch(ctx)
 	if err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
 	if !running {
-		return r.old.stoppedByItself(ctx)
+		return d.c.old.stoppedByItself(ctx)
 	}
-	if err := r.renewStaged(ctx); err != nil {
+	if err := d.c.renewStaged(ctx); err != nil {
 		return err
 	}
-	if r.overlaps() && !r.isCertain() {
-		r.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
+	if d.c.overlaps() && !d.c.isCertain() {
+		d.c.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
 	}
-	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase = store.StepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
-		if r.overlaps() {
+		if d.c.overlaps() {
 			c.Step = store.StepStart
 		}
 	})
 }
 
 // makeReady brings the successor as far as it comes while the incumbent serves.
-func (r *Container) makeReady(ctx context.Context) error {
-	if err := r.old.load(ctx); err != nil {
+func (d *upgrader) makeReady(ctx context.Context) error {
+	if err := d.c.old.load(ctx); err != nil {
 		return err
 	}
-	if _, err := r.old.watch(ctx); err != nil {
+	if _, err := d.c.old.watch(ctx); err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
 	var err error
 	switch {
-	case r.overlaps():
-		if err = r.switcher.overlap(ctx); besideFails(err) {
-			err = r.switcher.giveUpOverlap(ctx, err)
+	case d.c.overlaps():
+		if err = d.c.switcher.overlap(ctx); besideFails(err) {
+			err = d.c.switcher.giveUpOverlap(ctx, err)
 		}
-	case r.rec().Method == opsv1.MethodGate:
-		err = r.switcher.arm(ctx)
+	case d.c.rec().Method == opsv1.MethodGate:
+		err = d.c.switcher.arm(ctx)
 	default:
-		err = r.stager.ensureStaged(ctx)
+		err = d.c.stager.ensureStaged(ctx)
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.interrupted(); err != nil {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
-	r.revealer.probeHold(ctx)
-	r.up.listen(true) // before anyone is told that kubelet may come
-	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.revealer.probeHold(ctx)
+	d.up.listen(true) // before anyone is told that kubelet may come
+	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase, op.SuccessorId = store.StepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
 	})
 }
@@ -262,45 +262,45 @@ func (r *Container) makeReady(ctx context.Context) error {
 const armedPoll = time.Second
 
 // awaitKubelet waits until kubelet, which has seen the new spec, stops the incumbent.
-func (r *Container) awaitKubelet(ctx context.Context) error {
-	if err := r.rearm(ctx); err != nil {
+func (d *upgrader) awaitKubelet(ctx context.Context) error {
+	if err := d.rearm(ctx); err != nil {
 		return err
 	}
-	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
-	hold := time.NewTimer(r.holdLeft(limit))
+	limit := orElse(d.c.op.Upgrade().GetHoldTimeout(), defaultHold)
+	hold := time.NewTimer(d.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
 	defer look.Stop()
 	for {
 		select {
-		case q := <-r.up.stops:
-			if why := r.refusal(ctx); why != "" {
-				r.log.WithField("reason", why).Info("kubelet stops the container for another reason than the upgrade")
+		case q := <-d.up.stops:
+			if why := d.refusal(ctx); why != "" {
+				d.c.log.WithField("reason", why).Info("kubelet stops the container for another reason than the upgrade")
 				q.answer <- false
 				continue // it takes the slot back
 			}
-			return r.stopFor(q.grace, func() { r.up.pending = append(r.up.pending, q) })
-		case q := <-r.up.creates:
+			return d.stopFor(q.grace, func() { d.up.pending = append(d.up.pending, q) })
+		case q := <-d.up.creates:
 			// The incumbent has ended by itself, and kubelet makes the next one.
-			if differing := r.differs(ctx, q.req); len(differing) > 0 || r.successor() == "" {
+			if differing := d.c.differs(ctx, q.req); len(differing) > 0 || d.c.successor() == "" {
 				q.answer <- adoption{}
 				continue
 			}
-			r.sure()
-			return r.stopFor(int64(crinode.MinGrace/time.Second), func() { r.up.asked = &q })
+			d.sure()
+			return d.stopFor(int64(crinode.MinGrace/time.Second), func() { d.up.asked = &q })
 		case <-look.C:
-			if err := r.makeRoom(ctx); err != nil {
+			if err := d.c.makeRoom(ctx); err != nil {
 				return err
 			}
-			if r.overlaps() && !r.old.exit.Over() {
-				if err := r.switcher.successorRuns(ctx, r.successor()); err != nil {
+			if d.c.overlaps() && !d.c.old.exit.Over() {
+				if err := d.c.switcher.successorRuns(ctx, d.c.successor()); err != nil {
 					return err
 				}
 			}
-		case <-r.claim.Yielded():
-			return r.interrupted()
-		case <-r.op.Cancelled():
-			return r.cancelledOutcome()
+		case <-d.c.claim.Yielded():
+			return d.c.interrupted()
+		case <-d.c.op.Cancelled():
+			return d.c.cancelledOutcome()
 		case <-hold.C:
 			return operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's "+
 				"spec patched?", limit)
@@ -311,36 +311,36 @@ func (r *Container) awaitKubelet(ctx context.Context) error {
 }
 
 // rearm makes a successor ready again that a process before this one had made so.
-func (r *Container) rearm(ctx context.Context) error {
-	if r.old.request != nil {
+func (d *upgrader) rearm(ctx context.Context) error {
+	if d.c.old.request != nil {
 		return nil // this one has
 	}
-	if err := r.old.load(ctx); err != nil {
+	if err := d.c.old.load(ctx); err != nil {
 		return err
 	}
-	if _, err := r.old.watch(ctx); err != nil {
+	if _, err := d.c.old.watch(ctx); err != nil {
 		return err
 	}
-	if r.rec().Method == opsv1.MethodGate {
-		return r.switcher.arm(ctx)
+	if d.c.rec().Method == opsv1.MethodGate {
+		return d.c.switcher.arm(ctx)
 	}
-	return r.stager.ensureStaged(ctx)
+	return d.c.stager.ensureStaged(ctx)
 }
 
 func (r *Container) successor() string { return r.rec().Successor }
 
 // stopFor passes the point of no return: the incumbent is to be stopped within the grace, in seconds.
-func (r *Container) stopFor(grace int64, accept func()) error {
-	if !r.op.PassPointOfNoReturn() {
-		return r.cancelledOutcome()
+func (d *upgrader) stopFor(grace int64, accept func()) error {
+	if !d.c.op.PassPointOfNoReturn() {
+		return d.c.cancelledOutcome()
 	}
-	r.claim.Mask()
+	d.c.claim.Mask()
 	by := time.Now().Add(time.Duration(grace) * time.Second)
-	err := r.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	err := d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, c.Grace, c.StopBy, op.Phase = store.StepStop, grace, by, opsv1.Phase_PHASE_STOPPING
 	})
 	if err == nil {
-		r.up.stopBy(by)
+		d.up.stopBy(by)
 		accept()
 	}
 	return err
@@ -359,9 +359,9 @@ func (r *Container) hurry(ctx context.Context, grace time.Duration) {
 
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
-func (r *Container) refusal(ctx context.Context) string {
-	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
-		if pod.Images[r.spec.GetName()] != r.change.want.GetImage() {
+func (d *upgrader) refusal(ctx context.Context) string {
+	return d.c.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[d.c.spec.GetName()] != d.c.image.Image() {
 			return "the pod's spec has not the new image yet"
 		}
 		return ""
@@ -369,43 +369,43 @@ func (r *Container) refusal(ctx context.Context) string {
 }
 
 // sure says that the successor is what kubelet asks for.
-func (r *Container) sure() {
-	r.handle.SetCertain()
+func (d *upgrader) sure() {
+	d.c.handle.SetCertain()
 }
 
 // awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
 // successor has run nothing yet. ended says that nothing is left to do.
-func (r *Container) awaitRequest(ctx context.Context) (ended bool, err error) {
-	if err := r.rearm(ctx); err != nil {
+func (d *upgrader) awaitRequest(ctx context.Context) (ended bool, err error) {
+	if err := d.rearm(ctx); err != nil {
 		return true, err
 	}
-	r.up.stopBy(time.Time{})
-	for _, q := range r.up.pending {
+	d.up.stopBy(time.Time{})
+	for _, q := range d.up.pending {
 		q.answer <- true
 	}
-	r.up.pending = nil
-	r.failpoint("asking")
-	limit := orElse(r.op.Upgrade().GetHoldTimeout(), defaultHold)
+	d.up.pending = nil
+	d.c.failpoint("asking")
+	limit := orElse(d.c.op.Upgrade().GetHoldTimeout(), defaultHold)
 	patience := time.NewTimer(limit)
 	defer patience.Stop()
 	for {
 		select {
-		case q := <-r.up.stops:
+		case q := <-d.up.stops:
 			q.answer <- true // it has been
-		case q := <-r.up.creates:
-			if differing := r.differs(ctx, q.req); len(differing) > 0 {
-				err := r.leaveCreation(ctx, differing, 0)
+		case q := <-d.up.creates:
+			if differing := d.c.differs(ctx, q.req); len(differing) > 0 {
+				err := d.leaveCreation(ctx, differing, 0)
 				if err == nil {
-					r.revealer.holdNext(ctx, adoptPatience)
+					d.c.revealer.holdNext(ctx, adoptPatience)
 				}
 				return true, err
 			}
 			// Before it begins, for the next process.
-			r.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step, c.Asked = store.StepStop, true })
-			r.up.asked = &q
+			d.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step, c.Asked = store.StepStop, true })
+			d.up.asked = &q
 			return false, nil
-		case <-r.claim.Yielded():
-			return true, r.interrupted()
+		case <-d.c.claim.Yielded():
+			return true, d.c.interrupted()
 		case <-patience.C:
 			return true, operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has stopped the container and not asked for the "+
 				"new one within %s", limit)
@@ -416,45 +416,45 @@ func (r *Container) awaitRequest(ctx context.Context) (ended bool, err error) {
 }
 
 // leaveCreation lets kubelet make the container, because it asks for another one than the successor, which has this time to end.
-func (r *Container) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
-	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
+func (d *upgrader) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
+	d.c.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
 	if grace > 0 {
-		r.stager.stopWithin(ctx, r.successor(), grace)
+		d.c.stager.stopWithin(ctx, d.c.successor(), grace)
 	}
-	if err := r.stager.removeContainer(ctx, r.successor()); err != nil {
+	if err := d.c.stager.removeContainer(ctx, d.c.successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
 	}
-	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
-	r.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
+	d.c.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
+	d.c.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
 		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
 	})
-	r.setMethod(opsv1.MethodKubelet)
+	d.c.setMethod(opsv1.MethodKubelet)
 	return nil
 }
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
-func (r *Container) showSuccessor(ctx context.Context) error {
-	if err := r.interrupted(); err != nil {
+func (d *upgrader) showSuccessor(ctx context.Context) error {
+	if err := d.c.interrupted(); err != nil {
 		return err
 	}
-	r.revealer.holdProbes(ctx)
-	r.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.revealer.holdProbes(ctx)
+	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = store.StepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
-	if !r.claim.TryReveal() {
-		return r.interrupted()
+	if !d.c.claim.TryReveal() {
+		return d.c.interrupted()
 	}
-	r.up.revealed = true
-	r.up.stopBy(time.Time{})
-	for _, q := range r.up.pending {
+	d.up.revealed = true
+	d.up.stopBy(time.Time{})
+	for _, q := range d.up.pending {
 		q.answer <- true
 	}
-	r.up.pending = nil
-	r.failpoint("revealed")
-	r.revealer.measure(ctx, r.rec())
+	d.up.pending = nil
+	d.c.failpoint("revealed")
+	d.c.revealer.measure(ctx, d.c.rec())
 	return nil
 }
 
@@ -464,42 +464,40 @@ func (r *Container) showSuccessor(ctx context.Context) error {
 const adoptPatience = 2 * time.Minute
 
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (r *Container) awaitAdoption(ctx context.Context) error {
-	r.up.revealed = true
-	if r.rec().Raised != nil {
-		if err := r.lowerOnce(); err != nil {
-			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
-		}
+func (d *upgrader) awaitAdoption(ctx context.Context) error {
+	d.up.revealed = true
+	if err := d.c.room.TryLower(); err != nil {
+		d.c.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
 	}
-	if r.op.Rebooted() {
+	if d.c.op.Rebooted() {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
-	if r.rec().Asked && r.up.asked == nil {
+	if d.c.rec().Asked && d.up.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
-		return r.unasked(ctx)
+		return d.unasked(ctx)
 	}
 	patience := time.NewTimer(adoptPatience)
 	defer patience.Stop()
-	if q := r.up.asked; q != nil {
-		r.up.asked = nil
-		if ended, err := r.adopt(ctx, *q); ended || err != nil {
+	if q := d.up.asked; q != nil {
+		d.up.asked = nil
+		if ended, err := d.adopt(ctx, *q); ended || err != nil {
 			return err
 		}
 	}
 	for {
 		select {
-		case q := <-r.up.stops:
+		case q := <-d.up.stops:
 			q.answer <- true // it has been: kubelet repeats a call that was cut off
-		case q := <-r.up.creates:
-			if ended, err := r.adopt(ctx, q); ended || err != nil {
+		case q := <-d.up.creates:
+			if ended, err := d.adopt(ctx, q); ended || err != nil {
 				return err
 			}
-		case <-r.claim.Yielded():
-			r.log.Info("the pod goes away, stopping the new container")
-			r.stager.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
-			return r.interrupted()
+		case <-d.c.claim.Yielded():
+			d.c.log.Info("the pod goes away, stopping the new container")
+			d.c.stager.stopWithin(ctx, d.c.successor(), time.Duration(min(max(d.c.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
+			return d.c.interrupted()
 		case <-patience.C:
-			return r.unasked(ctx)
+			return d.unasked(ctx)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -507,50 +505,50 @@ func (r *Container) awaitAdoption(ctx context.Context) error {
 }
 
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
-func (r *Container) unasked(ctx context.Context) error {
-	if _, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
+func (d *upgrader) unasked(ctx context.Context) error {
+	if _, err := d.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: d.c.successor()}); status.Code(err) == codes.NotFound {
 		return operation.Failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
 			"has the pod gone away?")
 	}
-	r.revealer.logLink(ctx, r.successor())
+	d.c.revealer.logLink(ctx, d.c.successor())
 	return nil
 }
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
-func (r *Container) adopt(ctx context.Context, q created) (ended bool, err error) {
-	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.status().GetAttempt()
+func (d *upgrader) adopt(ctx context.Context, q created) (ended bool, err error) {
+	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), d.c.status().GetAttempt()
 	var differing []string
 	if asked <= ours {
-		if differing = r.differs(ctx, q.req); len(differing) == 0 {
+		if differing = d.c.differs(ctx, q.req); len(differing) == 0 {
 			// Before anything else, for the next process.
-			if _, err := r.handle.Write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
-				r.log.WithError(err).Warn("not written that kubelet has asked for the new container")
+			if _, err := d.c.handle.Write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
+				d.c.log.WithError(err).Warn("not written that kubelet has asked for the new container")
 			}
 		}
 	}
-	r.failpoint("adopt")
+	d.c.failpoint("adopt")
 	if asked > ours {
 		// Kubelet knows the successor, which has ended or been stopped since.
-		if !r.isOurs(q.req) {
+		if !d.isOurs(q.req) {
 			return true, tookAnotherImage()
 		}
 		return true, nil
 	}
 	if len(differing) == 0 {
-		r.matchResources(ctx, q.req)
-		q.answer <- adoption{id: r.successor(), ok: true}
+		d.c.matchResources(ctx, q.req)
+		q.answer <- adoption{id: d.c.successor(), ok: true}
 		return true, nil
 	}
-	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
+	err = d.leaveCreation(ctx, differing, min(max(d.c.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err == nil {
-		r.revealer.holdNext(ctx, adoptPatience)
+		d.c.revealer.holdNext(ctx, adoptPatience)
 	}
 	return true, err
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
-func (r *Container) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(r.spec.GetName(), r.change.want.GetImage())
+func (d *upgrader) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(d.c.spec.GetName(), d.c.image.Image())
 }
 
 func tookAnotherImage() *operation.Outcome {

@@ -39,8 +39,8 @@ func (k *Keeper) Clear(ctx context.Context, wg *sync.WaitGroup) {
 }
 
 // Abandon leaves what an operation has staged in the slot of claim, as rec has it, to the rules for
-// strays. The operation itself does nothing with it any more. Abandon gives the slot up when that is
-// done.
+// strays. The operation itself does nothing with it any more. Abandon gives the slot up when that
+// is done.
 func (k *Keeper) Abandon(
 	ctx context.Context, log logrus.FieldLogger, claim *view.Claim, pod *opsv1.PodRef, rec store.Container,
 ) {
@@ -211,7 +211,8 @@ func (l *slot) remove(ctx context.Context, s *stray, st *runtimeapi.ContainerSta
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := l.k.Node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id}); err != nil {
+	_, err := l.k.Node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id})
+	if err != nil {
 		return err
 	}
 	l.k.Node.RemoveTraces(files)

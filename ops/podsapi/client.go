@@ -21,8 +21,9 @@ const (
 	// DefaultSocket is where kubelet serves the API (pkg/kubelet/kubelet_getters.go getPodsAPIDir).
 	DefaultSocket = "/var/lib/kubelet/pods-api/pods-api.sock"
 
-	// getPod is a method of service Pods (k8s.io/kubelet/pkg/apis/pods/v1alpha1/api.proto). Its request and its response have
-	// one field each, a string and bytes with number 1: on the wire they are a StringValue and a BytesValue.
+	// getPod is a method of service Pods (k8s.io/kubelet/pkg/apis/pods/v1alpha1/api.proto). Its
+	// request and its response have one field each, a string and bytes with number 1: on the wire they
+	// are a StringValue and a BytesValue.
 	getPod = "/v1alpha1.Pods/GetPod"
 
 	// timeout bounds a call: kubelet answers from memory, and calls of its own wait for ours.
@@ -32,8 +33,8 @@ const (
 var (
 	// ErrNotFound means that kubelet has no pod with that UID (any more).
 	ErrNotFound = errors.New("kubelet has no such pod")
-	// ErrUnavailable means that kubelet does not tell: it is older than 1.37, has the API switched off, is just
-	// starting, or does not answer in time.
+	// ErrUnavailable means that kubelet does not tell: it is older than 1.37, has the API switched
+	// off, is just starting, or does not answer in time.
 	ErrUnavailable = errors.New("kubelet's Pods API does not answer")
 )
 

@@ -36,7 +36,8 @@ func patient(socket string) *Client {
 // answerFunc answers GetPod with a pod as kubelet does: v1.Pod#Marshal.
 type answerFunc func(ctx context.Context, uid string) ([]byte, error)
 
-// serve serves the API at the socket until stop is called. Without an answer the service is not there, as with the gate off.
+// serve serves the API at the socket until stop is called. Without an answer the service is not
+// there, as with the gate off.
 func serve(t *testing.T, socket string, answer answerFunc) (stop func()) {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
@@ -48,14 +49,16 @@ func serve(t *testing.T, socket string, answer answerFunc) (stop func()) {
 		s.RegisterService(&grpc.ServiceDesc{
 			ServiceName: "v1alpha1.Pods",
 			HandlerType: (*any)(nil),
-			Methods: []grpc.MethodDesc{{MethodName: "GetPod", Handler: func(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-				req := &wrapperspb.StringValue{}
-				if err := decode(req); err != nil {
-					return nil, err
-				}
-				raw, err := answer(ctx, req.GetValue())
-				return wrapperspb.Bytes(raw), err
-			}}},
+			Methods: []grpc.MethodDesc{
+				{MethodName: "GetPod", Handler: func(_ any, ctx context.Context, decode func(any) error,
+					_ grpc.UnaryServerInterceptor) (any, error) {
+					req := &wrapperspb.StringValue{}
+					if err := decode(req); err != nil {
+						return nil, err
+					}
+					raw, err := answer(ctx, req.GetValue())
+					return wrapperspb.Bytes(raw), err
+				}}},
 		}, nil)
 	}
 	done := make(chan struct{})
@@ -82,8 +85,9 @@ func rich() *corev1.Pod {
 	grace := int64(30)
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
-			Name: "web-0", Namespace: "shop", UID: "u-1", ResourceVersion: "17", CreationTimestamp: metav1.Unix(1, 0), DeletionGracePeriodSeconds: &grace,
-			Labels: map[string]string{"a": "b"}, OwnerReferences: []metav1.OwnerReference{{UID: "owner", Name: "web"}},
+			Name: "web-0", Namespace: "shop", UID: "u-1", ResourceVersion: "17", CreationTimestamp: metav1.Unix(1, 0),
+			DeletionGracePeriodSeconds: &grace,
+			Labels:                     map[string]string{"a": "b"}, OwnerReferences: []metav1.OwnerReference{{UID: "owner", Name: "web"}},
 		},
 		Spec: corev1.PodSpec{
 			NodeName: "n1", TerminationGracePeriodSeconds: &grace,
@@ -93,10 +97,12 @@ func rich() *corev1.Pod {
 				StartupProbe:  &corev1.Probe{InitialDelaySeconds: 1, TimeoutSeconds: 2, PeriodSeconds: 300, FailureThreshold: 4},
 				LivenessProbe: &corev1.Probe{PeriodSeconds: 5},
 			}, {Name: "log", Image: "registry.example/log@sha256:0"}},
-			EphemeralContainers: []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "sh"}}},
+			EphemeralContainers: []corev1.EphemeralContainer{
+				{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "sh"}}},
 		},
 		Status: corev1.PodStatus{
-			Phase: corev1.PodRunning, Message: "m", PodIP: "10.0.0.1", Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Reason: "r"}},
+			Phase: corev1.PodRunning, Message: "m", PodIP: "10.0.0.1",
+			Conditions:            []corev1.PodCondition{{Type: corev1.PodReady, Reason: "r"}},
 			ContainerStatuses:     []corev1.ContainerStatus{{Name: "app", Image: "app:v1", ContainerID: "containerd://c1"}},
 			InitContainerStatuses: []corev1.ContainerStatus{{Name: "sidecar", ContainerID: "containerd://c0"}},
 		},
@@ -105,16 +111,23 @@ func rich() *corev1.Pod {
 
 func TestPod(t *testing.T) {
 	images := map[string]string{"sidecar": "proxy:v1", "app": "app:v2", "log": "registry.example/log@sha256:0"}
-	periods, running := map[string]time.Duration{"app": 5 * time.Minute}, map[string]string{"app": "containerd://c1", "sidecar": "containerd://c0"}
+	periods, running := map[string]time.Duration{"app": 5 * time.Minute},
+		map[string]string{"app": "containerd://c1", "sidecar": "containerd://c0"}
 	for _, tt := range []struct {
 		name string
 		edit func(*corev1.Pod)
 		want Pod
 	}{
-		{name: "running", edit: func(*corev1.Pod) {}, want: Pod{UID: "u-1", Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
-		{name: "deleted", edit: func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(2, 0)} }, want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
-		{name: "evicted", edit: func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason = corev1.PodFailed, "Evicted" }, want: Pod{UID: "u-1", Phase: "Failed", Reason: "Evicted", Images: images, StartupPeriods: periods, Running: running}},
-		{name: "little", edit: func(p *corev1.Pod) { *p = corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u-1"}} }, want: Pod{UID: "u-1", Images: map[string]string{}, StartupPeriods: map[string]time.Duration{}, Running: map[string]string{}}},
+		{name: "running", edit: func(*corev1.Pod) {},
+			want: Pod{UID: "u-1", Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
+		{name: "deleted", edit: func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(2, 0)} },
+			want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
+		{name: "evicted", edit: func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason = corev1.PodFailed, "Evicted" },
+			want: Pod{UID: "u-1", Phase: "Failed", Reason: "Evicted", Images: images,
+				StartupPeriods: periods, Running: running}},
+		{name: "little", edit: func(p *corev1.Pod) { *p = corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u-1"}} },
+			want: Pod{UID: "u-1", Images: map[string]string{}, StartupPeriods: map[string]time.Duration{},
+				Running: map[string]string{}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			socket := filepath.Join(t.TempDir(), "s")
@@ -150,7 +163,8 @@ func TestUnavailable(t *testing.T) {
 	}{
 		{name: "no socket", serve: func(*testing.T, string) {}},
 		{name: "gate off", serve: func(t *testing.T, socket string) { serve(t, socket, nil) }},
-		{name: "kubelet starts", serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.FailedPrecondition)) }},
+		{name: "kubelet starts",
+			serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.FailedPrecondition)) }},
 		{name: "rate limit", serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.ResourceExhausted)) }},
 		{name: "hangs", serve: func(t *testing.T, socket string) {
 			serve(t, socket, func(ctx context.Context, _ string) ([]byte, error) { <-ctx.Done(); return nil, ctx.Err() })
@@ -209,7 +223,12 @@ func TestKubeletRestarts(t *testing.T) {
 func TestPodCallerGone(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	ctx, cancel := context.WithCancel(t.Context())
-	serve(t, socket, func(call context.Context, _ string) ([]byte, error) { cancel(); <-call.Done(); return nil, call.Err() })
+	serve(t, socket, func(call context.Context, _ string) ([]byte, error) {
+		cancel()
+		<-call.Done()
+		return nil,
+			call.Err()
+	})
 	if _, err := patient(socket).Pod(ctx, "u-1"); !errors.Is(err, context.Canceled) {
 		t.Errorf("Pod: %v, want that of its context", err)
 	}
@@ -261,7 +280,8 @@ func FuzzDecodePod(f *testing.F) {
 		if err != nil {
 			t.Fatalf("a pod cannot be read: %v", err)
 		}
-		if got.UID != string(want.UID) || got.Deleting != (want.DeletionTimestamp != nil) || got.Phase != string(want.Status.Phase) || got.Reason != want.Status.Reason {
+		if got.UID != string(want.UID) || got.Deleting != (want.DeletionTimestamp != nil) ||
+			got.Phase != string(want.Status.Phase) || got.Reason != want.Status.Reason {
 			t.Fatalf("%+v, want %+v", got, want)
 		}
 	})

@@ -18,19 +18,23 @@ type Pod struct {
 	UID string
 	// Deleting is whether the pod has a deletion timestamp.
 	Deleting bool
-	// Phase and Reason are those of the status, kubelet's own: Failed and Evicted for an evicted pod before its containers
-	// are stopped.
+	// Phase and Reason are those of the status, kubelet's own: Failed and Evicted for an evicted pod
+	// before its containers are stopped.
 	Phase, Reason string
-	// Images are the images of the spec's containers and init containers by container name, to the letter.
+	// Images are the images of the spec's containers and init containers by container name, to the
+	// letter.
 	Images map[string]string
-	// StartupPeriods are the periods of the startup probes of those containers, by container name, of those that have one.
+	// StartupPeriods are the periods of the startup probes of those containers, by container name, of
+	// those that have one.
 	StartupPeriods map[string]time.Duration
-	// Running are the IDs of those containers by which kubelet goes, as in the status ("containerd://..."), by container name.
+	// Running are the IDs of those containers by which kubelet goes, as in the status
+	// ("containerd://..."), by container name.
 	Running map[string]string
 }
 
-// Field numbers of k8s.io/api/core/v1/generated.proto and k8s.io/apimachinery/pkg/apis/meta/v1/generated.proto.
-// They never change; decoding these few by hand keeps the API's types, megabytes of code, out of the binary.
+// Field numbers of k8s.io/api/core/v1/generated.proto and
+// k8s.io/apimachinery/pkg/apis/meta/v1/generated.proto. They never change; decoding these few by
+// hand keeps the API's types, megabytes of code, out of the binary.
 const (
 	podMetadata, podSpec, podStatus = 1, 2, 3
 	metaUID, metaDeletionTimestamp  = 5, 9
@@ -148,7 +152,8 @@ func numberIn(b []byte, field protowire.Number) (value uint64, err error) {
 	return value, nil
 }
 
-// eachField calls f with the number and the content of every field that is a string, bytes or a message.
+// eachField calls f with the number and the content of every field that is a string, bytes or a
+// message.
 func eachField(b []byte, f func(protowire.Number, []byte) error) error {
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
