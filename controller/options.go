@@ -62,9 +62,11 @@ func (o *Options) Complete() error {
 	case o.Workers < 1:
 		return fmt.Errorf("--workers must be at least 1, not %d", o.Workers)
 	case o.Pins.PinFor < 0:
-		return fmt.Errorf("--image-pin-max must not be negative, but 0 or a duration such as 168h, not %s", o.Pins.PinFor)
+		return fmt.Errorf("--image-pin-max must not be negative, but 0 or a duration such as 168h, not %s",
+			o.Pins.PinFor)
 	case o.Pins.PinPercent < 0 || o.Pins.PinPercent > 100:
-		return fmt.Errorf("--image-pin-percent must be between 0, which is no bound, and 100, not %d", o.Pins.PinPercent)
+		return fmt.Errorf("--image-pin-percent must be between 0, which is no bound, and 100, not %d",
+			o.Pins.PinPercent)
 	case o.NodeConditionPeriod < time.Second:
 		return fmt.Errorf("--node-condition-period must be at least 1s, not %s", o.NodeConditionPeriod)
 	case o.OpenKruisePeriod < time.Second:

@@ -37,7 +37,8 @@ type WebhookOptions struct {
 func (o *WebhookOptions) complete() error {
 	switch {
 	case o.Port < 0 || o.Port > 65535:
-		return fmt.Errorf("--webhook-port must be between 0, which switches the webhooks off, and 65535, not %d", o.Port)
+		return fmt.Errorf("--webhook-port must be between 0, which switches the webhooks off, and 65535, not %d",
+			o.Port)
 	case o.Port == 0 || o.CertDir != "":
 		return nil
 	case o.Validity < minValidity:

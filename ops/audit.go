@@ -20,8 +20,9 @@ import (
 // maxAudited bounds each field of an audit line; what a refused request holds may be anything.
 const maxAudited = 512
 
-// Audit logs one line for each command, accepted or refused: who (client, remote), what (method, op, pod, container, image), for whom (requester,
-// the custom resource or the user of the command line) and the result (code, error). What only looks is not logged. Nothing of a request but these
+// Audit logs one line for each command, accepted or refused: who (client, remote), what (method,
+// op, pod, container, image), for whom (requester, the custom resource or the user of the command
+// line) and the result (code, error). What only looks is not logged. Nothing of a request but these
 // is: it may hold credentials, and the words of hooks.
 func Audit(log logrus.FieldLogger) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -34,12 +35,14 @@ func Audit(log logrus.FieldLogger) grpc.UnaryServerInterceptor {
 			f.complete(resp)
 		}
 		client, _ := callerOf(ctx)
-		fields := logrus.Fields{"audit": "command", "method": path.Base(info.FullMethod), "client": client, "code": status.Code(err).String()}
+		fields := logrus.Fields{"audit": "command", "method": path.Base(info.FullMethod), "client": client,
+			"code": status.Code(err).String()}
 		if p, ok := peer.FromContext(ctx); ok && p.Addr.Network() != "unix" {
 			fields["remote"] = p.Addr.String()
 		}
 		for key, value := range map[string]string{
-			"op": f.op, "pod": f.pod, "podUID": f.podUID, "container": strings.Join(f.containers, ","), "image": strings.Join(f.images, ","), "requester": f.requester,
+			"op": f.op, "pod": f.pod, "podUID": f.podUID, "container": strings.Join(f.containers, ","),
+			"image": strings.Join(f.images, ","), "requester": f.requester,
 		} {
 			if value != "" {
 				fields[key] = clipped(value)

@@ -89,7 +89,8 @@ func (r *Container) tellEnd(ctx context.Context) {
 	}
 	switch {
 	case s.GetExitCode() != killed:
-		r.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there", how)
+		r.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there",
+			how)
 	case !r.switcher.asked.IsZero() && ended.Before(r.switcher.asked):
 		r.warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully",
 			why, how, r.besideAt(ended))

@@ -19,7 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -47,7 +47,8 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		log.SetOutput(io.Discard)
 		n := &bubbleNode{t: t, rt: newFakeRuntime()}
 		var err error
-		n.engine, err = Open(t.Context(), Options{StateDir: dir, Conn: directConn{n.rt}, View: interceptors.NewView(), Log: log, LegacyLogDir: dir})
+		n.engine, err = Open(t.Context(), Options{StateDir: dir, Conn: directConn{n.rt}, View: view.New(),
+			Log: log, LegacyLogDir: dir})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,7 +62,8 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		for k, v := range b.annotations {
 			cfg.Annotations[k] = v
 		}
-		req := &runtimeapi.CreateContainerRequest{PodSandboxId: sb.GetPodSandboxId(), Config: cfg, SandboxConfig: shape.sandboxConfig()}
+		req := &runtimeapi.CreateContainerRequest{PodSandboxId: sb.GetPodSandboxId(), Config: cfg,
+			SandboxConfig: shape.sandboxConfig()}
 		made, err := n.rt.CreateContainer(t.Context(), req)
 		if err != nil {
 			t.Fatal(err)
@@ -71,7 +73,8 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 			t.Fatal(err)
 		}
 		n.engine.node.Records.Created(made.GetContainerId(), raw)
-		if _, err := n.rt.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()}); err != nil {
+		if _, err := n.rt.StartContainer(t.Context(),
+			&runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()}); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
@@ -146,14 +149,20 @@ func TestGrace(t *testing.T) {
 		{name: "request's", grace: proto.Int64(7), calls: "StopContainer app/0 7s"},
 		{name: "none", grace: proto.Int64(0), hook: execHook("bye"), calls: "StopContainer app/0 2s"},
 		{name: "one second", grace: proto.Int64(1), calls: "StopContainer app/0 2s"},
-		{name: "not told", annotations: map[string]string{criclone.AnnotationTerminationGrace: ""}, calls: "StopContainer app/0 30s"},
-		{name: "garbage", annotations: map[string]string{criclone.AnnotationTerminationGrace: "soon"}, calls: "StopContainer app/0 30s"},
-		{name: "negative", annotations: map[string]string{criclone.AnnotationTerminationGrace: "-1"}, calls: "StopContainer app/0 30s"},
-		{name: "exec", hook: execHook("bye"), script: sleeps(12 * time.Second), calls: "ExecSync app/0 bye 30s; StopContainer app/0 18s", took: 12 * time.Second},
-		{name: "exec too long", hook: execHook("bye"), script: sleeps(time.Hour), calls: "ExecSync app/0 bye 30s; StopContainer app/0 2s", warning: "preStop hook", took: 30 * time.Second},
+		{name: "not told", annotations: map[string]string{criclone.AnnotationTerminationGrace: ""},
+			calls: "StopContainer app/0 30s"},
+		{name: "garbage", annotations: map[string]string{criclone.AnnotationTerminationGrace: "soon"},
+			calls: "StopContainer app/0 30s"},
+		{name: "negative", annotations: map[string]string{criclone.AnnotationTerminationGrace: "-1"},
+			calls: "StopContainer app/0 30s"},
+		{name: "exec", hook: execHook("bye"), script: sleeps(12 * time.Second),
+			calls: "ExecSync app/0 bye 30s; StopContainer app/0 18s", took: 12 * time.Second},
+		{name: "exec too long", hook: execHook("bye"), script: sleeps(time.Hour),
+			calls: "ExecSync app/0 bye 30s; StopContainer app/0 2s", warning: "preStop hook", took: 30 * time.Second},
 		{name: "sleep", hook: sleepHook(25), calls: "StopContainer app/0 5s", took: 25 * time.Second},
 		{name: "sleep of all of it", hook: sleepHook(29), calls: "StopContainer app/0 2s", took: 29 * time.Second},
-		{name: "sleep too long", hook: sleepHook(60), grace: proto.Int64(10), calls: "StopContainer app/0 2s", warning: "did not end within the grace period of 10s", took: 10 * time.Second},
+		{name: "sleep too long", hook: sleepHook(60), grace: proto.Int64(10), calls: "StopContainer app/0 2s",
+			warning: "did not end within the grace period of 10s", took: 10 * time.Second},
 		{
 			name: "exec fails", hook: execHook("bye"),
 			script: func(f *fakeRuntime) {
@@ -163,10 +172,16 @@ func TestGrace(t *testing.T) {
 			},
 			calls: "ExecSync app/0 bye 30s; StopContainer app/0 30s", warning: `command ["bye"] exited with 3: no way`,
 		},
-		{name: "recorded", annotations: map[string]string{criclone.AnnotationPreStop: `{"exec":{"command":["sh","-c","x"]}}`}, calls: "ExecSync app/0 sh -c x 30s; StopContainer app/0 30s"},
-		{name: "recorded sleep", annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 26s", took: 4 * time.Second},
-		{name: "request's hook wins", hook: sleepHook(1), annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 29s", took: time.Second},
-		{name: "recorded nonsense", annotations: map[string]string{criclone.AnnotationPreStop: `{`}, calls: "StopContainer app/0 30s", warning: criclone.AnnotationPreStop},
+		{name: "recorded",
+			annotations: map[string]string{criclone.AnnotationPreStop: `{"exec":{"command":["sh","-c","x"]}}`},
+			calls:       "ExecSync app/0 sh -c x 30s; StopContainer app/0 30s"},
+		{name: "recorded sleep", annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`},
+			calls: "StopContainer app/0 26s", took: 4 * time.Second},
+		{name: "request's hook wins", hook: sleepHook(1),
+			annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`},
+			calls:       "StopContainer app/0 29s", took: time.Second},
+		{name: "recorded nonsense", annotations: map[string]string{criclone.AnnotationPreStop: `{`},
+			calls: "StopContainer app/0 30s", warning: criclone.AnnotationPreStop},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {

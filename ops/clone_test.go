@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
@@ -54,7 +54,9 @@ func TestSuccessorIsAClone(t *testing.T) {
 			n := newNode(t, podOptions{hidden: older})
 			n.run()
 			id := n.rt.idOf(t, "app/0")
-			if _, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}}); err != nil {
+			if _, err := n.kubelet.UpdateContainerResources(t.Context(),
+				&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id,
+					Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}}); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Mkdir(filepath.Join(n.dir, "links"), 0o700); err != nil {
@@ -66,11 +68,11 @@ func TestSuccessorIsAClone(t *testing.T) {
 			}
 			c := n.rt.get(t, "app/1")
 			want := n.containerConfig("app", 1)
-			token := c.config.GetAnnotations()[interceptors.StagedAnnotation]
+			token := c.config.GetAnnotations()[view.StagedAnnotation]
 			if len(token) != 32 {
 				t.Errorf("token is %q", token)
 			}
-			want.Annotations[interceptors.StagedAnnotation] = token
+			want.Annotations[view.StagedAnnotation] = token
 			want.Mounts[0].HostPath = filepath.Join(n.terminationDir("app"), token[:8])
 			want.Linux.Resources.CpusetCpus = "1"
 			if older {
@@ -93,7 +95,9 @@ func TestSuccessorIsAClone(t *testing.T) {
 			if op := n.finish("again"); verdict(op) != "SUCCEEDED, app SUCCEEDED" {
 				t.Fatalf("operation ended %v", op)
 			}
-			if got := n.rt.get(t, "app/2").config; got.GetLogPath() != "app/2.log" || got.GetAnnotations()[criclone.AnnotationRestartCount] != "2" || got.GetLinux().GetResources().GetCpusetCpus() != "1" {
+			if got := n.rt.get(t, "app/2").config; got.GetLogPath() != "app/2.log" ||
+				got.GetAnnotations()[criclone.AnnotationRestartCount] != "2" || got.GetLinux().GetResources().
+				GetCpusetCpus() != "1" {
 				t.Errorf("the next one is %v", got)
 			}
 		})
@@ -106,7 +110,9 @@ func TestOlderContainerThatCannotBeCloned(t *testing.T) {
 		edit func(*fakeContainer)
 		want string
 	}{
-		"not UTF-8": {func(c *fakeContainer) { c.config.Envs = []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff}}} }, "BLOB is not UTF-8"},
+		"not UTF-8": {
+			func(c *fakeContainer) { c.config.Envs = []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff}}} },
+			"BLOB is not UTF-8"},
 		"no config": {func(c *fakeContainer) { c.config = nil }, "does not tell its config"},
 		"a field of a later CRI": {func(c *fakeContainer) {
 			c.told = `{"config":{"metadata":{"name":"app"},"linux":{"Resources":{"cpu_shares":1,"cpu_burst":7}},"mounts":[{"container_path":"/a","gone":null},{"Idmap":{"a":1}}]}}`
@@ -120,7 +126,8 @@ func TestOlderContainerThatCannotBeCloned(t *testing.T) {
 			n.rt.set(func(*fakeRuntime) { tc.edit(c) })
 			n.restart("op")
 			op := n.finish("op")
-			if got, want := verdict(op), "FAILED, app FAILED CreateFailed"; got != want || !strings.Contains(op.GetMessage(), tc.want) {
+			if got, want := verdict(op), "FAILED, app FAILED CreateFailed"; got != want ||
+				!strings.Contains(op.GetMessage(), tc.want) {
 				t.Errorf("operation ended %s: %s", got, op.GetMessage())
 			}
 			if got, want := n.rt.state(), "app/0 RUNNING, web/0 RUNNING"; got != want {

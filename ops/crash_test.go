@@ -56,7 +56,8 @@ func failStarts(f *fakeRuntime, times int) {
 func failBeside(f *fakeRuntime) {
 	f.start = func(c *runtimeapi.ContainerConfig) error {
 		for _, other := range f.containers {
-			if s := other.status; s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && s.GetMetadata().GetName() == c.GetMetadata().GetName() {
+			if s := other.status; s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && s.GetMetadata().
+				GetName() == c.GetMetadata().GetName() {
 				return errors.New("container init was OOM-killed (memory limit too low?)")
 			}
 		}
@@ -103,7 +104,8 @@ var scenarios = []scenario{
 			r.Ordered = true
 			r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
 		},
-		want: "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
+		want:   "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+		states: []string{"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
 	},
 	{
 		name: "start first", edit: startFirst,
@@ -159,7 +161,8 @@ var scenarios = []scenario{
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
-		name: "start first, limited memory, no start", pod: podOptions{processes: true}, limited: true, edit: startFirst,
+		name: "start first, limited memory, no start", pod: podOptions{processes: true}, limited: true,
+		edit:   startFirst,
 		script: func(f *fakeRuntime) { failStarts(f, 100) },
 		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
 	},
@@ -227,7 +230,8 @@ type point struct {
 	done bool // after
 }
 
-// is compares moments of two runs: processes take their time, so that in one run there may be a call more before.
+// is compares moments of two runs: processes take their time, so that in one run there may be a
+// call more before.
 func (p point) is(q point) bool { return p.call == q.call && p.nth == q.nth && p.done == q.done }
 
 func (p point) String() string {
@@ -237,7 +241,8 @@ func (p point) String() string {
 	return fmt.Sprintf("%02d before %s", p.n, p.call)
 }
 
-// begin readies a node and the operation "op", and calls at before and after each call that the engine makes for it.
+// begin readies a node and the operation "op", and calls at before and after each call that the
+// engine makes for it.
 func (s scenario) begin(t *testing.T, at func(point) error) *node {
 	t.Helper()
 	return s.beginWith(t, at, func(*node) {})
@@ -306,12 +311,12 @@ func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node
 	return n
 }
 
-// tries is how often a scenario is run until it comes to a moment. How often processes are looked at, and with that some moments, depends on
-// how fast they are.
+// tries is how often a scenario is run until it comes to a moment. How often processes are looked
+// at, and with that some moments, depends on how fast they are.
 const tries = 100
 
-// points runs the scenario undisturbed and returns the moments that differ, of those that it comes to each time: a call that
-// reads leaves nothing behind.
+// points runs the scenario undisturbed and returns the moments that differ, of those that it comes
+// to each time: a call that reads leaves nothing behind.
 func (s scenario) points(t *testing.T) []point {
 	t.Helper()
 	again := s.pointsOnce(t)
@@ -364,7 +369,8 @@ func (s scenario) check(t *testing.T, n *node) {
 	}
 }
 
-// checkProcesses asserts that what runs is what the runtime says, and that no two applications of a slot have run at once.
+// checkProcesses asserts that what runs is what the runtime says, and that no two applications of a
+// slot have run at once.
 func (s scenario) checkProcesses(t *testing.T, n *node) {
 	t.Helper()
 	var running []string
@@ -383,7 +389,8 @@ func (s scenario) checkProcesses(t *testing.T, n *node) {
 	}
 	n.rt.mu.Lock()
 	defer n.rt.mu.Unlock()
-	if both := n.rt.processes.overlaps; len(both) > 0 && req.GetContainers()[0].GetOrder() == opsv1.Order_ORDER_STOP_FIRST {
+	if both := n.rt.processes.overlaps; len(both) > 0 &&
+		req.GetContainers()[0].GetOrder() == opsv1.Order_ORDER_STOP_FIRST {
 		t.Errorf("%q began beside the one before", both)
 	}
 }
@@ -484,7 +491,8 @@ func (s scenario) crash(t *testing.T, at point) bool {
 	n.finish("op")
 	end()
 	s.check(t, n)
-	if w := n.finish("op").GetContainers()[0].GetWarnings(); s.lost == s.want && (len(w) != 1 || !strings.Contains(w[0], "postStart")) {
+	if w := n.finish("op").GetContainers()[0].GetWarnings(); s.lost == s.want && (len(w) != 1 ||
+		!strings.Contains(w[0], "postStart")) {
 		t.Errorf("warnings are %q", w)
 	}
 	return true

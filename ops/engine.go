@@ -21,7 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
@@ -49,7 +49,7 @@ type Options struct {
 	StateDir string
 	// Conn is the connection to the runtime.
 	Conn grpc.ClientConnInterface
-	View *interceptors.View
+	View *view.View
 	Log  logrus.FieldLogger
 	// Registerer gets the engine's metrics.
 	Registerer prometheus.Registerer
@@ -135,7 +135,8 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	node.Rooms = &room.Node{Runtime: node.Client, Switchover: node.Switchover, Active: node.Active}
 	node.Lost = lost.New(lost.Options{
-		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens, Pods: o.Pods,
+		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens,
+		Pods:     o.Pods,
 		LogLinks: node.LogLinks, Log: log,
 	})
 	records.EachStarted(o.View.SetStarted)
@@ -170,7 +171,7 @@ func (e *Engine) revive(uid string, r *store.Record) error {
 		return err
 	}
 	finished, status := o.Finished(), o.Snapshot()
-	var claims []*interceptors.Claim
+	var claims []*view.Claim
 	for i, rec := range o.Records() {
 		if finished || !rec.HoldsSlot() {
 			e.node.Lost.Settled(rec.Token, status.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED)
@@ -199,7 +200,7 @@ func (e *Engine) revive(uid string, r *store.Record) error {
 // makes the view show what the container's step needs.
 func (e *Engine) reclaim(
 	o *operation.Operation, c *operation.Container, rec *store.Container,
-) (*interceptors.Claim, error) {
+) (*view.Claim, error) {
 	isUpgrade := o.Upgrade() != nil
 	e.node.Lost.Replaced(rec.Incumbent)
 	claim, err := e.node.View.TryClaim(c.Slot())

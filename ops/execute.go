@@ -60,8 +60,8 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 	e.finish(o)
 }
 
-// finish ends the operation if all its containers have ended. An end that cannot be written is tried
-// again until it is.
+// finish ends the operation if all its containers have ended. An end that cannot be written is
+// tried again until it is.
 func (e *Engine) finish(o *operation.Operation) {
 	err := o.Conclude(func(op *opsv1.Operation, stays []operation.Stay) {
 		e.metrics.finished(op, stays)

@@ -13,7 +13,9 @@ import (
 )
 
 func environmentOf(size int) *opsv1.Environment {
-	return &opsv1.Environment{Variables: []*opsv1.Variable{{Name: "A", Source: &opsv1.Variable_Value{Value: []byte(strings.Repeat("x", size))}}}}
+	return &opsv1.Environment{
+		Variables: []*opsv1.Variable{
+			{Name: "A", Source: &opsv1.Variable_Value{Value: []byte(strings.Repeat("x", size))}}}}
 }
 
 func TestEnvironmentsAreBounded(t *testing.T) {

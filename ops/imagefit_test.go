@@ -15,7 +15,8 @@ import (
 
 func uid(n int64) *runtimeapi.Int64Value { return &runtimeapi.Int64Value{Value: n} }
 
-// A restart whose tag has moved treats the image's user as kubelet would, if who commands it knows the pod; else it goes by the container.
+// A restart whose tag has moved treats the image's user as kubelet would, if who commands it knows
+// the pod; else it goes by the container.
 func TestRestartWithAnotherImageUser(t *testing.T) {
 	user := func(n int64) *int64 { return &n }
 	for _, tc := range []struct {
@@ -31,10 +32,13 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 		{name: "the pod names none", runs: 1, now: 2, want: succeeded, wantUser: 2},
 		{name: "the pod names that of the old image", runs: 1, now: 2, user: user(1), want: succeeded, wantUser: 1},
 		{name: "to root, which the pod allows", runs: 1, now: 0, want: succeeded, wantUser: 0},
-		{name: "to root, which the pod does not allow", runs: 1, now: 0, nonRoot: true, want: "FAILED, app FAILED ImageUnfit", says: "will run as root"},
-		{name: "to root, but the pod names another", runs: 1, now: 0, nonRoot: true, user: user(1), want: succeeded, wantUser: 1},
+		{name: "to root, which the pod does not allow", runs: 1, now: 0, nonRoot: true,
+			want: "FAILED, app FAILED ImageUnfit", says: "will run as root"},
+		{name: "to root, but the pod names another", runs: 1, now: 0, nonRoot: true, user: user(1), want: succeeded,
+			wantUser: 1},
 		{name: "nothing is known of the pod", runs: 1, now: 2, blind: true, want: succeeded, wantUser: 2},
-		{name: "nothing is known of the pod, to root", runs: 1, now: 0, blind: true, want: "FAILED, app FAILED ImageUnfit", says: "cannot tell"},
+		{name: "nothing is known of the pod, to root", runs: 1, now: 0, blind: true,
+			want: "FAILED, app FAILED ImageUnfit", says: "cannot tell"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t, podOptions{})
@@ -45,7 +49,8 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			c := n.containerConfig("app", 0)
 			c.Image = &runtimeapi.ImageSpec{Image: "sha256:app:v1", UserSpecifiedImage: "app:v1"}
 			c.Linux.SecurityContext.RunAsUser = uid(tc.runs)
-			b, err := proto.Marshal(&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.sandboxConfig()})
+			b, err := proto.Marshal(&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c,
+				SandboxConfig: n.sandboxConfig()})
 			n.must(err)
 			n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), b)
 			n.runTidied()
@@ -63,7 +68,8 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 				return
 			}
 			next := n.engine.node.Records.Request(n.rt.idOf(t, "app/1")).GetConfig()
-			if got := next.GetLinux().GetSecurityContext().GetRunAsUser(); !proto.Equal(got, uid(tc.wantUser)) || next.GetImage().GetImage() != "sha256:moved" {
+			if got := next.GetLinux().GetSecurityContext().GetRunAsUser(); !proto.Equal(got, uid(tc.wantUser)) ||
+				next.GetImage().GetImage() != "sha256:moved" {
 				t.Errorf("image %s with user %v, want %d", next.GetImage().GetImage(), got, tc.wantUser)
 			}
 		})

@@ -33,10 +33,12 @@ type incumbent struct {
 	exit              *switchover.Exit // nil where there is none
 }
 
-// exitPatience is how long a runtime that has answered a stop may take to show the container exited; kubelet may wait for that.
+// exitPatience is how long a runtime that has answered a stop may take to show the container
+// exited; kubelet may wait for that.
 const exitPatience = 15 * time.Second
 
-// watchIncumbent finds out whether the incumbent runs and watches its process where that says something.
+// watchIncumbent finds out whether the incumbent runs and watches its process where that says
+// something.
 func (i *incumbent) watch(ctx context.Context) (running bool, err error) {
 	rec := i.c.rec()
 	if i.exit != nil {
@@ -91,14 +93,16 @@ func (i *incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus
 		return err
 	})
 	if err != nil {
-		return nil, info, operation.Failf(opsv1.ReasonRuntimeError, "reading container %s: %v", id, status.Convert(err).Message())
+		return nil, info, operation.Failf(opsv1.ReasonRuntimeError, "reading container %s: %v", id,
+			status.Convert(err).Message())
 	}
 	return st, info, nil
 }
 
-// awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
-// would be shown running. stopErr is why it does not know yet. Without one it may be late as well: containerd answers a stop at
-// once when the process had ended before, and it is still clearing that away (internal/cri/server/container_stop.go).
+// awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is
+// gone. Until then both would be shown running. stopErr is why it does not know yet. Without one it
+// may be late as well: containerd answers a stop at once when the process had ended before, and it
+// is still clearing that away (internal/cri/server/container_stop.go).
 func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
 	limit := exitPatience
 	if stopErr != nil {
@@ -110,8 +114,10 @@ func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
 	waiting, end := crinode.EndWith(deadline, i.c.claim.Yielded())
 	defer end()
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		st, err := i.c.node.Runtime.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
-		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		st, err := i.c.node.Runtime.ContainerStatus(deadline,
+			&runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().
+			GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return nil
 		}
 		if crinode.Sleep(waiting, wait) == nil {
@@ -131,8 +137,8 @@ func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
 	}
 }
 
-// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
-// comes later.
+// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there
+// is one: the runtime's comes later.
 func (i *incumbent) isGone(ctx context.Context) (bool, error) {
 	if i.exit.Over() {
 		return true, nil
@@ -144,7 +150,8 @@ func (i *incumbent) isGone(ctx context.Context) (bool, error) {
 	return !runs, nil
 }
 
-// awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that is over.
+// awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that
+// is over.
 func (i *incumbent) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
 	for until := time.Now().Add(patience); ; {
 		last := time.Now().After(until)
@@ -157,14 +164,15 @@ func (i *incumbent) awaitGone(ctx context.Context, patience time.Duration) (bool
 	}
 }
 
-// ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
-// hold, such as a port, have ended when the first one has.
+// ownPIDs reports whether the container has a PID namespace of its own: then its other processes,
+// and what they hold, such as a port, have ended when the first one has.
 func (i *incumbent) ownPIDs() bool {
-	return i.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_CONTAINER
+	return i.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().
+		GetPid() == runtimeapi.NamespaceMode_CONTAINER
 }
 
-// update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
-// read, and returns that; nil for nothing.
+// update adds to the resources of the successor what kubelet has asked for of the incumbent since
+// they were read, and returns that; nil for nothing.
 func (i *incumbent) update() *runtimeapi.LinuxContainerResources {
 	newer := i.c.node.Records.Resources(i.c.rec().Incumbent)
 	if newer == nil || proto.Equal(newer, i.recorded) {
@@ -214,7 +222,8 @@ func (i *incumbent) hasStopped(ctx context.Context) (bool, error) {
 
 // incumbentRuns reports whether the incumbent is still running; false if it is gone.
 func (i *incumbent) runs(ctx context.Context) (bool, error) {
-	st, err := i.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+	st, err := i.c.node.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
 	if status.Code(err) == codes.NotFound {
 		return false, nil
 	}

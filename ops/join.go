@@ -15,7 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
@@ -23,9 +23,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// join passes on to a restart what kubelet does in its slot. Kubelet does not know that the container is being stopped: when
-// a probe fails meanwhile, as that of an application that drains, it stops the container too. What it wants by that is what
-// the restart does already, so its stop joins: it is answered once the successor is there. A pod that goes away is told apart.
+// join passes on to a restart what kubelet does in its slot. Kubelet does not know that the
+// container is being stopped: when a probe fails meanwhile, as that of an application that drains,
+// it stops the container too. What it wants by that is what the restart does already, so its stop
+// joins: it is answered once the successor is there. A pod that goes away is told apart.
 type join struct {
 	d *restarter
 
@@ -43,10 +44,11 @@ type join struct {
 	left      bool      // the restart goes on in another process
 }
 
-var _ interceptors.Driver = (*join)(nil)
+var _ view.Driver = (*join)(nil)
 
 func newJoin(d *restarter) *join {
-	return &join{d: d, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
+	return &join{d: d, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}),
+		sooner: make(chan struct{})}
 }
 
 // listen lets kubelet's stops join from now on. by is when the incumbent's grace ends.
@@ -56,8 +58,9 @@ func (j *join) listen(by time.Time) {
 	j.listening, j.by = true, by
 }
 
-// show says that kubelet has been shown the successor. It reports whether a stop of kubelet's has joined, or is about to; so is
-// one of which the view knows, and that has not come here yet. If none has, none will.
+// show says that kubelet has been shown the successor. It reports whether a stop of kubelet's has
+// joined, or is about to; so is one of which the view knows, and that has not come here yet. If
+// none has, none will.
 func (j *join) show() bool {
 	stopping := j.d.c.claim.Stopping()
 	j.mu.Lock()
@@ -84,7 +87,7 @@ func (j *join) end(left bool) {
 	close(j.over)
 }
 
-// Stop implements [interceptors.Driver].
+// Stop implements [view.Driver].
 func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !j.begin() {
 		return false, nil
@@ -110,7 +113,8 @@ func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
 	case j.isShown():
 		return true, nil
 	case j.left:
-		return true, status.Error(codes.Unavailable, "cri-proxy ends; its next process goes on with the restart of the container")
+		return true, status.Error(codes.Unavailable,
+			"cri-proxy ends; its next process goes on with the restart of the container")
 	default: // it has failed: kubelet's own stop does no harm
 		return false, nil
 	}
@@ -139,7 +143,8 @@ func (j *join) hasJoined() bool {
 	return j.joined
 }
 
-// hurry stops the incumbent within the grace if that ends before the one under way: as with the runtime, the shorter one wins.
+// hurry stops the incumbent within the grace if that ends before the one under way: as with the
+// runtime, the shorter one wins.
 func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	by := time.Now().Add(grace)
 	j.mu.Lock()
@@ -160,8 +165,8 @@ func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	}
 }
 
-// Create implements [interceptors.Driver]. Kubelet creates in the slot after its stop has joined; whoever else does waits for
-// the restart to end.
+// Create implements [view.Driver]. Kubelet creates in the slot after its stop has joined;
+// whoever else does waits for the restart to end.
 func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
 	if !j.hasJoined() {
 		return "", true
@@ -189,8 +194,8 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 	}
 }
 
-// joins lets kubelet's stops join from the moment on at which the restart is bound to stop the container, whichever process
-// has come to that. The caller holds the slot.
+// joins lets kubelet's stops join from the moment on at which the restart is bound to stop the
+// container, whichever process has come to that. The caller holds the slot.
 func (d *restarter) joins() {
 	rec := d.c.rec()
 	if rec.Joinable() {
@@ -207,14 +212,16 @@ func (d *restarter) joins() {
 	d.c.claim.Drive(d.join)
 }
 
-// refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet tells; empty if it may.
+// refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet
+// tells; empty if it may.
 func (d *restarter) refusalToJoin(ctx context.Context) string {
 	return d.c.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
 		name, rec := d.c.spec.GetName(), d.c.rec()
 		request, err := d.c.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
-			// Kubelet makes a container of another image. The successor would run in between, for nothing.
+			// Kubelet makes a container of another image. The successor would run in between, for
+			// nothing.
 			return "the pod's spec has another image"
 		}
 		return ""
@@ -239,15 +246,18 @@ func (d *restarter) joined() {
 	d.c.log.Info("kubelet stops the container too: its stop joins the restart")
 }
 
-const joinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a failed probe perhaps: " +
+const joinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a " +
+	"failed probe perhaps: " +
 	"its stop became part of the restart"
 
 const (
-	// joinPatience is how long kubelet may take from the answer to a stop that has joined to its CreateContainer. Both are of
-	// one sync of the pod, with nothing in between but a look at the images, for which kubelet asks a registry where the
-	// pull policy is Always: less than a second mostly. With restartPolicy Never none comes. Where kubelet's Pods
-	// API tells that its next sync has begun there is nothing to wait for. A CreateContainer that comes later finds its name taken in the
-	// runtime, and kubelet's next sync finds the successor running (kuberuntime_manager.go computePodActions).
+	// joinPatience is how long kubelet may take from the answer to a stop that has joined to its
+	// CreateContainer. Both are of one sync of the pod, with nothing in between but a look at the
+	// images, for which kubelet asks a registry where the pull policy is Always: less than a second
+	// mostly. With restartPolicy Never none comes. Where kubelet's Pods API tells that its next
+	// sync has begun there is nothing to wait for. A CreateContainer that comes later finds its
+	// name taken in the runtime, and kubelet's next sync finds the successor running
+	// (kuberuntime_manager.go computePodActions).
 	joinPatience = 30 * time.Second
 	// joinPoll is how often that is asked.
 	joinPoll = time.Second
@@ -277,7 +287,8 @@ func (d *restarter) awaitRecreation(ctx context.Context) error {
 	}
 }
 
-// isKnown reports whether kubelet tells that it goes by the successor: that is so from the beginning of its next sync of the pod.
+// isKnown reports whether kubelet tells that it goes by the successor: that is so from the
+// beginning of its next sync of the pod.
 func (d *restarter) isKnown(ctx context.Context) bool {
 	if d.c.node.Pods == nil {
 		return false
@@ -304,12 +315,14 @@ func (d *restarter) recreate(ctx context.Context, q created) error {
 		q.answer <- adoption{id: d.c.successor(), ok: true}
 		return nil
 	}
-	d.c.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
+	d.c.log.WithField("differing", differing).
+		Warn("kubelet asks for another container than the restart has made: it makes its own")
 	d.c.stager.stopWithin(ctx, d.c.successor(), min(max(d.c.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err := d.c.stager.removeContainer(ctx, d.c.successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
-	d.c.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
+	d.c.warn("kubelet made the container once more, because it asked for another one than there was: %s",
+		strings.Join(differing, ", "))
 	d.c.setMethod(opsv1.MethodKubelet)
 	d.c.revealer.holdNext(ctx, adoptPatience)
 	return nil
@@ -322,12 +335,14 @@ func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateCont
 		return false
 	}
 	labels := req.GetConfig().GetLabels()
-	asked := e.node.Overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
+	asked := e.node.Overridden(ctx,
+		view.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
 	if len(criclone.Diff(criclone.AlignMounts(ours, asked), asked)) > 0 {
 		return false
 	}
 	if err := e.node.MatchResources(ctx, id, asked); err != nil {
-		e.log.WithField("container", id).WithError(err).Warn("the container did not take the resources that kubelet asked for")
+		e.log.WithField("container", id).WithError(err).
+			Warn("the container did not take the resources that kubelet asked for")
 	}
 	return true
 }
@@ -355,8 +370,8 @@ func goes(pod *podsapi.Pod) string {
 	}
 }
 
-// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells; more is asked of a pod that
-// does not go away.
+// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;
+// more is asked of a pod that does not go away.
 func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
 	if r.node.Pods == nil {
 		return ""

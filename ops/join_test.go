@@ -43,7 +43,8 @@ func (n *upNode) draining(edit ...func(*opsv1.RestartRequest)) {
 	n.rt.takeCalls()
 }
 
-// probeFails is what kubelet does when a probe of app's first container has failed: it stops it and makes the next one.
+// probeFails is what kubelet does when a probe of app's first container has failed: it stops it and
+// makes the next one.
 func (n *upNode) probeFails(ctx context.Context, edit ...func(*runtimeapi.ContainerConfig)) error {
 	if err := n.kubeletStops(ctx, n.rt.idOf(n.t, "app/0"), 30); err != nil {
 		return err
@@ -51,7 +52,8 @@ func (n *upNode) probeFails(ctx context.Context, edit ...func(*runtimeapi.Contai
 	return n.kubeletMakes(ctx, n.asks("app", "app:v1", 1, edit...))
 }
 
-// kubeletTells is kubelet's Pods API: the pod as it is, edited, and the containers by which kubelet goes now.
+// kubeletTells is kubelet's Pods API: the pod as it is, edited, and the containers by which kubelet
+// goes now.
 func (n *upNode) kubeletTells(edit ...func(*podsapi.Pod)) {
 	n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 		newest, err := n.newest(ctx, "app")
@@ -69,7 +71,8 @@ func (n *upNode) kubeletTells(edit ...func(*podsapi.Pod)) {
 	})
 }
 
-// A probe fails while the container drains, and kubelet stops it and makes the next one: it gets the successor.
+// A probe fails while the container drains, and kubelet stops it and makes the next one: it gets
+// the successor.
 func TestStopJoins(t *testing.T) {
 	for _, tells := range []bool{true, false} {
 		t.Run(fmt.Sprintf("kubelet tells %v", tells), func(t *testing.T) {
@@ -88,7 +91,8 @@ func TestStopJoins(t *testing.T) {
 				if got := warnings(op); got != joinedWarning {
 					t.Errorf("warnings are %q", got)
 				}
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != "StartContainer app/1; kubelet:StartContainer app/1" {
+				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != "StartContainer app/1; "+
+					"kubelet:StartContainer app/1" {
 					t.Errorf("calls are %s", got)
 				}
 				n.must(n.sync(t.Context(), "app", "app:v1"))
@@ -100,8 +104,8 @@ func TestStopJoins(t *testing.T) {
 
 func (n *upNode) probeFailsNow(ctx context.Context) error { return n.probeFails(ctx) }
 
-// Kubelet has decided to stop the container before the restart was over, and comes after that: it gets the successor if it asks for that, and
-// finds it otherwise.
+// Kubelet has decided to stop the container before the restart was over, and comes after that: it
+// gets the successor if it asks for that, and finds it otherwise.
 func TestLateStopAndCreation(t *testing.T) {
 	for _, tc := range []struct {
 		name, image string
@@ -110,12 +114,16 @@ func TestLateStopAndCreation(t *testing.T) {
 		calls       string
 		taken       bool
 	}{
-		{name: "the same", image: "app:v1", attempt: 1, calls: "kubelet:StopContainer app/0 30s; kubelet:StartContainer app/1"},
+		{name: "the same", image: "app:v1", attempt: 1,
+			calls: "kubelet:StopContainer app/0 30s; kubelet:StartContainer app/1"},
 		{
-			name: "other resources", image: "app:v1", attempt: 1, edit: func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = 512 },
-			calls: "kubelet:StopContainer app/0 30s; UpdateContainerResources app/1 cpus=0-3; kubelet:StartContainer app/1",
+			name: "other resources", image: "app:v1", attempt: 1,
+			edit: func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = 512 },
+			calls: "kubelet:StopContainer app/0 30s; UpdateContainerResources app/1 cpus=0-3; " +
+				"kubelet:StartContainer app/1",
 		},
-		{name: "another image", image: "app:v2", attempt: 1, calls: "kubelet:StopContainer app/0 30s; kubelet:CreateContainer app/1", taken: true},
+		{name: "another image", image: "app:v2", attempt: 1,
+			calls: "kubelet:StopContainer app/0 30s; kubelet:CreateContainer app/1", taken: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
@@ -129,7 +137,8 @@ func TestLateStopAndCreation(t *testing.T) {
 					edit = append(edit, tc.edit)
 				}
 				err = n.kubeletMakes(t.Context(), n.asks("app", tc.image, tc.attempt, edit...))
-				if taken := err != nil && strings.Contains(err.Error(), "is reserved for"); taken != tc.taken || err != nil && !taken {
+				if taken := err != nil && strings.Contains(err.Error(), "is reserved for"); taken != tc.taken ||
+					err != nil && !taken {
 					t.Errorf("got %v", err)
 				}
 				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
@@ -141,8 +150,8 @@ func TestLateStopAndCreation(t *testing.T) {
 	}
 }
 
-// A container that is never restarted is not made anew by kubelet, which finds the successor. The operation does not wait for
-// long for what does not come.
+// A container that is never restarted is not made anew by kubelet, which finds the successor. The
+// operation does not wait for long for what does not come.
 func TestStopJoinsWithoutCreation(t *testing.T) {
 	for tells, within := range map[bool]time.Duration{true: 2 * joinPoll, false: joinPatience} {
 		t.Run(fmt.Sprintf("kubelet tells %v", tells), func(t *testing.T) {
@@ -169,8 +178,9 @@ func TestStopJoinsWithoutCreation(t *testing.T) {
 	}
 }
 
-// Kubelet gives up a pod that is never restarted when its last container has been stopped for a failed probe
-// (kuberuntime_manager.go computePodActions: KillPod). Where it tells that there is no other reason, the pod stays.
+// Kubelet gives up a pod that is never restarted when its last container has been stopped for a
+// failed probe (kuberuntime_manager.go computePodActions: KillPod). Where it tells that there is no
+// other reason, the pod stays.
 func TestPodIsKept(t *testing.T) {
 	deletes := func(p *podsapi.Pod) { p.Deleting = true }
 	for _, tc := range []struct {
@@ -189,7 +199,8 @@ func TestPodIsKept(t *testing.T) {
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
 		{
-			name: "kubelet does not tell", want: "FAILED, app FAILED TakenBackByKubelet", state: "app/0 EXITED, app/1 EXITED, web/0 EXITED",
+			name: "kubelet does not tell", want: "FAILED, app FAILED TakenBackByKubelet",
+			state: "app/0 EXITED, app/1 EXITED, web/0 EXITED",
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
 		{
@@ -198,7 +209,8 @@ func TestPodIsKept(t *testing.T) {
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
 		{
-			name: "the sandbox has ended", tells: true, by: func(n *upNode) { n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ready = false }) },
+			name: "the sandbox has ended", tells: true,
+			by:   func(n *upNode) { n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ready = false }) },
 			want: "FAILED, app FAILED TakenBackByKubelet", state: "app/0 EXITED, app/1 EXITED, web/0 EXITED",
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
@@ -263,17 +275,20 @@ func TestJoinedCreation(t *testing.T) {
 		says        string
 	}{
 		{
-			name: "other resources", image: "app:v1", adopted: true, calls: "UpdateContainerResources app/1 cpus=0-3; kubelet:StartContainer app/1",
-			edit: func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = 512 },
+			name: "other resources", image: "app:v1", adopted: true,
+			calls: "UpdateContainerResources app/1 cpus=0-3; kubelet:StartContainer app/1",
+			edit:  func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = 512 },
 		},
 		{
 			name: "another environment", image: "app:v1", says: "envs.NEW",
-			edit:  func(c *runtimeapi.ContainerConfig) { c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "NEW"}) },
-			calls: "StopContainer app/1 30s; RemoveContainer app/1; kubelet:CreateContainer app/1; kubelet:StartContainer app/1",
+			edit: func(c *runtimeapi.ContainerConfig) { c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "NEW"}) },
+			calls: "StopContainer app/1 30s; RemoveContainer app/1; kubelet:CreateContainer app/1; " +
+				"kubelet:StartContainer app/1",
 		},
 		{
 			name: "another image", image: "app:v2", says: "image",
-			calls: "StopContainer app/1 30s; RemoveContainer app/1; kubelet:CreateContainer app/1; kubelet:StartContainer app/1",
+			calls: "StopContainer app/1 30s; RemoveContainer app/1; kubelet:CreateContainer app/1; " +
+				"kubelet:StartContainer app/1",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -294,7 +309,8 @@ func TestJoinedCreation(t *testing.T) {
 				if adopted := n.rt.idOf(t, "app/1") == successor; adopted != tc.adopted {
 					t.Errorf("adopted: %v", adopted)
 				}
-				if c := op.GetContainers()[0]; !strings.Contains(warnings(op), tc.says) || (c.GetMethod() == opsv1.MethodKubelet) == tc.adopted {
+				if c := op.GetContainers()[0]; !strings.Contains(warnings(op), tc.says) ||
+					(c.GetMethod() == opsv1.MethodKubelet) == tc.adopted {
 					t.Errorf("operation: %v", op)
 				}
 			})
@@ -302,7 +318,8 @@ func TestJoinedCreation(t *testing.T) {
 	}
 }
 
-// A stop with less time than is left gets what it asks for: the container does not live longer, and what is done beforehand ends.
+// A stop with less time than is left gets what it asks for: the container does not live longer, and
+// what is done beforehand ends.
 func TestShorterStopJoins(t *testing.T) {
 	for name, hook := range map[string]*opsv1.Hook{
 		"": nil, "in preStop": {Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 25}}},
@@ -314,7 +331,8 @@ func TestShorterStopJoins(t *testing.T) {
 						c.stubborn = true
 					}
 				})
-				_, err := n.api.Restart(t.Context(), restartRequest("op", func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = hook }))
+				_, err := n.api.Restart(t.Context(),
+					restartRequest("op", func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = hook }))
 				n.must(err)
 				time.Sleep(2 * time.Second)
 				began := time.Now()
@@ -340,7 +358,8 @@ func TestStopsOfTwoContainersJoin(t *testing.T) {
 					r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
 				})
 				n.must(n.probeFails(t.Context()))
-				op := n.ends("op", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING")
+				op := n.ends("op", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+					"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING")
 				if got := warnings(op); got != joinedWarning || len(op.GetContainers()[1].GetWarnings()) > 0 {
 					t.Errorf("operation: %v", op)
 				}
@@ -349,13 +368,15 @@ func TestStopsOfTwoContainersJoin(t *testing.T) {
 	}
 }
 
-// Two stops of one container are both answered: kubelet gives up waiting for the first, and comes again.
+// Two stops of one container are both answered: kubelet gives up waiting for the first, and comes
+// again.
 func TestSecondStopJoins(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.draining()
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		if _, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30}); err == nil {
+		if _, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"),
+			Timeout: 30}); err == nil {
 			t.Error("the first stop was answered")
 		}
 		n.must(n.probeFails(t.Context()))
@@ -366,7 +387,8 @@ func TestSecondStopJoins(t *testing.T) {
 	})
 }
 
-// The successor does not start: kubelet is answered when the restart has ended, and goes on by its own policy.
+// The successor does not start: kubelet is answered when the restart has ended, and goes on by its
+// own policy.
 func TestJoinedRestartFails(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.rt.set(func(f *fakeRuntime) { failStarts(f, 2) })
@@ -378,9 +400,11 @@ func TestJoinedRestartFails(t *testing.T) {
 	})
 }
 
-// The process dies after kubelet's stop has joined: the next one takes part in what kubelet does from its first call on.
+// The process dies after kubelet's stop has joined: the next one takes part in what kubelet does
+// from its first call on.
 func TestJoinedRestartIsResumed(t *testing.T) {
-	for _, at := range []string{"ExecSync app/0 bye 30s", "StopContainer app/0", "StartContainer app/1", "ExecSync app/1"} {
+	for _, at := range []string{"ExecSync app/0 bye 30s", "StopContainer app/0", "StartContainer app/1",
+		"ExecSync app/1"} {
 		for _, joined := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, joined before %v", at, joined), func(t *testing.T) {
 				inUpNode(t, func(t *testing.T, n *upNode) {
@@ -390,7 +414,11 @@ func TestJoinedRestartIsResumed(t *testing.T) {
 						f.before = func(call string) error {
 							if strings.HasPrefix(call, at) && state == "" {
 								if joined {
-									n.inBackground(func(ctx context.Context) error { return n.kubeletStops(ctx, n.rt.idOf(t, "app/0"), 30) })
+									n.inBackground(
+										func(ctx context.Context) error {
+											return n.kubeletStops(ctx,
+												n.rt.idOf(t, "app/0"), 30)
+										})
 									n.log.await(t, "joins the restart")
 								}
 								state = n.crash()
@@ -427,7 +455,8 @@ func TestJoinedCreationOfTheNextProcess(t *testing.T) {
 		n.draining()
 		n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
 		n.boot(n.crash())
-		answered := n.inBackground(func(ctx context.Context) error { return n.kubeletMakes(ctx, n.asks("app", "app:v1", 1)) })
+		answered := n.inBackground(
+			func(ctx context.Context) error { return n.kubeletMakes(ctx, n.asks("app", "app:v1", 1)) })
 		synctest.Wait()
 		n.run()
 		_, err := answered()
@@ -451,7 +480,8 @@ func TestStopJoinsWithOverride(t *testing.T) {
 	})
 }
 
-// Someone else than kubelet creates in the slot of a restart that no stop has joined: that waits for the restart, as ever.
+// Someone else than kubelet creates in the slot of a restart that no stop has joined: that waits
+// for the restart, as ever.
 func TestCreationWithoutStop(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.draining()

@@ -20,13 +20,13 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// What is kept of restarts is bounded, in memory and on disk: the oldest operations go, and so do the records of containers
-// that kubelet removes.
+// What is kept of restarts is bounded, in memory and on disk: the oldest operations go, and so do
+// the records of containers that kubelet removes.
 func TestOperationsStayFew(t *testing.T) {
 	const total = 40
 	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
@@ -40,7 +40,8 @@ func TestOperationsStayFew(t *testing.T) {
 			}
 			// kubelet keeps the last container that has exited.
 			if previous != "" {
-				if _, err := n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: previous}); err != nil {
+				if _, err := n.rt.RemoveContainer(t.Context(),
+					&runtimeapi.RemoveContainerRequest{ContainerId: previous}); err != nil {
 					t.Fatal(err)
 				}
 				n.engine.node.Records.Removed(previous)
@@ -59,13 +60,14 @@ func TestOperationsStayFew(t *testing.T) {
 	})
 }
 
-// Finished operations are forgotten after their time though nobody asks for anything, and so are records of containers that
-// went away with their sandbox.
+// Finished operations are forgotten after their time though nobody asks for anything, and so are
+// records of containers that went away with their sandbox.
 func TestOldOperationsGoByThemselves(t *testing.T) {
 	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
 		op := n.restart("op")
 		for _, id := range []string{op.GetContainers()[0].GetIncumbentId(), op.GetContainers()[0].GetSuccessorId()} {
-			if _, err := n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+			if _, err := n.rt.RemoveContainer(t.Context(),
+				&runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -141,27 +143,34 @@ func finishedOperation(t testing.TB, i int, at time.Time, disk *store.Store) *op
 	return o
 }
 
-// finishedRecord is the record of an operation on one container as the controller commands it, with its end.
+// finishedRecord is the record of an operation on one container as the controller commands it, with
+// its end.
 func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 	t.Helper()
 	id := func(k int) string { return fmt.Sprintf("%064x", k) }
 	uid := uidOf(i)
-	pod := &opsv1.PodRef{Namespace: "shop", Name: fmt.Sprintf("shop-7c9f8d6b5-%05d", i), Uid: fmt.Sprintf("11111111-2222-3333-4444-%012d", i)}
+	pod := &opsv1.PodRef{Namespace: "shop", Name: fmt.Sprintf("shop-7c9f8d6b5-%05d", i),
+		Uid: fmt.Sprintf("11111111-2222-3333-4444-%012d", i)}
 	return &store.Record{
 		Request: wire(t, &opsv1.RestartRequest{
 			Uid: uid, Pod: pod, Requester: "ContainerRecreateRequest/shop/restart-" + uid,
 			Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: id(2 * i)}},
 		}),
 		Operation: wire(t, &opsv1.Operation{
-			Uid: uid, Kind: opsv1.KindRestart, Pod: proto.Clone(pod).(*opsv1.PodRef), Phase: opsv1.Phase_PHASE_SUCCEEDED,
-			Requester: "ContainerRecreateRequest/shop/restart-" + uid, CreateTime: timestamppb.New(at), FinishTime: timestamppb.New(at),
+			Uid: uid, Kind: opsv1.KindRestart, Pod: proto.Clone(pod).(*opsv1.PodRef),
+			Phase:     opsv1.Phase_PHASE_SUCCEEDED,
+			Requester: "ContainerRecreateRequest/shop/restart-" + uid, CreateTime: timestamppb.New(at),
+			FinishTime: timestamppb.New(at),
 			Containers: []*opsv1.ContainerOperation{{
-				Name: "app", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: id(2 * i), SuccessorId: id(2*i + 1), Attempt: 1, Method: "gate",
-				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
+				Name: "app", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: id(2 * i), SuccessorId: id(2*i + 1),
+				Attempt: 1, Method: "gate",
+				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at),
+				Gap: durationpb.New(6 * time.Millisecond),
 			}},
 		}),
 		Containers: []store.Container{{
-			Step: store.StepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: operation.RandomToken(), StopBy: at,
+			Step: store.StepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1),
+			Token: operation.RandomToken(), StopBy: at,
 		}},
 	}
 }
@@ -171,7 +180,8 @@ func fullEngine(b *testing.B, dir string) *Engine {
 	b.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	e, err := Open(b.Context(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: b.TempDir()})
+	e, err := Open(b.Context(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: view.New(),
+		Log: log, LegacyLogDir: b.TempDir()})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -195,8 +205,8 @@ func (e *Engine) fill(t testing.TB) {
 	}
 }
 
-// BenchmarkFullJournal is what a journal that is full costs: per operation accepted, per scrape of the metrics, per start of
-// the process, and in memory and on disk.
+// BenchmarkFullJournal is what a journal that is full costs: per operation accepted, per scrape of
+// the metrics, per start of the process, and in memory and on disk.
 func BenchmarkFullJournal(b *testing.B) {
 	b.Run("expire", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
@@ -227,7 +237,9 @@ func BenchmarkFullJournal(b *testing.B) {
 		log := logrus.New()
 		log.SetOutput(io.Discard)
 		for b.Loop() {
-			e, err := Open(context.Background(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: dir})
+			e, err := Open(context.Background(),
+				Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: view.New(), Log: log,
+					LegacyLogDir: dir})
 			if err != nil {
 				b.Fatal(err)
 			}

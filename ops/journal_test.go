@@ -20,7 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
@@ -60,17 +60,18 @@ func journalWith(t testing.TB, records map[string]*store.Record) string {
 	return dir
 }
 
-func openEngine(dir string, v *interceptors.View) (*Engine, error) {
+func openEngine(dir string, v *view.View) (*Engine, error) {
 	return Open(context.Background(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: v, Log: quiet()})
 }
 
 // What the view shows as soon as the journal has been read, by step.
 func TestOpenArmsTheView(t *testing.T) {
 	for at, want := range map[store.Step]bool{
-		store.StepNone: false, store.StepStage: true, store.StepStaged: true, store.StepStop: true, store.StepStarted: true, store.StepUndo: true, store.StepReveal: false, store.StepDone: false,
+		store.StepNone: false, store.StepStage: true, store.StepStaged: true, store.StepStop: true,
+		store.StepStarted: true, store.StepUndo: true, store.StepReveal: false, store.StepDone: false,
 	} {
 		t.Run(string(at), func(t *testing.T) {
-			v := interceptors.NewView()
+			v := view.New()
 			e, err := openEngine(journalWith(t, map[string]*store.Record{"op": entry(t, "op", at, time.Now())}), v)
 			if err != nil {
 				t.Fatal(err)
@@ -78,7 +79,7 @@ func TestOpenArmsTheView(t *testing.T) {
 			if got := v.Active(); got != want {
 				t.Errorf("the view is active: %t, want %t", got, want)
 			}
-			claimed := v.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"})
+			claimed := v.Claimed(view.Slot{PodUID: podUID, Container: "app"})
 			if wantClaim := at != store.StepNone && at != store.StepDone; claimed != wantClaim {
 				t.Errorf("the slot is claimed: %t, want %t", claimed, wantClaim)
 			}
@@ -92,8 +93,9 @@ func TestOpenArmsTheView(t *testing.T) {
 func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 	now := time.Now()
 	e, err := openEngine(journalWith(t, map[string]*store.Record{
-		"a": entry(t, "a", store.StepNone, now.Add(2*time.Second)), "b": entry(t, "b", store.StepNone, now), "c": entry(t, "c", store.StepNone, now.Add(time.Second)),
-	}), interceptors.NewView())
+		"a": entry(t, "a", store.StepNone, now.Add(2*time.Second)), "b": entry(t, "b", store.StepNone, now),
+		"c": entry(t, "c", store.StepNone, now.Add(time.Second)),
+	}), view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,8 +120,9 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 		"not protobuf": {Operation: []byte{0xff}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", store.StepNone, time.Now())})
-			e, err := openEngine(dir, interceptors.NewView())
+			dir := journalWith(t,
+				map[string]*store.Record{"op": r, "good": entry(t, "good", store.StepNone, time.Now())})
+			e, err := openEngine(dir, view.New())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -127,7 +130,8 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 				t.Errorf("operations: %v", e.list())
 			}
 			err = e.disk.Journal.View(func(tx *bolt.Tx) error {
-				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).Get([]byte("op")) != nil {
+				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).
+					Get([]byte("op")) != nil {
 					t.Error("the record is not set aside")
 				}
 				return nil
@@ -138,7 +142,7 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 		})
 	}
 	t.Run("two on one slot", func(t *testing.T) {
-		v := interceptors.NewView()
+		v := view.New()
 		dir := journalWith(t, map[string]*store.Record{
 			"a": entry(t, "a", store.StepStop, time.Now()), "b": entry(t, "b", store.StepStop, time.Now()),
 		})
@@ -157,7 +161,7 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 
 func TestOpenRefuses(t *testing.T) {
 	t.Run("no directory", func(t *testing.T) {
-		_, err := openEngine(filepath.Join(t.TempDir(), "no"), interceptors.NewView())
+		_, err := openEngine(filepath.Join(t.TempDir(), "no"), view.New())
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("got %v", err)
 		}
@@ -181,7 +185,7 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	e, err := openEngine(dir, interceptors.NewView())
+	e, err := openEngine(dir, view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +193,8 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if e.node.Records.Request("c") != nil || len(e.node.Records.IDs()) != 0 {
 		t.Error("records without a file")
 	}
-	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
+	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil ||
+		!strings.Contains(err.Error(), "nothing was done") {
 		t.Errorf("got %v", err)
 	}
 	if err := os.RemoveAll(filepath.Join(dir, "journal.db")); err != nil {
@@ -203,15 +208,15 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	}
 }
 
-// A process that has handed over may be asked once more whether its journal is usable, in the middle of that. It must not take the file from
-// the process that has it by then.
+// A process that has handed over may be asked once more whether its journal is usable, in the
+// middle of that. It must not take the file from the process that has it by then.
 func TestJournalIsNotOpenedAfterTheEnd(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "journal.db")
 	if err := os.Mkdir(path, 0o700); err != nil { // in the way: it is opened as soon as it can be
 		t.Fatal(err)
 	}
-	e, err := openEngine(dir, interceptors.NewView())
+	e, err := openEngine(dir, view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +226,7 @@ func TestJournalIsNotOpenedAfterTheEnd(t *testing.T) {
 	if err := e.JournalError(); !errors.Is(err, boltfile.ErrClosed) {
 		t.Errorf("got %v", err)
 	}
-	next, err := openEngine(dir, interceptors.NewView())
+	next, err := openEngine(dir, view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,7 +237,8 @@ func TestJournalIsNotOpenedAfterTheEnd(t *testing.T) {
 
 // FuzzJournal reads any bytes as a record of the journal.
 func FuzzJournal(f *testing.F) {
-	for _, s := range []store.Step{store.StepNone, store.StepStage, store.StepStaged, store.StepStop, store.StepStarted, store.StepReveal, store.StepUndo, store.StepDone, "other"} {
+	for _, s := range []store.Step{store.StepNone, store.StepStage, store.StepStaged, store.StepStop, store.StepStarted,
+		store.StepReveal, store.StepUndo, store.StepDone, "other"} {
 		b, err := json.Marshal(entry(f, "op", s, time.Unix(0, 0)))
 		if err != nil {
 			f.Fatal(err)
@@ -247,8 +253,9 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		e := &Engine{
-			node: &Node{Client: &crinode.Client{Log: quiet()}, View: interceptors.NewView(), Tokens: lost.NewTokens(), Lost: lost.New(lost.Options{})},
-			log:  quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
+			node: &Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
+				Lost: lost.New(lost.Options{})},
+			log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 		}
 		if e.revive("op", r) != nil {
 			return
@@ -262,7 +269,8 @@ func FuzzJournal(f *testing.F) {
 	})
 }
 
-// FuzzRestartRequest checks any bytes as a request; an accepted one must hold what the engine relies on.
+// FuzzRestartRequest checks any bytes as a request; an accepted one must hold what the engine
+// relies on.
 func FuzzRestartRequest(f *testing.F) {
 	f.Add(wire(f, restartRequest("op")), true)
 	f.Add(wire(f, restartRequest("op", func(r *opsv1.RestartRequest) {

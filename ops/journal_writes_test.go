@@ -18,7 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -111,9 +111,9 @@ func (n *node) ownCalls() string {
 	return strings.Join(own, "; ")
 }
 
-// The process ends when the one write of the point of no return and of the step stop is on disk. The
-// next one also takes up what the version before has left there, and what is there while a preStop
-// hook runs: the point of no return alone.
+// The process ends when the one write of the point of no return and of the step stop is on disk.
+// The next one also takes up what the version before has left there, and what is there while a
+// preStop hook runs: the point of no return alone.
 func TestProcessEndsBeforeTheStop(t *testing.T) {
 	orders := map[string]struct {
 		edit   func(*opsv1.RestartRequest)
@@ -177,7 +177,8 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 					t.Errorf("runtime has %s, want %s", got, want)
 				}
-				if got := n.ownCalls(); strings.Count(got, "StopContainer app/0") != 1 || strings.Contains(got, "Create") {
+				if got := n.ownCalls(); strings.Count(got, "StopContainer app/0") != 1 ||
+					strings.Contains(got, "Create") {
 					t.Errorf("the next process called %s", got)
 				}
 			})
@@ -185,8 +186,8 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 	}
 }
 
-// Kubelet takes the slot back when the step stop is on disk and nothing has been stopped: a successor
-// that was never started is removed without being asked to stop.
+// Kubelet takes the slot back when the step stop is on disk and nothing has been stopped: a
+// successor that was never started is removed without being asked to stop.
 func TestTakenBackBeforeTheStop(t *testing.T) {
 	for name, tc := range map[string]struct {
 		edit func(*opsv1.RestartRequest)
@@ -207,7 +208,8 @@ func TestTakenBackBeforeTheStop(t *testing.T) {
 			n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 				if !asked.Swap(true) {
 					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-						_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
+						_, err := k.StopContainer(ctx,
+							&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
 						return err
 					})
 					n.log.await(t, "takes the slot back")
@@ -239,9 +241,9 @@ func (h hook) Fire(e *logrus.Entry) error {
 	return nil
 }
 
-// The process dies when the end of a container is on disk, and its slot is still held. If it is the last
-// container, the next process finds the operation finished. What the version before has left there, which
-// wrote the end of the operation after that, is finished by the next process.
+// The process dies when the end of a container is on disk, and its slot is still held. If it is the
+// last container, the next process finds the operation finished. What the version before has left
+// there, which wrote the end of the operation after that, is finished by the next process.
 func TestCrashAtTheEnd(t *testing.T) {
 	ordered := func(r *opsv1.RestartRequest) {
 		r.Ordered = true
@@ -286,7 +288,8 @@ func TestCrashAtTheEnd(t *testing.T) {
 				if ends++; ends != tc.at {
 					return
 				}
-				if d.engine.lookup("op").Finished() || !d.view.Claimed(interceptors.Slot{PodUID: podUID, Container: tc.slot}) {
+				if d.engine.lookup("op").Finished() ||
+					!d.view.Claimed(view.Slot{PodUID: podUID, Container: tc.slot}) {
 					t.Error("the operation has ended, or its slot is free, before both can be")
 				}
 				state = n.crash()

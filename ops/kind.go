@@ -21,13 +21,13 @@ type Kind interface {
 	// Over says that Drive has returned: kubelet is answered no more. left says that the next
 	// process goes on.
 	Over(left bool)
-	// WantSlot says that the operation waits for the slot. The caller must call got when it waits no
-	// more.
+	// WantSlot says that the operation waits for the slot. The caller must call got when it waits
+	// no more.
 	WantSlot() (got func())
 	// Taken says that the operation has the slot.
 	Taken()
-	// Adopted reports whether kubelet asks for the successor by a CreateContainer of its own, and so
-	// takes it over. Otherwise the successor is shown to it in the place of the incumbent.
+	// Adopted reports whether kubelet asks for the successor by a CreateContainer of its own, and
+	// so takes it over. Otherwise the successor is shown to it in the place of the incumbent.
 	Adopted() bool
 	// NextImage is the image of the container that kubelet makes instead of taking the successor
 	// over; empty if that is not known.

@@ -50,8 +50,8 @@ func endOf(t *testing.T, j *store.Journal, uid string) string {
 	return verdict(op)
 }
 
-// What an operation has said of its end must be what the next process says: a restart that was reported as failed and taken
-// back must not begin again.
+// What an operation has said of its end must be what the next process says: a restart that was
+// reported as failed and taken back must not begin again.
 func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 	for _, tc := range []struct{ during, want string }{
 		{"CreateContainer app/1", "FAILED, app FAILED JournalError"},
@@ -98,7 +98,8 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
 	r := entry(t, "op", store.StepStage, time.Now())
-	r.Containers[0] = store.Container{Step: store.StepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
+	r.Containers[0] = store.Container{Step: store.StepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"),
+		Token: someToken, Method: opsv1.MethodGate}
 	n.must(n.engine.disk.Journal.Put("op", r, nil))
 	state := n.copyState()
 	gates := filepath.Join(state, "gates")
@@ -117,10 +118,11 @@ func TestGateOfALostStageIsRemoved(t *testing.T) {
 	}
 }
 
-// Kubelet removes the log and the link of a container that it knows. One that it has never seen leaves neither; with StartFirst
-// the log stays, for it says what was wrong.
+// Kubelet removes the log and the link of a container that it knows. One that it has never seen
+// leaves neither; with StartFirst the log stays, for it says what was wrong.
 func TestTracesOfARemovedSuccessor(t *testing.T) {
-	for order, logStays := range map[opsv1.Order]bool{opsv1.Order_ORDER_STOP_FIRST: false, opsv1.Order_ORDER_START_FIRST: true} {
+	for order, logStays := range map[opsv1.Order]bool{opsv1.Order_ORDER_STOP_FIRST: false,
+		opsv1.Order_ORDER_START_FIRST: true} {
 		t.Run(order.String(), func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			links := filepath.Join(n.dir, "links")

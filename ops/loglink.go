@@ -27,7 +27,9 @@ func (v *revealer) logLink(ctx context.Context, id string) {
 			return err
 		}
 		pod := v.c.op.Pod()
-		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(v.c.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), v.c.spec.GetName(), id)))
+		err = os.Symlink(st.GetStatus().GetLogPath(),
+			filepath.Join(v.c.node.LogLinks,
+				criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), v.c.spec.GetName(), id)))
 		if errors.Is(err, fs.ErrExist) {
 			return nil
 		}

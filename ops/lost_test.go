@@ -24,7 +24,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // losses are the ways in which a journal goes, by name.
@@ -43,7 +43,8 @@ var losses = []struct {
 	}},
 }
 
-// slotSeen asserts what kubelet may see of app: one container that runs at the most, the newest if there is one, and none that has been staged and not started.
+// slotSeen asserts what kubelet may see of app: one container that runs at the most, the newest if
+// there is one, and none that has been staged and not started.
 func slotSeen(list []*runtimeapi.Container) error {
 	slices.SortFunc(list, func(a, b *runtimeapi.Container) int { return int(b.GetCreatedAt() - a.GetCreatedAt()) })
 	running, newest := 0, true
@@ -57,7 +58,7 @@ func slotSeen(list []*runtimeapi.Container) error {
 				return fmt.Errorf("kubelet sees %v", list)
 			}
 		case runtimeapi.ContainerState_CONTAINER_CREATED:
-			if c.GetAnnotations()[interceptors.StagedAnnotation] != "" {
+			if c.GetAnnotations()[view.StagedAnnotation] != "" {
 				return fmt.Errorf("kubelet sees %s created", nameOf(c))
 			}
 		}
@@ -66,10 +67,12 @@ func slotSeen(list []*runtimeapi.Container) error {
 	return nil
 }
 
-// The process dies at every moment of a restart, and with it the journal. What is left must be what kubelet can go by.
+// The process dies at every moment of a restart, and with it the journal. What is left must be what
+// kubelet can go by.
 func TestCrashesThatLoseTheJournal(t *testing.T) {
 	for _, s := range scenarios {
-		if !slices.Contains([]string{"plain", "gate", "pidfd", "gate, hooks", "start first", "start first, processes", "start first, it exits"}, s.name) {
+		if !slices.Contains([]string{"plain", "gate", "pidfd", "gate, hooks", "start first", "start first, processes",
+			"start first, it exits"}, s.name) {
 			continue
 		}
 		t.Run(s.name, func(t *testing.T) {
@@ -161,8 +164,8 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 	return true
 }
 
-// serving is the oldest container of app that the runtime shows running, or "". The runtime may be behind the kernel: one whose process is
-// gone does not count beside one whose process is there.
+// serving is the oldest container of app that the runtime shows running, or "". The runtime may be
+// behind the kernel: one whose process is gone does not count beside one whose process is there.
 func (n *node) serving() string {
 	living := strings.Fields(strings.ReplaceAll(n.rt.living(), ",", " "))
 	first := ""
@@ -191,7 +194,7 @@ func (n *node) leftovers() string {
 		return "a gate is left"
 	case strings.Contains(n.rt.living(), "waits"):
 		return "a container waits at its gate"
-	case n.view.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}):
+	case n.view.Claimed(view.Slot{PodUID: podUID, Container: "app"}):
 		return "the slot is held"
 	}
 	return ""
@@ -283,16 +286,19 @@ func (s upgradeScenario) crashAndLose(t *testing.T, n *upNode, m moment, lose fu
 	if err := slotSeen(list.GetContainers()); err != nil {
 		t.Error(err)
 	}
-	if got, want := n.sees(), n.rt.state(); got != want || strings.Contains(got, "CREATED") || strings.Count(got, "RUNNING") != 2 {
+	if got, want := n.sees(), n.rt.state(); got != want || strings.Contains(got, "CREATED") ||
+		strings.Count(got, "RUNNING") != 2 {
 		t.Errorf("kubelet sees %s, there is %s", got, want)
 	}
-	if newest, err := n.newest(t.Context(), "app"); err != nil || n.rt.get(t, nameOf(newest)).config.GetImage().GetUserSpecifiedImage() != "app:v2" {
+	if newest, err := n.newest(t.Context(), "app"); err != nil || n.rt.get(t, nameOf(newest)).config.GetImage().
+		GetUserSpecifiedImage() != "app:v2" {
 		t.Errorf("%v runs, %v", newest, err)
 	}
 	return true
 }
 
-// An annotation alone says nothing: a container keeps it for life, and its operation is forgotten after an hour.
+// An annotation alone says nothing: a container keeps it for life, and its operation is forgotten
+// after an hour.
 func TestContainersOfForgottenOperationsStay(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -320,7 +326,8 @@ func TestContainersOfForgottenOperationsStay(t *testing.T) {
 	}
 }
 
-// A runtime that is away at the start keeps nobody from asking for its version, and no list goes out before what it has is known.
+// A runtime that is away at the start keeps nobody from asking for its version, and no list goes
+// out before what it has is known.
 func TestListsWaitForTheJudge(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -341,18 +348,21 @@ func TestListsWaitForTheJudge(t *testing.T) {
 	if _, err := n.kubelet.Version(ctx, &runtimeapi.VersionRequest{}); err != nil {
 		t.Errorf("Version: %v", err)
 	}
-	if _, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{}); status.Code(err) != codes.Unavailable {
+	if _, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{}); status.Code(
+		err) != codes.Unavailable {
 		t.Errorf("a list before the judge: %v", err)
 	}
 	id := n.rt.idOf(t, "app/1")
-	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(err) != codes.Unavailable {
+	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(
+		err) != codes.Unavailable {
 		t.Errorf("a status before the judge: %v", err)
 	}
 	n.rt.set(func(f *fakeRuntime) { f.before = nil })
 	if got := n.sees(); !strings.Contains(got, "app/0") || strings.Contains(got, "app/1") {
 		t.Errorf("kubelet sees %s", got)
 	}
-	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(err) != codes.NotFound {
+	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(
+		err) != codes.NotFound {
 		t.Errorf("a status of what is hidden: %v", err)
 	}
 }
@@ -364,8 +374,9 @@ func TestLateCreationsAreHidden(t *testing.T) {
 		t.Fatal(got)
 	}
 	config := n.containerConfig("app", 1)
-	config.Annotations[interceptors.StagedAnnotation] = someToken
-	_, err := n.rt.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: config, SandboxConfig: n.sandboxConfig()})
+	config.Annotations[view.StagedAnnotation] = someToken
+	_, err := n.rt.CreateContainer(t.Context(),
+		&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: config, SandboxConfig: n.sandboxConfig()})
 	n.must(err)
 	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
 		t.Errorf("kubelet sees %s", got)
@@ -378,8 +389,8 @@ func TestLateCreationsAreHidden(t *testing.T) {
 	}
 }
 
-// A container without a gate is called as one that waits at it until it executes its entrypoint. With gates and journal lost it is not taken
-// for one.
+// A container without a gate is called as one that waits at it until it executes its entrypoint.
+// With gates and journal lost it is not taken for one.
 func TestLostAtItsEntrypoint(t *testing.T) {
 	n := newNode(t, podOptions{processes: true, method: opsv1.MethodPidfd})
 	n.runTidied()
@@ -397,7 +408,8 @@ func TestLostAtItsEntrypoint(t *testing.T) {
 	}
 }
 
-// The runtime goes on showing a container whose process is gone. Its successor is not a stray beside it.
+// The runtime goes on showing a container whose process is gone. Its successor is not a stray
+// beside it.
 func TestShellsDoNotServe(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -424,8 +436,8 @@ func TestShellsDoNotServe(t *testing.T) {
 	n.awaitLiving("app/1, web/0")
 }
 
-// An old container that was about to be stopped may end at any time while it is found out what is left. Kubelet never sees it ended alone:
-// that is the end of a pod that is never restarted.
+// An old container that was about to be stopped may end at any time while it is found out what is
+// left. Kubelet never sees it ended alone: that is the end of a pod that is never restarted.
 func TestTheOldOneEndsMeanwhile(t *testing.T) {
 	const both, swapped = "app/0 RUNNING, web/0 RUNNING", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"
 	for _, tc := range []struct {
@@ -477,8 +489,8 @@ func TestTheOldOneEndsMeanwhile(t *testing.T) {
 	}
 }
 
-// lostBesideTheOld returns a node whose process died when a successor had started beside its incumbent, with its state directory, from which
-// the journal is gone.
+// lostBesideTheOld returns a node whose process died when a successor had started beside its
+// incumbent, with its state directory, from which the journal is gone.
 func lostBesideTheOld(t *testing.T) (n *node, state string) {
 	t.Helper()
 	n = newNode(t, podOptions{processes: true})
@@ -489,7 +501,8 @@ func lostBesideTheOld(t *testing.T) (n *node, state string) {
 	return n, state
 }
 
-// judgedBesideTheOld is such a node whose next process has judged what is left, and does not run yet.
+// judgedBesideTheOld is such a node whose next process has judged what is left, and does not run
+// yet.
 func judgedBesideTheOld(t *testing.T) *node {
 	t.Helper()
 	n, state := lostBesideTheOld(t)
@@ -501,7 +514,8 @@ func judgedBesideTheOld(t *testing.T) *node {
 	return n
 }
 
-// crashBeforeStop has the process die when it is about to stop app/0 for a restart, and returns its state directory.
+// crashBeforeStop has the process die when it is about to stop app/0 for a restart, and returns its
+// state directory.
 func (n *node) crashBeforeStop(edit ...func(*opsv1.RestartRequest)) (state string) {
 	n.t.Helper()
 	crashed := make(chan struct{})
@@ -530,12 +544,14 @@ func (n *node) awaitTidy() {
 	}
 }
 
-// Kubelet that stops the old container, because of a failed probe perhaps, finds it ended and nothing beside it.
+// Kubelet that stops the old container, because of a failed probe perhaps, finds it ended and
+// nothing beside it.
 func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 	n := judgedBesideTheOld(t)
 	stopped := make(chan error, 1)
 	go func() {
-		_, err := n.kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 5})
+		_, err := n.kubelet.StopContainer(t.Context(),
+			&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 5})
 		stopped <- err
 	}()
 	eventually := time.Now().Add(waitLong)
@@ -554,7 +570,8 @@ func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 	}
 }
 
-// A runtime that does not answer at the start keeps what is left from being taken away as long only.
+// A runtime that does not answer at the start keeps what is left from being taken away as long
+// only.
 func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 	n := judgedBesideTheOld(t)
 	var lists atomic.Int64
@@ -574,7 +591,8 @@ func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 	}
 }
 
-// What cannot be taken away stays hidden. Its slot is given up, and the end of the old container is kubelet's to see.
+// What cannot be taken away stays hidden. Its slot is given up, and the end of the old container is
+// kubelet's to see.
 func TestPanicWhileLostIsCleared(t *testing.T) {
 	n := judgedBesideTheOld(t)
 	n.leash.panicAt("ContainerStatus", always)
@@ -587,7 +605,8 @@ func TestPanicWhileLostIsCleared(t *testing.T) {
 	}
 }
 
-// One that takes over without its gate, which is lost as well, does not wait for ever: kubelet's policy is for one that has ended.
+// One that takes over without its gate, which is lost as well, does not wait for ever: kubelet's
+// policy is for one that has ended.
 func TestLostGateOfTheOneThatTakesOver(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()

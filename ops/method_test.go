@@ -14,7 +14,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// has returns the methods of the node that are available, and why the first one that is not, is not.
+// has returns the methods of the node that are available, and why the first one that is not, is
+// not.
 func (n *node) has() (available, why string) {
 	n.t.Helper()
 	info, err := n.api.NodeInfo(n.t.Context(), &opsv1.NodeInfoRequest{})
@@ -40,9 +41,13 @@ func TestMethodForContainer(t *testing.T) {
 		want string
 	}{
 		{name: "as usual", want: opsv1.MethodGate},
-		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" }, want: opsv1.MethodPidfd},
-		{name: "another runtime", edit: func(c *fakeContainer) { c.process.handler = "io.containerd.runsc.v1" }, want: opsv1.MethodPidfd},
-		{name: "processes shared", edit: func(c *fakeContainer) { c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0 }, want: opsv1.MethodGate},
+		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" },
+			want: opsv1.MethodPidfd},
+		{name: "another runtime", edit: func(c *fakeContainer) { c.process.handler = "io.containerd.runsc.v1" },
+			want: opsv1.MethodPidfd},
+		{name: "processes shared",
+			edit: func(c *fakeContainer) { c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0 },
+			want: opsv1.MethodGate},
 		{
 			name: "processes shared, another runtime", want: opsv1.MethodPlain,
 			edit: func(c *fakeContainer) {
@@ -50,7 +55,8 @@ func TestMethodForContainer(t *testing.T) {
 				c.process.handler = "io.containerd.kata.v2"
 			},
 		},
-		{name: "nothing is told of it", edit: func(c *fakeContainer) { c.process.silent = true }, want: opsv1.MethodPlain},
+		{name: "nothing is told of it", edit: func(c *fakeContainer) { c.process.silent = true },
+			want: opsv1.MethodPlain},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -77,13 +83,15 @@ func TestMethodForContainer(t *testing.T) {
 	}
 }
 
-// A gate that no operation knows is that of a process that died, and is removed; one that is known stays.
+// A gate that no operation knows is that of a process that died, and is removed; one that is known
+// stays.
 func TestStrayGates(t *testing.T) {
 	n := newNode(t, podOptions{})
 	m := n.engine.node.Switchover
 	n.must(m.RemoveStray(n.engine.node.Tokens.Has)) // there is no directory yet
 	known := n.engine.node.Tokens.New()
-	n.must(errors.Join(m.Gate(known).Make(), m.Gate("stray").Make(), m.Gate("").Make(), os.WriteFile(filepath.Join(n.state, "gates", "file"), nil, 0o600)))
+	n.must(errors.Join(m.Gate(known).Make(), m.Gate("stray").Make(), m.Gate("").Make(),
+		os.WriteFile(filepath.Join(n.state, "gates", "file"), nil, 0o600)))
 	n.run()
 	for late := time.Now().Add(waitLong); n.gates() != known; time.Sleep(time.Millisecond) { // the start goes on
 		if time.Now().After(late) {

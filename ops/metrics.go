@@ -57,7 +57,8 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
 	}, func() float64 { return float64(e.node.Overrides.Len()) })
 	for _, c := range []prometheus.Collector{
-		m.results, m.phases, e.node.Metrics.Gap, e.node.Metrics.GateFailures, &activeOperations{e}, recorded, journal, overrides, e.node.Overrides.Lost(),
+		m.results, m.phases, e.node.Metrics.Gap, e.node.Metrics.GateFailures, &activeOperations{e}, recorded, journal,
+		overrides, e.node.Overrides.Lost(),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
@@ -70,7 +71,8 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 type activeOperations struct{ e *Engine }
 
 var activeDesc = prometheus.NewDesc(
-	"criproxy_operations_active", "Operations that have not finished, by kind and phase.", []string{"kind", "phase"}, nil,
+	"criproxy_operations_active", "Operations that have not finished, by kind and phase.",
+	[]string{"kind", "phase"}, nil,
 )
 
 // Describe implements [prometheus.Collector].

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/hooks"
@@ -27,7 +27,7 @@ import (
 // Node is what the operations on all containers of the node share.
 type Node struct {
 	*crinode.Client
-	View       *interceptors.View
+	View       *view.View
 	Records    *store.Records
 	Overrides  *store.Overrides
 	Switchover *switchover.Prober
@@ -78,7 +78,7 @@ func (n *Node) HoldProbes(id string, hold time.Duration) {
 
 // Overridden returns the request as it is when it goes to the runtime.
 func (n *Node) Overridden(
-	ctx context.Context, slot interceptors.Slot, req *runtimeapi.CreateContainerRequest,
+	ctx context.Context, slot view.Slot, req *runtimeapi.CreateContainerRequest,
 ) *runtimeapi.CreateContainerRequest {
 	if !n.Overrides.Any() {
 		return req
@@ -90,8 +90,8 @@ func (n *Node) Overridden(
 	return out
 }
 
-// MatchResources gives the container the resources that kubelet asks for, if they have changed since
-// the container was made.
+// MatchResources gives the container the resources that kubelet asks for, if they have changed
+// since the container was made.
 func (n *Node) MatchResources(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
 	ours := n.Records.Request(id)
 	want := asked.GetConfig().GetLinux().GetResources()
@@ -129,7 +129,7 @@ func (n *Node) GiveWay(upgrade, to *operation.Operation) {
 
 // Holder returns the UID of the operation that has the slot, as far as the journal tells: an
 // operation that has just taken the slot has written nothing yet.
-func (n *Node) Holder(slot interceptors.Slot) string {
+func (n *Node) Holder(slot view.Slot) string {
 	for _, o := range n.Active() {
 		for i, rec := range o.Records() {
 			if rec.HoldsSlot() && o.Container(i).Slot() == slot {

@@ -29,6 +29,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
@@ -46,7 +47,7 @@ func podRef() *opsv1.PodRef { return &opsv1.PodRef{Namespace: "default", Name: "
 
 // daemon is one run of cri-proxy on the node: the engine behind a real proxy that kubelet calls.
 type daemon struct {
-	view    *interceptors.View
+	view    *view.View
 	engine  *Engine
 	api     *Server
 	kubelet runtimeapi.RuntimeServiceClient
@@ -117,7 +118,7 @@ func (n *node) boot(state string) {
 		log.SetOutput(os.Stderr)
 	}
 	log.SetLevel(logrus.DebugLevel)
-	d := &daemon{view: interceptors.NewView(), log: &signals{}}
+	d := &daemon{view: view.New(), log: &signals{}}
 	log.AddHook(d.log)
 
 	up, err := proxy.NewUpstream(n.socket(), proxy.UpstreamOptions{})
@@ -125,7 +126,8 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	d.leash = &leash{ClientConnInterface: up.Conn()}
-	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log, LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.method})
+	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log,
+		LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.method})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +141,10 @@ func (n *node) boot(state string) {
 	d.engine.node.Switchover.GateTimeout = waitLong
 	unsynced(d.engine.disk.Journal) // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
-	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
+	d.server = proxy.NewServer(up,
+		proxy.Options{
+			Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(),
+				Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {
@@ -151,10 +156,12 @@ func (n *node) boot(state string) {
 			t.Error(err)
 		}
 	})
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUnaryInterceptor(
-		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-			return invoke(metadata.AppendToOutgoingContext(ctx, "caller", "kubelet"), method, req, reply, cc, opts...)
-		}))
+	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(
+			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
+				opts ...grpc.CallOption) error {
+				return invoke(metadata.AppendToOutgoingContext(ctx, "caller", "kubelet"), method, req, reply, cc, opts...)
+			}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,8 +204,8 @@ func (d *daemon) watch(f *fakeRuntime) func(int, string) (*switchover.Exit, erro
 	}
 }
 
-// crash makes the current daemon one that is gone: nothing that it asks for happens any more, and nothing is told to it. It returns
-// the state directory as that leaves it.
+// crash makes the current daemon one that is gone: nothing that it asks for happens any more, and
+// nothing is told to it. It returns the state directory as that leaves it.
 func (n *node) crash() string {
 	n.leash.cut()
 	n.mu.Lock()
@@ -207,7 +214,8 @@ func (n *node) crash() string {
 	}
 	n.mu.Unlock()
 	state := n.copyState()
-	if err := os.Rename(filepath.Join(n.state, "gates"), filepath.Join(state, "gates")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Rename(filepath.Join(n.state, "gates"), filepath.Join(state, "gates")); err != nil &&
+		!errors.Is(err, fs.ErrNotExist) {
 		n.t.Error(err)
 	}
 	n.stop()
@@ -252,7 +260,8 @@ func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
 	return &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: "shop", Namespace: "default", Uid: podUID},
 		LogDirectory: "/var/log/pods/shop",
-		Labels:       map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default", criclone.LabelPodUID: podUID},
+		Labels: map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default",
+			criclone.LabelPodUID: podUID},
 	}
 }
 
@@ -267,17 +276,21 @@ func (n *node) terminationDir(name string) string {
 func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name, Attempt: attempt},
-		Labels:   map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default", criclone.LabelPodUID: podUID, criclone.LabelContainer: name},
+		Labels: map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default",
+			criclone.LabelPodUID: podUID, criclone.LabelContainer: name},
 		Annotations: map[string]string{
-			"io.kubernetes.container.hash": "abc", criclone.AnnotationRestartCount: fmt.Sprint(attempt), criclone.AnnotationTerminationGrace: "30",
-			criclone.AnnotationTerminationPath: "/dev/termination-log",
+			"io.kubernetes.container.hash": "abc", criclone.AnnotationRestartCount: fmt.Sprint(attempt),
+			criclone.AnnotationTerminationGrace: "30",
+			criclone.AnnotationTerminationPath:  "/dev/termination-log",
 		},
-		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
-		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.terminationDir(name), "0a0b0c0d")}},
+		Envs: []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
+		Mounts: []*runtimeapi.Mount{
+			{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.terminationDir(name), "0a0b0c0d")}},
 		LogPath: fmt.Sprintf("%s/%d.log", name, attempt),
 		Linux: &runtimeapi.LinuxContainerConfig{
-			Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"},
-			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
+			Resources: &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"},
+			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
 		},
 	}
 }
@@ -296,7 +309,8 @@ func (n *node) makePod(o podOptions) {
 			}
 			cfg.Mounts = append(cfg.Mounts, o.mounts...)
 		}
-		req := &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: cfg, SandboxConfig: n.sandboxConfig()}
+		req := &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: cfg,
+			SandboxConfig: n.sandboxConfig()}
 		var made *runtimeapi.CreateContainerResponse
 		if o.hidden && name == "app" {
 			cfg.Envs = nil
@@ -326,7 +340,8 @@ func (n *node) restart(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.O
 }
 
 func restartRequest(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.RestartRequest {
-	req := &opsv1.RestartRequest{Uid: uid, Pod: podRef(), Containers: []*opsv1.ContainerRestart{{Name: "app"}}, Requester: "test"}
+	req := &opsv1.RestartRequest{Uid: uid, Pod: podRef(), Containers: []*opsv1.ContainerRestart{{Name: "app"}},
+		Requester: "test"}
 	for _, f := range edit {
 		f(req)
 	}
@@ -377,7 +392,8 @@ func verdict(op *opsv1.Operation) string {
 // list is what kubelet sees of the slot's containers, newest first.
 func (n *node) list(ctx context.Context) ([]*runtimeapi.Container, error) {
 	resp, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
-	slices.SortFunc(resp.GetContainers(), func(a, b *runtimeapi.Container) int { return int(b.GetCreatedAt() - a.GetCreatedAt()) })
+	slices.SortFunc(resp.GetContainers(),
+		func(a, b *runtimeapi.Container) int { return int(b.GetCreatedAt() - a.GetCreatedAt()) })
 	return resp.GetContainers(), err
 }
 
@@ -411,7 +427,8 @@ func (n *node) checkView() error {
 			return fmt.Errorf("kubelet sees %s %s as the newest", nameOf(c), c.GetState())
 		}
 		done[name] = true
-		st, err := n.kubelet.ContainerStatus(context.Background(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+		st, err := n.kubelet.ContainerStatus(context.Background(),
+			&runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
 		if err != nil {
 			return fmt.Errorf("kubelet asks for %s, which was listed: %w", nameOf(c), err)
 		}
@@ -456,7 +473,8 @@ func (n *node) copyState() string {
 	return dir
 }
 
-// copyState copies the files of the engine's state as they are at one moment, even if something is being written.
+// copyState copies the files of the engine's state as they are at one moment, even if something is
+// being written.
 func (e *Engine) copyState(from, to string) error {
 	boot, err := os.ReadFile(filepath.Join(from, "records.boot"))
 	if err == nil {

@@ -23,11 +23,12 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// hold keeps the first call of the engine that begins with prefix back until the returned release is called.
+// hold keeps the first call of the engine that begins with prefix back until the returned release
+// is called.
 func (n *node) hold(prefix string) (reached <-chan struct{}, release func()) {
 	at, gate := make(chan struct{}), make(chan struct{})
 	n.during(prefix, func() {
@@ -69,28 +70,33 @@ func TestRuntimeRefuses(t *testing.T) {
 		{
 			name: "stop", script: refuse("StopContainer app/0", codes.DeadlineExceeded, 1),
 			want: "FAILED, app FAILED StopFailed", message: "app: stopping the container: no such luck",
-			state: "app/0 RUNNING, web/0 RUNNING", calls: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/1 30s; RemoveContainer app/1",
+			state: "app/0 RUNNING, web/0 RUNNING",
+			calls: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/1 30s; RemoveContainer app/1",
 		},
 		{
 			name: "start, once", script: func(f *fakeRuntime) { failStarts(f, 1) },
 			want: "SUCCEEDED, app SUCCEEDED", state: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
-			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1",
+			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; " +
+				"CreateContainer app/1; StartContainer app/1",
 		},
 		{
 			name: "start, always", script: func(f *fakeRuntime) { failStarts(f, 9) },
 			want: "FAILED, app FAILED StartFailed", message: "exec: no such file or directory",
 			state: "app/0 EXITED, app/1 EXITED, web/0 RUNNING",
-			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1",
+			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; " +
+				"CreateContainer app/1; StartContainer app/1",
 		},
 		{
 			name: "runtime away at the stop", script: refuse("StopContainer app/0", codes.Unavailable, 2),
 			want: "SUCCEEDED, app SUCCEEDED", state: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
-			calls: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/0 30s; StopContainer app/0 30s; StartContainer app/1",
+			calls: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/0 30s; StopContainer app/0 " +
+				"30s; StartContainer app/1",
 		},
 		{
 			name: "runtime away at the start", script: refuse("StartContainer", codes.Unavailable, 2),
 			want: "SUCCEEDED, app SUCCEEDED", state: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
-			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StartContainer app/1; StartContainer app/1",
+			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StartContainer app/1; " +
+				"StartContainer app/1",
 		},
 		{
 			name: "removal of a stage, for a while",
@@ -112,7 +118,8 @@ func TestRuntimeRefuses(t *testing.T) {
 				}
 			},
 			want: "FAILED, app FAILED CreateFailed", message: "no such luck",
-			state: "app/0 RUNNING, web/0 RUNNING", calls: "CreateContainer app/1; RemoveContainer app/1; RemoveContainer app/1; RemoveContainer app/1",
+			state: "app/0 RUNNING, web/0 RUNNING",
+			calls: "CreateContainer app/1; RemoveContainer app/1; RemoveContainer app/1; RemoveContainer app/1",
 		},
 	}
 	for _, tc := range cases {
@@ -146,7 +153,8 @@ func TestRuntimeRefuses(t *testing.T) {
 	}
 }
 
-// A runtime that answers everything but the stop must not be asked as fast as it can answer, nor for ever.
+// A runtime that answers everything but the stop must not be asked as fast as it can answer, nor
+// for ever.
 func TestStopIsNeverPossible(t *testing.T) {
 	b := newBubble(t)
 	b.run(func(t *testing.T, n *bubbleNode) {
@@ -232,11 +240,15 @@ func TestMetrics(t *testing.T) {
 	}
 	want := map[string]float64{
 		"criproxy_operations_total Restart succeeded": 1, "criproxy_operations_total Restart failed": 1,
-		"criproxy_operations_active Restart pending": 0, "criproxy_operations_active Upgrade pending": 0, "criproxy_recorded_containers": 3, "criproxy_operation_gap_seconds Restart plain": 1,
-		"criproxy_operation_phase_duration_seconds Restart pending": 2, "criproxy_operation_phase_duration_seconds Restart staging": 2, "criproxy_operation_phase_duration_seconds Restart stopping": 1,
-		"criproxy_operation_phase_duration_seconds Restart starting": 1, "criproxy_operation_phase_duration_seconds Restart revealing": 1,
-		"criproxy_gate_failures_total": 0,
-		"criproxy_journal_open":        1, "criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
+		"criproxy_operations_active Restart pending": 0, "criproxy_operations_active Upgrade pending": 0,
+		"criproxy_recorded_containers": 3, "criproxy_operation_gap_seconds Restart plain": 1,
+		"criproxy_operation_phase_duration_seconds Restart pending":   2,
+		"criproxy_operation_phase_duration_seconds Restart staging":   2,
+		"criproxy_operation_phase_duration_seconds Restart stopping":  1,
+		"criproxy_operation_phase_duration_seconds Restart starting":  1,
+		"criproxy_operation_phase_duration_seconds Restart revealing": 1,
+		"criproxy_gate_failures_total":                                0,
+		"criproxy_journal_open":                                       1, "criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -246,7 +258,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// An operation that has finished has a span, with its phases below and what happened to its containers.
+// An operation that has finished has a span, with its phases below and what happened to its
+// containers.
 func TestTraces(t *testing.T) {
 	spans := tracetest.NewInMemoryExporter()
 	n := newNode(t, podOptions{})
@@ -271,7 +284,8 @@ func TestTraces(t *testing.T) {
 			t.Errorf("events %q, want %q", got, want)
 		}
 		if !s.StartTime.Equal(op.GetCreateTime().AsTime()) || !s.EndTime.Equal(op.GetFinishTime().AsTime()) {
-			t.Errorf("span from %s to %s, the operation from %s to %s", s.StartTime, s.EndTime, op.GetCreateTime().AsTime(), op.GetFinishTime().AsTime())
+			t.Errorf("span from %s to %s, the operation from %s to %s", s.StartTime, s.EndTime,
+				op.GetCreateTime().AsTime(), op.GetFinishTime().AsTime())
 		}
 	}
 	if got, want := strings.Join(phases, ", "), "pending, staging, stopping, starting, revealing"; got != want {
@@ -305,7 +319,7 @@ func TestRuntimeHangs(t *testing.T) {
 				if got := n.rt.state(); got != tc.state {
 					t.Errorf("runtime has %s, want %s", got, tc.state)
 				}
-				if n.engine.node.View.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}) {
+				if n.engine.node.View.Claimed(view.Slot{PodUID: podUID, Container: "app"}) {
 					t.Error("the slot stays claimed")
 				}
 			})
@@ -322,13 +336,18 @@ func TestCancel(t *testing.T) {
 		want string
 		end  string
 	}{
-		{name: "while staging", at: "CreateContainer app/1", want: "CANCELLED, app CANCELLED Cancelled", end: "app/0 RUNNING, web/0 RUNNING"},
+		{name: "while staging", at: "CreateContainer app/1", want: "CANCELLED, app CANCELLED Cancelled",
+			end: "app/0 RUNNING, web/0 RUNNING"},
 		{
-			name: "once preStop runs", at: "ExecSync", edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
-			code: codes.FailedPrecondition, want: "SUCCEEDED, app SUCCEEDED", end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
+			name: "once preStop runs", at: "ExecSync",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
+			code: codes.FailedPrecondition, want: "SUCCEEDED, app SUCCEEDED",
+			end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
 		},
-		{name: "at the stop", at: "StopContainer app/0", code: codes.FailedPrecondition, want: "SUCCEEDED, app SUCCEEDED", end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
-		{name: "at the start", at: "StartContainer app/1", code: codes.FailedPrecondition, want: "SUCCEEDED, app SUCCEEDED", end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{name: "at the stop", at: "StopContainer app/0", code: codes.FailedPrecondition,
+			want: "SUCCEEDED, app SUCCEEDED", end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{name: "at the start", at: "StartContainer app/1", code: codes.FailedPrecondition,
+			want: "SUCCEEDED, app SUCCEEDED", end: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -344,7 +363,8 @@ func TestCancel(t *testing.T) {
 			answered := make(chan error, 1)
 			o := n.engine.lookup("op")
 			go func() {
-				_, err := n.api.CancelOperation(context.Background(), &opsv1.CancelOperationRequest{Uid: "op", Reason: "changed my mind"})
+				_, err := n.api.CancelOperation(context.Background(),
+					&opsv1.CancelOperationRequest{Uid: "op", Reason: "changed my mind"})
 				answered <- err
 			}()
 			if tc.code == codes.OK {
@@ -416,8 +436,10 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 		want     string
 		state    string
 	}{
-		{"whatever runs", false, "SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING"},
-		{"the one that ran", true, "FAILED, app FAILED ExpectedIDDiffers", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{"whatever runs", false, "SUCCEEDED, app SUCCEEDED",
+			"app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING"},
+		{"the one that ran", true, "FAILED, app FAILED ExpectedIDDiffers",
+			"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t, podOptions{})
@@ -467,7 +489,10 @@ func TestSameUID(t *testing.T) {
 	n.restart("op")
 	<-reached
 	// Another requester, or the UID left out, is the same command.
-	if op := n.restart("op", func(r *opsv1.RestartRequest) { r.Requester, r.Pod.Uid = "someone else", "" }); op.GetRequester() != "test" {
+	if op := n.restart("op", func(r *opsv1.RestartRequest) {
+		r.Requester, r.Pod.Uid = "someone else",
+			""
+	}); op.GetRequester() != "test" {
 		t.Errorf("got another operation: %v", op)
 	}
 	for name, edit := range map[string]func(*opsv1.RestartRequest){
@@ -515,11 +540,16 @@ func TestSeveralContainers(t *testing.T) {
 		want   string
 		state  string
 	}{
-		{"at once", both(false, "app", "web"), nil, "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
-		{"at once, one fails", both(false, "app", "web"), fail, "FAILED, app FAILED CreateFailed, web SUCCEEDED", "app/0 RUNNING, web/0 EXITED, web/1 RUNNING"},
-		{"ordered", both(true, "web", "app"), nil, "SUCCEEDED, web SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
-		{"ordered, the first fails", both(true, "app", "web"), fail, "FAILED, app FAILED CreateFailed, web CANCELLED EarlierContainerFailed", "app/0 RUNNING, web/0 RUNNING"},
-		{"ordered, the last fails", both(true, "web", "app"), fail, "FAILED, web SUCCEEDED, app FAILED CreateFailed", "app/0 RUNNING, web/0 EXITED, web/1 RUNNING"},
+		{"at once", both(false, "app", "web"), nil, "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+			"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
+		{"at once, one fails", both(false, "app", "web"), fail, "FAILED, app FAILED CreateFailed, web SUCCEEDED",
+			"app/0 RUNNING, web/0 EXITED, web/1 RUNNING"},
+		{"ordered", both(true, "web", "app"), nil, "SUCCEEDED, web SUCCEEDED, app SUCCEEDED",
+			"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
+		{"ordered, the first fails", both(true, "app", "web"), fail,
+			"FAILED, app FAILED CreateFailed, web CANCELLED EarlierContainerFailed", "app/0 RUNNING, web/0 RUNNING"},
+		{"ordered, the last fails", both(true, "web", "app"), fail, "FAILED, web SUCCEEDED, app FAILED CreateFailed",
+			"app/0 RUNNING, web/0 EXITED, web/1 RUNNING"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -551,22 +581,38 @@ func TestRestartIsRefused(t *testing.T) {
 		reason  string
 		message string
 	}{
-		{name: "unknown pod", edit: func(r *opsv1.RestartRequest) { r.Pod = &opsv1.PodRef{Namespace: "default", Name: "nope"} }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: "no pod default/nope runs on this node"},
-		{name: "another UID", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "later" }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: "no pod default/shop with UID later"},
-		{name: "unknown container", edit: func(r *opsv1.RestartRequest) { r.Containers[0].Name = "nope" }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: `no container "nope"; running are: `},
-		{name: "expected ID differs", edit: func(r *opsv1.RestartRequest) { r.Containers[0].ExpectedContainerId = "containerd://nope" }, code: codes.FailedPrecondition, reason: opsv1.ReasonExpectedIDDiffers, message: "not nope"},
-		{name: "exited", prepare: func(n *node) { n.rt.exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition, reason: opsv1.ReasonContainerNotRunning, message: "not running (exited)"},
+		{name: "unknown pod",
+			edit: func(r *opsv1.RestartRequest) { r.Pod = &opsv1.PodRef{Namespace: "default", Name: "nope"} },
+			code: codes.NotFound, reason: opsv1.ReasonNotFound, message: "no pod default/nope runs on this node"},
+		{name: "another UID", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "later" }, code: codes.NotFound,
+			reason: opsv1.ReasonNotFound, message: "no pod default/shop with UID later"},
+		{name: "unknown container", edit: func(r *opsv1.RestartRequest) { r.Containers[0].Name = "nope" },
+			code: codes.NotFound, reason: opsv1.ReasonNotFound, message: `no container "nope"; running are: `},
+		{name: "expected ID differs",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].ExpectedContainerId = "containerd://nope" },
+			code: codes.FailedPrecondition, reason: opsv1.ReasonExpectedIDDiffers, message: "not nope"},
+		{name: "exited", prepare: func(n *node) { n.rt.exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition,
+			reason: opsv1.ReasonContainerNotRunning, message: "not running (exited)"},
 		{name: "pod stopped", prepare: func(n *node) {
-			_, err := n.kubelet.StopPodSandbox(context.Background(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
+			_, err := n.kubelet.StopPodSandbox(context.Background(),
+				&runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
 			n.must(err)
 		}, code: codes.FailedPrecondition, reason: opsv1.ReasonPodStopping, message: "going away"},
 		{name: "runtime away", prepare: func(n *node) {
-			n.rt.set(func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unavailable, "gone") } })
+			n.rt.set(
+				func(f *fakeRuntime) {
+					f.before = func(string) error {
+						return status.Error(codes.Unavailable,
+							"gone")
+					}
+				})
 		}, code: codes.Unavailable, message: "gone"},
 		{name: "runtime broken", prepare: func(n *node) {
-			n.rt.set(func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unknown, "odd") } })
+			n.rt.set(
+				func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unknown, "odd") } })
 		}, code: codes.Internal, message: "asking the runtime: "},
-		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.disk.Journal.Close()) }, code: codes.Internal, message: "nothing was done"},
+		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.disk.Journal.Close()) },
+			code: codes.Internal, message: "nothing was done"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -599,7 +645,8 @@ func TestRestartIsRefused(t *testing.T) {
 	t.Run("too many", func(t *testing.T) {
 		n := newNode(t, podOptions{})
 		for i := range maxActive {
-			n.engine.ops[strings.Repeat("x", i+1)] = operation.New(operation.Command{Restart: &opsv1.RestartRequest{}}, nil, nil)
+			n.engine.ops[strings.Repeat("x", i+1)] = operation.New(operation.Command{Restart: &opsv1.RestartRequest{}},
+				nil, nil)
 		}
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
 		if status.Code(err) != codes.ResourceExhausted {
@@ -655,7 +702,8 @@ func TestFinishedOperationsExpire(t *testing.T) {
 		t.Errorf("the journal has %q, want the younger ones, newest first", got)
 	}
 	info, err := n.api.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
-	if err != nil || info.GetCounters().GetOperationsSucceeded() != 2 || info.GetCounters().GetRecordedContainers() == 0 || len(info.GetActiveSlots()) != 0 {
+	if err != nil || info.GetCounters().GetOperationsSucceeded() != 2 || info.GetCounters().
+		GetRecordedContainers() == 0 || len(info.GetActiveSlots()) != 0 {
 		t.Errorf("node info is %v, %v", info, err)
 	}
 }

@@ -40,8 +40,9 @@ func (d *restarter) beforeOverlap(ctx context.Context) error {
 	})
 }
 
-// maskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its place. The caller knows that
-// it runs, so the kernel tells that before the runtime does. The next process begins with the mask.
+// maskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its
+// place. The caller knows that it runs, so the kernel tells that before the runtime does. The next
+// process begins with the mask.
 func (s *switcher) maskWhenGone() {
 	if s.c.old.exit == nil {
 		s.c.claim.Mask() // nothing tells its end in time
@@ -55,8 +56,8 @@ func (s *switcher) maskWhenGone() {
 	}(s.c.old.exit)
 }
 
-// overlap starts the successor while the incumbent runs and waits until it has run for the time asked for. The
-// incumbent is left alone: an error from here means that it was not touched.
+// overlap starts the successor while the incumbent runs and waits until it has run for the time
+// asked for. The incumbent is left alone: an error from here means that it was not touched.
 func (s *switcher) overlap(ctx context.Context) error {
 	if err := s.c.old.load(ctx); err != nil {
 		return err
@@ -92,7 +93,8 @@ func (s *switcher) overlap(ctx context.Context) error {
 	return nil
 }
 
-// awaitReady waits until the successor has run for the time asked for, or until there is nothing left to wait for.
+// awaitReady waits until the successor has run for the time asked for, or until there is nothing
+// left to wait for.
 func (s *switcher) awaitReady(ctx context.Context, id string) error {
 	wait, end := crinode.EndWith(ctx, s.c.claim.Yielded())
 	defer end()
@@ -131,11 +133,14 @@ func (s *switcher) successorRuns(ctx context.Context, id string) error {
 				return err
 			}
 		case err != nil:
-			return operation.Failf(opsv1.ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
+			return operation.Failf(opsv1.ReasonStartFailed, "reading the new container: %v",
+				status.Convert(err).Message())
 		case now.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
-			return operation.Failf(opsv1.ReasonNewContainerExited, "the new container ended with exit code %d after %s, "+
-				"before the old one was to be stopped, which goes on; what it said is in %s",
-				now.GetExitCode(), time.Duration(now.GetFinishedAt()-now.GetStartedAt()).Round(time.Millisecond), now.GetLogPath())
+			return operation.Failf(opsv1.ReasonNewContainerExited,
+				"the new container ended with exit code %d after %s, "+
+					"before the old one was to be stopped, which goes on; what it said is in %s",
+				now.GetExitCode(), time.Duration(now.GetFinishedAt()-now.GetStartedAt()).Round(time.Millisecond),
+				now.GetLogPath())
 		default:
 			return nil
 		}

@@ -73,20 +73,24 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 		says string
 	}{
 		{
-			name: "the successor ends", edit: readyAfter(3600), want: "FAILED, app FAILED NewContainerExited", says: "exit code 7",
-			do: func(n *node) { n.rt.exit(n.t, "app/1", 7) },
+			name: "the successor ends", edit: readyAfter(3600), want: "FAILED, app FAILED NewContainerExited",
+			says: "exit code 7",
+			do:   func(n *node) { n.rt.exit(n.t, "app/1", 7) },
 		},
 		{
 			name: "cancelled", edit: readyAfter(3600), want: "CANCELLED, app CANCELLED Cancelled", says: "enough",
 			do: func(n *node) {
-				_, err := n.api.CancelOperation(n.t.Context(), &opsv1.CancelOperationRequest{Uid: "op", Reason: "enough"})
+				_, err := n.api.CancelOperation(n.t.Context(),
+					&opsv1.CancelOperationRequest{Uid: "op", Reason: "enough"})
 				n.must(err)
 			},
 		},
 		{
-			name: "the successor is removed", edit: readyAfter(3600), want: "FAILED, app FAILED StartFailed", says: "not found",
+			name: "the successor is removed", edit: readyAfter(3600), want: "FAILED, app FAILED StartFailed",
+			says: "not found",
 			do: func(n *node) {
-				_, err := n.rt.RemoveContainer(n.t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(n.t, "app/1")})
+				_, err := n.rt.RemoveContainer(n.t.Context(),
+					&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(n.t, "app/1")})
 				n.must(err)
 			},
 		},
@@ -120,7 +124,8 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 func (n *node) awaitReadying() {
 	n.t.Helper()
 	n.awaitLiving("app/0, app/1, web/0")
-	n.until("op", func(op *opsv1.Operation) bool { return op.GetContainers()[0].GetPhase() == opsv1.Phase_PHASE_STARTING })
+	n.until("op",
+		func(op *opsv1.Operation) bool { return op.GetContainers()[0].GetPhase() == opsv1.Phase_PHASE_STARTING })
 }
 
 // The successor is asked for once more when the preStop hook, which may take long, is over.
@@ -142,8 +147,8 @@ func TestSuccessorEndsDuringPreStop(t *testing.T) {
 	n.checkOnlyLiving(t, "app/0, web/0")
 }
 
-// The incumbent ends by itself while its successor runs: that takes its place at once, and kubelet sees no end that it
-// would have to do something about.
+// The incumbent ends by itself while its successor runs: that takes its place at once, and kubelet
+// sees no end that it would have to do something about.
 func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 	t.Run("told by the kernel", func(t *testing.T) {
 		n := newNode(t, podOptions{processes: true})
@@ -190,8 +195,8 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 	})
 }
 
-// From the moment that the incumbent has been found running, its end is the operation's to handle, even while the
-// disk keeps that waiting.
+// From the moment that the incumbent has been found running, its end is the operation's to handle,
+// even while the disk keeps that waiting.
 func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -234,7 +239,8 @@ func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	n.checkOnlyLiving(t, "app/1, web/0")
 }
 
-// Kubelet takes the slot back while both run: the successor is stopped within kubelet's grace and is gone when kubelet is answered.
+// Kubelet takes the slot back while both run: the successor is stopped within kubelet's grace and
+// is gone when kubelet is answered.
 func TestTakenBackDuringTheOverlap(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -243,8 +249,10 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 	}{
 		{name: "start", at: "StartContainer app/1"},
 		{name: "ready", edit: readyAfter(3600)},
-		{name: "postStart", at: "ExecSync app/1", edit: func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") }},
-		{name: "preStop", at: "ExecSync app/0", edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") }},
+		{name: "postStart", at: "ExecSync app/1",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") }},
+		{name: "preStop", at: "ExecSync app/0",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") }},
 		{name: "stop", at: "StopContainer app/0 30s"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -360,11 +368,13 @@ func TestCancelIsWritten(t *testing.T) {
 			n.run()
 			op := n.finish("op")
 			end()
-			if got, want := verdict(op), "CANCELLED, app CANCELLED Cancelled"; got != want || op.GetMessage() != "app: enough" {
+			if got, want := verdict(op), "CANCELLED, app CANCELLED Cancelled"; got != want ||
+				op.GetMessage() != "app: enough" {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
 			for _, c := range n.rt.takeCalls() {
-				if strings.HasPrefix(c, "Start") || strings.HasPrefix(c, "Create") || strings.HasPrefix(c, "StopContainer app/0") {
+				if strings.HasPrefix(c, "Start") || strings.HasPrefix(c, "Create") ||
+					strings.HasPrefix(c, "StopContainer app/0") {
 					t.Errorf("called %s", c)
 				}
 			}

@@ -16,17 +16,18 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
+var appSlot = view.Slot{PodUID: podUID, Container: "app"}
 
 func someOverride() *store.Override {
 	return &store.Override{
-		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug", ImageID: "sha256:debug", SpecImage: "app:v1",
+		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug",
+		ImageID: "sha256:debug", SpecImage: "app:v1",
 		Since: time.Unix(1000, 0).UTC(), Requester: "test", Operation: "op",
 	}
 }
@@ -38,18 +39,23 @@ type nodeImages struct {
 	err    error
 }
 
-func (n *nodeImages) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest, _ ...grpc.CallOption) (*runtimeapi.ImageStatusResponse, error) {
+func (n *nodeImages) ImageStatus(
+	_ context.Context, r *runtimeapi.ImageStatusRequest, _ ...grpc.CallOption,
+) (*runtimeapi.ImageStatusResponse, error) {
 	if n.err != nil {
 		return nil, n.err
 	}
 	return &runtimeapi.ImageStatusResponse{Image: n.images[r.GetImage().GetImage()]}, nil
 }
 
-// TestOverridesOfPodsThatAreGone has a pod whose sandbox is removed, one with a second sandbox, and one that never had any.
+// TestOverridesOfPodsThatAreGone has a pod whose sandbox is removed, one with a second sandbox, and
+// one that never had any.
 func TestOverridesOfPodsThatAreGone(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.run()
-	old, err := n.kubelet.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Uid: podUID}}})
+	old, err := n.kubelet.RunPodSandbox(t.Context(),
+		&runtimeapi.RunPodSandboxRequest{
+			Config: &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Uid: podUID}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +65,8 @@ func TestOverridesOfPodsThatAreGone(t *testing.T) {
 	o.Set(appSlot, someOverride())
 	o.Set(none.Slot(), none)
 	remove := func(id string) {
-		if _, err := n.kubelet.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
+		if _, err := n.kubelet.RemovePodSandbox(t.Context(),
+			&runtimeapi.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -89,13 +96,16 @@ func TestRestartWithImageIsRefused(t *testing.T) {
 		code codes.Code
 		text string
 	}{
-		"both":    {&opsv1.ContainerRestart{Image: "a", RevertImage: true}, codes.InvalidArgument, "exclude each other"},
-		"long":    {&opsv1.ContainerRestart{Image: strings.Repeat("a", maxImage+1)}, codes.InvalidArgument, "longer than"},
+		"both": {&opsv1.ContainerRestart{Image: "a", RevertImage: true}, codes.InvalidArgument,
+			"exclude each other"},
+		"long": {&opsv1.ContainerRestart{Image: strings.Repeat("a", maxImage+1)}, codes.InvalidArgument,
+			"longer than"},
 		"policy":  {&opsv1.ContainerRestart{Image: "a", PullPolicy: 99}, codes.InvalidArgument, "unknown pull policy"},
 		"no pull": {&opsv1.ContainerRestart{Image: "a"}, codes.FailedPrecondition, "this node pulls no images"},
 	} {
 		tc.c.Name = "app"
-		_, err := n.api.Restart(t.Context(), &opsv1.RestartRequest{Uid: "op-" + strings.ReplaceAll(name, " ", ""), Pod: podRef(), Containers: []*opsv1.ContainerRestart{tc.c}})
+		_, err := n.api.Restart(t.Context(), &opsv1.RestartRequest{Uid: "op-" + strings.ReplaceAll(name, " ", ""),
+			Pod: podRef(), Containers: []*opsv1.ContainerRestart{tc.c}})
 		if status.Code(err) != tc.code || !strings.Contains(err.Error(), tc.text) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -104,7 +114,7 @@ func TestRestartWithImageIsRefused(t *testing.T) {
 
 // TestCredentialsOfRestartAreNotKept looks for them in the journal and in what is compared.
 func TestCredentialsOfRestartAreNotKept(t *testing.T) {
-	e, err := openEngine(t.TempDir(), interceptors.NewView())
+	e, err := openEngine(t.TempDir(), view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +146,8 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if s := string(v) + string(r.Operation) + string(r.Request); strings.Contains(s, "hunter2") || strings.Contains(s, "secret2") {
+			if s := string(v) + string(r.Operation) + string(r.Request); strings.Contains(s, "hunter2") ||
+				strings.Contains(s, "secret2") {
 				t.Errorf("in the journal: %q", s)
 			}
 			return nil
@@ -164,7 +175,8 @@ func TestNonRootByImage(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{
-				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tc.uid, RunAsUsername: tc.username},
+				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tc.uid,
+					RunAsUsername: tc.username},
 			}}
 			if got := criclone.NonRootByImage(c, tc.image); got != tc.want {
 				t.Errorf("got %v", got)

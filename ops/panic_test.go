@@ -11,7 +11,7 @@ import (
 	"testing/synctest"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // panicAt makes the engine panic when it calls the method: the first times.
@@ -38,21 +38,30 @@ func TestPanicEndsTheOperationOnly(t *testing.T) {
 		times                  int64
 		want, state            string
 	}{
-		{"the creation", "gate", "CreateContainer", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
-		{"the start behind the gate", "gate", "StartContainer", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"the creation", "gate", "CreateContainer", always, "FAILED, app FAILED InternalError",
+			"app/0 RUNNING, web/0 RUNNING"},
+		{"the start behind the gate", "gate", "StartContainer", always, "FAILED, app FAILED InternalError",
+			"app/0 RUNNING, web/0 RUNNING"},
 		{"the stop", "gate", "StopContainer", once, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
-		// What ends the operation takes a successor for the one that serves, since the old one has been stopped.
-		{"the start in the gap", "plain", "StartContainer", always, "FAILED, app FAILED InternalError", "app/0 EXITED, web/0 RUNNING"},
-		// The stop panics, and undoing that does as well, until what is left is taken away as if nobody knew it.
-		{"the stop, and the undoing", "gate", "StopContainer", 2, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
-		{"the overlap", "start first, processes", "StopContainer", once, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		// What ends the operation takes a successor for the one that serves, since the old one has
+		// been stopped.
+		{"the start in the gap", "plain", "StartContainer", always, "FAILED, app FAILED InternalError",
+			"app/0 EXITED, web/0 RUNNING"},
+		// The stop panics, and undoing that does as well, until what is left is taken away as if
+		// nobody knew it.
+		{"the stop, and the undoing", "gate", "StopContainer", 2, "FAILED, app FAILED InternalError",
+			"app/0 RUNNING, web/0 RUNNING"},
+		{"the overlap", "start first, processes", "StopContainer", once, "FAILED, app FAILED InternalError",
+			"app/0 RUNNING, web/0 RUNNING"},
 		// What has taken over stays, whatever comes after that.
-		{"the postStart hook", "postStart fails", "ExecSync", once, "FAILED, app FAILED InternalError", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{"the postStart hook", "postStart fails", "ExecSync", once, "FAILED, app FAILED InternalError",
+			"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 		{"a hook", "hooks", "ExecSync", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			n := scenarioNamed(t, tc.scenario).beginWith(t, func(point) error { return nil }, func(n *node) { n.leash.panicAt(tc.method, tc.times) })
+			n := scenarioNamed(t, tc.scenario).beginWith(t, func(point) error { return nil },
+				func(n *node) { n.leash.panicAt(tc.method, tc.times) })
 			op := n.finish("op")
 			if got := verdict(op); got != tc.want || !strings.Contains(op.GetMessage(), "a bug at "+tc.method) {
 				t.Errorf("ended %s: %s", got, op.GetMessage())
@@ -88,7 +97,7 @@ func scenarioNamed(t *testing.T, name string) scenario {
 // awaitFree waits until nobody holds app's slot.
 func (n *node) awaitFree(t *testing.T) {
 	t.Helper()
-	claim, err := n.view.Claim(t.Context(), interceptors.Slot{PodUID: podUID, Container: "app"})
+	claim, err := n.view.Claim(t.Context(), view.Slot{PodUID: podUID, Container: "app"})
 	n.must(err)
 	claim.Release()
 }
@@ -153,7 +162,8 @@ func TestPanicOfAnUpgrade(t *testing.T) {
 	}
 }
 
-// bugAfterStop has the engine panic at the stop of a successor, and the methods once that has been asked for: undoing the restart panics as well.
+// bugAfterStop has the engine panic at the stop of a successor, and the methods once that has been
+// asked for: undoing the restart panics as well.
 func (l *leash) bugAfterStop(methods ...string) {
 	var stops atomic.Int64
 	bug := func(called string) {
@@ -164,7 +174,8 @@ func (l *leash) bugAfterStop(methods ...string) {
 	l.bug.Store(&bug)
 }
 
-// Where not even what is left can be looked for, the end of the old container is kubelet's to see all the same.
+// Where not even what is left can be looked for, the end of the old container is kubelet's to see
+// all the same.
 func TestPanicOfAnAbandonedOperation(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, podOptions{processes: true})

@@ -15,9 +15,11 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// A runtime that is away for a moment when a restart reads a container's state does not end the restart, whichever read it is.
+// A runtime that is away for a moment when a restart reads a container's state does not end the
+// restart, whichever read it is.
 func TestRuntimeAwayAtARead(t *testing.T) {
-	// run restarts app; from the read with that number on, three go unanswered. It returns how many reads there were.
+	// run restarts app; from the read with that number on, three go unanswered. It returns how many
+	// reads there were.
 	run := func(t *testing.T, from int, order opsv1.Order) (reads int) {
 		n := newNode(t, podOptions{})
 		n.runTidied()

@@ -11,13 +11,13 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // slot is the slot of the container.
-func (r *Container) slot() interceptors.Slot { return r.handle.Slot() }
+func (r *Container) slot() view.Slot { return r.handle.Slot() }
 
 // within runs f until it is done, ctx ends, the operation is cancelled or the limit, which is
 // counted from began, is over.

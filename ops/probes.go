@@ -14,27 +14,30 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
-// A kubelet since 1.35 takes a new container for started where it took the one before for started and has not seen the slot empty in
-// between (kubelet_pods.go convertToAPIContainerStatuses). Then nothing keeps the liveness probe back until the startup probe has
-// its first turn with the new container, one period later at the most: that makes it unknown whether the container has started
-// (prober/worker.go doProbe), for kubelet and for the other probes (kubelet.go syncLoopIteration, SetContainerStartup). Until then the new
-// container is shown to begin in the future; no probe is made of such a one, but the startup probe has its turn all the same.
+// A kubelet since 1.35 takes a new container for started where it took the one before for started
+// and has not seen the slot empty in between (kubelet_pods.go convertToAPIContainerStatuses). Then
+// nothing keeps the liveness probe back until the startup probe has its first turn with the new
+// container, one period later at the most: that makes it unknown whether the container has started
+// (prober/worker.go doProbe), for kubelet and for the other probes (kubelet.go syncLoopIteration,
+// SetContainerStartup). Until then the new container is shown to begin in the future; no probe is
+// made of such a one, but the startup probe has its turn all the same.
 
 const (
 	// maxHoldProbes bounds hold_probes.
 	maxHoldProbes = time.Hour
 	// defaultPeriod is the API's default periodSeconds of a probe.
 	defaultPeriod = 10 * time.Second
-	// probeLag is how long after the successor is shown kubelet's prober may learn of it, and of the startup probe's first turn: both
-	// go through kubelet's main loop.
+	// probeLag is how long after the successor is shown kubelet's prober may learn of it, and of
+	// the startup probe's first turn: both go through kubelet's main loop.
 	probeLag = 2 * time.Second
-	// probeCut is what kubelet cuts off: it keeps starts in whole seconds (status_manager.go normalizeStatus), and counts less than a
-	// second to go for none (prober/worker.go doProbe).
+	// probeCut is what kubelet cuts off: it keeps starts in whole seconds (status_manager.go
+	// normalizeStatus), and counts less than a second to go for none (prober/worker.go doProbe).
 	probeCut = 2 * time.Second
 )
 
-// probeHold returns for how long kubelet's probes of the successor are to be held. Where the command does not say,
-// kubelet may tell the period of the startup probe. One that tells is new enough to need it.
+// probeHold returns for how long kubelet's probes of the successor are to be held. Where the
+// command does not say, kubelet may tell the period of the startup probe. One that tells is new
+// enough to need it.
 func (v *revealer) probeHold(ctx context.Context) time.Duration {
 	if v.probes != nil {
 		return *v.probes
@@ -64,18 +67,21 @@ func (v *revealer) holdProbes(ctx context.Context) {
 	}
 }
 
-// holdNext holds the probes of the container that kubelet makes instead of taking the successor over, if it comes to that soon.
+// holdNext holds the probes of the container that kubelet makes instead of taking the successor
+// over, if it comes to that soon.
 func (v *revealer) holdNext(ctx context.Context, within time.Duration) {
 	hold := v.probeHold(ctx)
 	if hold <= 0 {
 		return
 	}
 	node, image, name := v.c.node, v.c.kind.NextImage(), v.c.spec.GetName()
-	v.c.node.View.WhenCreated(v.c.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
-		if image != "" && req.GetConfig().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
-			return false // kubelet has not seen the new spec yet
-		}
-		node.HoldProbes(id, hold)
-		return true
-	})
+	v.c.node.View.WhenCreated(v.c.slot(), time.Now().Add(within),
+		func(id string, req *runtimeapi.CreateContainerRequest) bool {
+			if image != "" && req.GetConfig().
+				GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
+				return false // kubelet has not seen the new spec yet
+			}
+			node.HoldProbes(id, hold)
+			return true
+		})
 }

@@ -19,11 +19,13 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
-// probedFrom is when kubelet begins to probe a container with no initial delay that it is told of now. It keeps
-// starts in whole seconds, and counts the time since then in whole seconds (prober/worker.go doProbe).
+// probedFrom is when kubelet begins to probe a container with no initial delay that it is told of
+// now. It keeps starts in whole seconds, and counts the time since then in whole seconds
+// (prober/worker.go doProbe).
 func (n *upNode) probedFrom(name string) time.Time {
 	n.t.Helper()
-	st, err := n.kubelet.ContainerStatus(n.t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(n.t, name)})
+	st, err := n.kubelet.ContainerStatus(n.t.Context(),
+		&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(n.t, name)})
 	n.must(err)
 	at := time.Unix(st.GetStatus().GetStartedAt()/int64(time.Second), 0)
 	for from := time.Now(); ; from = from.Add(100 * time.Millisecond) {
@@ -33,8 +35,8 @@ func (n *upNode) probedFrom(name string) time.Time {
 	}
 }
 
-// wantHeld asserts that kubelet, which is told of the container now for the first time, does not probe it for that long, and
-// not much longer.
+// wantHeld asserts that kubelet, which is told of the container now for the first time, does not
+// probe it for that long, and not much longer.
 func (n *upNode) wantHeld(name string, hold time.Duration) {
 	n.t.Helper()
 	from := n.probedFrom(name)
@@ -61,10 +63,12 @@ func TestProbesAreHeld(t *testing.T) {
 	}{
 		{name: "no startup probe", tells: func(*podsapi.Pod) {}},
 		{name: "told", edit: []func(*opsv1.RestartRequest){holdFor(12 * time.Second)}, hold: 12 * time.Second},
-		{name: "told that there is none", edit: []func(*opsv1.RestartRequest){holdFor(0)}, tells: startsUp(10 * time.Second)},
+		{name: "told that there is none", edit: []func(*opsv1.RestartRequest){holdFor(0)},
+			tells: startsUp(10 * time.Second)},
 		{name: "kubelet tells", tells: startsUp(7 * time.Second), hold: 9 * time.Second},
 		{name: "kubelet tells of the default", tells: startsUp(0), hold: 12 * time.Second},
-		{name: "start first", edit: []func(*opsv1.RestartRequest){startFirst, holdFor(12 * time.Second)}, hold: 12 * time.Second},
+		{name: "start first", edit: []func(*opsv1.RestartRequest){startFirst, holdFor(12 * time.Second)},
+			hold: 12 * time.Second},
 		{name: "nobody tells"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -91,7 +95,8 @@ func TestProbesAreHeld(t *testing.T) {
 				}
 				n.wantHeld("app/1", tc.hold)
 				n.rt.exit(t, "app/1", 3)
-				st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(t, "app/1")})
+				st, err := n.kubelet.ContainerStatus(t.Context(),
+					&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(t, "app/1")})
 				n.must(err)
 				if s := st.GetStatus(); s.GetStartedAt() > s.GetFinishedAt() {
 					t.Errorf("it ended before it began: %v", s)
@@ -198,8 +203,10 @@ func TestProbesAreHeldAfterAJoinedStop(t *testing.T) {
 func TestHoldProbesIsValidated(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		for _, bad := range []*durationpb.Duration{seconds(-1), seconds(3601), {Nanos: -5, Seconds: 1}} {
-			_, err := n.api.Restart(t.Context(), restartRequest("r", func(r *opsv1.RestartRequest) { r.Containers[0].HoldProbes = bad }))
-			_, uerr := n.api.PrepareUpgrade(context.Background(), upgradeRequest("u", first(func(c *opsv1.ContainerUpgrade) { c.HoldProbes = bad })))
+			_, err := n.api.Restart(t.Context(),
+				restartRequest("r", func(r *opsv1.RestartRequest) { r.Containers[0].HoldProbes = bad }))
+			_, uerr := n.api.PrepareUpgrade(context.Background(),
+				upgradeRequest("u", first(func(c *opsv1.ContainerUpgrade) { c.HoldProbes = bad })))
 			for _, err := range []error{err, uerr} {
 				if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "hold_probes") {
 					t.Errorf("%v: got %v", bad, err)

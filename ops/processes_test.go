@@ -27,20 +27,22 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
-// fakeProcesses gives the containers of a fakeRuntime real processes. Those behind a gate run the real hook, as runc
-// does: its process is called runc:[2:INIT], runs the hook, and becomes the application with the same number.
+// fakeProcesses gives the containers of a fakeRuntime real processes. Those behind a gate run the
+// real hook, as runc does: its process is called runc:[2:INIT], runs the hook, and becomes the
+// application with the same number.
 type fakeProcesses struct {
 	t    testing.TB
 	init string // a shell under the name of runc's process
 
 	// The rest is guarded by fakeRuntime.mu.
-	cdi      int                     // how many containers with CDI devices can be created
-	mortal   string                  // a container whose application ends at once
-	noHook   bool                    // the hook is not run, and the application begins at once
-	deadHook bool                    // the container ends instead of running the hook
-	slowExec time.Duration           // between the start, or the end of the hook, and the execution of the application
-	lateHook bool                    // the runtime's process does not come to run the hook
-	late     func(name string) error // called in StopContainer, between the end of the process and that of the container
+	cdi      int           // how many containers with CDI devices can be created
+	mortal   string        // a container whose application ends at once
+	noHook   bool          // the hook is not run, and the application begins at once
+	deadHook bool          // the container ends instead of running the hook
+	slowExec time.Duration // between the start, or the end of the hook, and the execution of the application
+	lateHook bool          // the runtime's process does not come to run the hook
+	// called in StopContainer, between the end of the process and that of the container
+	late     func(name string) error
 	all      []*fakeProcess
 	slots    map[string]*fakeProcess // of each slot, whose application began last
 	overlaps []string                // applications that began beside another of their slot
@@ -58,7 +60,8 @@ type fakeProcess struct {
 	silent   bool   // the runtime tells nothing beyond CRI
 }
 
-// newProcesses makes the runtime one of real processes, with CDI and the given directory for its specs.
+// newProcesses makes the runtime one of real processes, with CDI and the given directory for its
+// specs.
 func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
 	t.Helper()
 	shell, err := exec.LookPath("sh")
@@ -69,7 +72,8 @@ func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
 	if err := os.Symlink(shell, p.init); err != nil {
 		t.Fatal(err)
 	}
-	config, err := json.Marshal(map[string]any{"enableCDI": true, "cdiSpecDirs": []string{"/etc/cdi", filepath.Join(dir, "cdi")}})
+	config, err := json.Marshal(map[string]any{"enableCDI": true,
+		"cdiSpecDirs": []string{"/etc/cdi", filepath.Join(dir, "cdi")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,13 +106,15 @@ func (p *fakeProcesses) rename(dir, name string) {
 	p.init = as
 }
 
-// mount opens the directory that the hook comes from, for bind mounts outlive the names of what they mount.
+// mount opens the directory that the hook comes from, for bind mounts outlive the names of what
+// they mount.
 func (p *fakeProcesses) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
 	if len(c.GetCDIDevices()) == 0 {
 		return nil, nil
 	}
 	if p == nil || p.cdi == 0 {
-		return nil, status.Errorf(codes.Unknown, "failed to generate spec: CDI device injection failed: unresolvable CDI devices %v", c.GetCDIDevices())
+		return nil, status.Errorf(codes.Unknown,
+			"failed to generate spec: CDI device injection failed: unresolvable CDI devices %v", c.GetCDIDevices())
 	}
 	p.cdi--
 	plain := &runtimeapi.ContainerConfig{}
@@ -148,7 +154,9 @@ func (f *fakeRuntime) run(c *fakeContainer) error {
 		dir = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), c.gate.Fd())
 		script = `"$0/hook" "$0/gate" || exit 1; ` + script
 		if p.slowExec > 0 {
-			script = fmt.Sprintf(`"$0/hook" "$0/gate" || exit 1; sleep %f; echo begun >&3; exec 3>&-; exec sleep 100000`, p.slowExec.Seconds())
+			script = fmt.Sprintf(
+				`"$0/hook" "$0/gate" || exit 1; sleep %f; echo begun >&3; exec 3>&-; exec sleep 100000`,
+				p.slowExec.Seconds())
 		}
 	}
 	q := &fakeProcess{cmd: exec.Command(p.init, "-c", script, dir), reaped: make(chan struct{}), pipe: read}

@@ -16,8 +16,9 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// powerOff leaves of the pod what containerd has of it after the next boot: the sandbox is not ready, and containers of which it knows nothing better
-// have ended with exit code 255 (internal/cri/server/restart.go, unknownExitCode).
+// powerOff leaves of the pod what containerd has of it after the next boot: the sandbox is not
+// ready, and containers of which it knows nothing better have ended with exit code 255
+// (internal/cri/server/restart.go, unknownExitCode).
 func (n *node) powerOff() {
 	n.rt.set(func(f *fakeRuntime) {
 		for _, s := range f.sandboxes {
@@ -29,7 +30,8 @@ func (n *node) powerOff() {
 	})
 }
 
-// A restart that the power was cut off from has not succeeded, whatever the runtime has of its containers.
+// A restart that the power was cut off from has not succeeded, whatever the runtime has of its
+// containers.
 func TestPowerOff(t *testing.T) {
 	for _, tc := range []struct {
 		call string
@@ -91,7 +93,8 @@ func TestPowerOff(t *testing.T) {
 					t.Errorf("it says exit code %d and gap %v", one.GetExitCode(), one.GetGap())
 				}
 				n.awaitFree(t)
-				if got := n.sees(); got != n.rt.state() || slices.Contains(strings.Split(got, ", "), "app/1 CREATED") || n.gates() != "" {
+				if got := n.sees(); got != n.rt.state() || slices.Contains(strings.Split(got, ", "), "app/1 CREATED") ||
+					n.gates() != "" {
 					t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.state(), n.gates())
 				}
 			})
@@ -99,7 +102,8 @@ func TestPowerOff(t *testing.T) {
 	}
 }
 
-// The gap ends when the application is executed, whatever the runtime's process is called and however long it takes after its hook.
+// The gap ends when the application is executed, whatever the runtime's process is called and
+// however long it takes after its hook.
 func TestGapEndsWithTheEntrypoint(t *testing.T) {
 	const takes = 60 * time.Millisecond
 	for _, name := range []string{"runc:[2:INIT]", "crun", "youki:INIT"} {
@@ -115,12 +119,15 @@ func TestGapEndsWithTheEntrypoint(t *testing.T) {
 			}
 			one := op.GetContainers()[0]
 			if one.GetMethod() != opsv1.MethodGate || one.GetGap().AsDuration() < takes {
-				t.Errorf("gap %s by method %s, the application began %s after its gate was opened", one.GetGap().AsDuration(), one.GetMethod(), takes)
+				t.Errorf("gap %s by method %s, the application began %s after its gate was opened",
+					one.GetGap().AsDuration(), one.GetMethod(), takes)
 			}
-			st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: one.GetSuccessorId()})
+			st, err := n.kubelet.ContainerStatus(t.Context(),
+				&runtimeapi.ContainerStatusRequest{ContainerId: one.GetSuccessorId()})
 			n.must(err)
 			if at := one.GetStartTime().AsTime(); st.GetStatus().GetStartedAt() != at.UnixNano() {
-				t.Errorf("kubelet is told of a start at %s, the operation says %s", time.Unix(0, st.GetStatus().GetStartedAt()), at)
+				t.Errorf("kubelet is told of a start at %s, the operation says %s",
+					time.Unix(0, st.GetStatus().GetStartedAt()), at)
 			}
 		})
 	}

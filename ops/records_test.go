@@ -18,7 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
@@ -53,7 +53,7 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "journal.db", "in the way"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	e, err := openEngine(dir, interceptors.NewView())
+	e, err := openEngine(dir, view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,10 +70,11 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 	}
 }
 
-// What a process could not forget, the next one does, but for operations that go on or are not this binary's.
+// What a process could not forget, the next one does, but for operations that go on or are not this
+// binary's.
 func TestEnvironmentsAreTidied(t *testing.T) {
 	dir := t.TempDir()
-	e, err := openEngine(dir, interceptors.NewView())
+	e, err := openEngine(dir, view.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,10 +98,11 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 	if err := errors.Join(err, e.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if e, err = openEngine(dir, interceptors.NewView()); err != nil {
+	if e, err = openEngine(dir, view.New()); err != nil {
 		t.Fatal(err)
 	}
-	for uid, want := range map[string]bool{"waits": true, "a/b": true, "newer": true, "ended": false, "unknown": false} {
+	for uid, want := range map[string]bool{"waits": true, "a/b": true, "newer": true, "ended": false,
+		"unknown": false} {
 		if got := e.node.Records.Environment(uid, "app") != nil; got != want {
 			t.Errorf("the environment of operation %s is there: %v, want %v", uid, got, want)
 		}

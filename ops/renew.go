@@ -26,15 +26,17 @@ func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error
 	var err error
 	switch {
 	case lost:
-		return operation.Failf(opsv1.ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the "+
-			"command brought is lost, with the file of records: repeat the command with another UID")
+		return operation.Failf(opsv1.ReasonEnvironmentLost,
+			"cri-proxy has been restarted and the environment that the "+
+				"command brought is lost, with the file of records: repeat the command with another UID")
 	case env != nil:
 		parts, err = environment.Apply(c, env, podDir)
 	default:
 		parts, err = environment.Refresh(c, podDir, nil)
 	}
 	if err != nil {
-		return operation.Failf(opsv1.ReasonCreateContainerConfigError, "kubelet could not start container %q again (%s): %v",
+		return operation.Failf(opsv1.ReasonCreateContainerConfigError,
+			"kubelet could not start container %q again (%s): %v",
 			s.c.spec.GetName(), opsv1.ReasonCreateContainerConfigError, err)
 	}
 	if err := parts.Note(c); err != nil {
@@ -62,8 +64,9 @@ func (s *stager) checkParts(ctx context.Context, rec store.Container) error {
 		err = parts.Check(st.GetMounts(), s.c.switcher.pid)
 	}
 	if err != nil {
-		return operation.Failf(opsv1.ReasonCreateContainerConfigError, "the mounts of the new container are not certain to "+
-			"be in their volumes: %v", err)
+		return operation.Failf(opsv1.ReasonCreateContainerConfigError,
+			"the mounts of the new container are not certain to "+
+				"be in their volumes: %v", err)
 	}
 	return nil
 }

@@ -21,7 +21,8 @@ func (n *upNode) commitWithEnvironment(uid string) {
 	n.must(err)
 }
 
-// The image that an upgrade commits to may be another one than it was prepared with: the tag has moved. It is looked at as the first one was.
+// The image that an upgrade commits to may be another one than it was prepared with: the tag has
+// moved. It is looked at as the first one was.
 func TestCommitLooksAtTheImage(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -30,16 +31,19 @@ func TestCommitLooksAtTheImage(t *testing.T) {
 		says string
 	}{
 		{"another one", &runtimeapi.Image{Id: "sha256:other", Uid: &runtimeapi.Int64Value{Value: 1000}}, "", ""},
-		{"one that runs as root", &runtimeapi.Image{Id: "sha256:root"}, "FAILED, app FAILED " + opsv1.ReasonImageUnfit, "will run as root"},
+		{"one that runs as root", &runtimeapi.Image{Id: "sha256:root"}, "FAILED, app FAILED " + opsv1.ReasonImageUnfit,
+			"will run as root"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.images.images["app:v2"].Uid = &runtimeapi.Int64Value{Value: 1000}
 				n.prepared("op", first(func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }))
-				n.images.images["app:v2"], n.images.images[tc.now.GetId()] = tc.now, tc.now // another pod's pull has brought it
+				// another pod's pull has brought it
+				n.images.images["app:v2"], n.images.images[tc.now.GetId()] = tc.now, tc.now
 				n.commitWithEnvironment("op")
 				if tc.want != "" {
-					if op := n.ends("op", tc.want, "app/0 RUNNING, web/0 RUNNING"); !strings.Contains(op.GetContainers()[0].GetMessage(), tc.says) {
+					if op := n.ends("op", tc.want, "app/0 RUNNING, web/0 RUNNING"); !strings.Contains(
+						op.GetContainers()[0].GetMessage(), tc.says) {
 						t.Errorf("it says %q", op.GetContainers()[0].GetMessage())
 					}
 					return
@@ -55,8 +59,8 @@ func TestCommitLooksAtTheImage(t *testing.T) {
 	}
 }
 
-// A container that has a part of a volume from the volume itself must be looked at before it runs. Where that cannot be done, because the runtime
-// takes no gate, it is not made.
+// A container that has a part of a volume from the volume itself must be looked at before it runs.
+// Where that cannot be done, because the runtime takes no gate, it is not made.
 func TestPartsNeedTheGate(t *testing.T) {
 	n := newNode(t, podOptions{processes: true, mounts: []*runtimeapi.Mount{
 		{ContainerPath: "/part", HostPath: "/kubelet/pods/" + podUID + "/volumes/kubernetes.io~empty-dir/e/part"},
@@ -76,7 +80,8 @@ func TestPartsNeedTheGate(t *testing.T) {
 	})
 	n.restart("op")
 	op := n.finish("op")
-	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonCreateContainerConfigError; got != want || made != 1 {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonCreateContainerConfigError; got != want ||
+		made != 1 {
 		t.Errorf("ended %s (%s) after %d creations, want %s", got, op.GetMessage(), made, want)
 	}
 	if got := n.rt.state(); got != "app/0 RUNNING, web/0 RUNNING" {

@@ -16,7 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/failpoint"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
@@ -33,12 +33,13 @@ const (
 	hidePatience = 10 * time.Second
 )
 
-// giveUp ends the container's part of an operation after a panic at an unknown place, such as in the
-// middle of undoing it.
+// giveUp ends the container's part of an operation after a panic at an unknown place, such as in
+// the middle of undoing it.
 func (r *Container) giveUp(ctx context.Context, why error) {
 	rec := r.rec()
 	if rec.Step != store.StepDone {
-		r.writeEnd(operation.Failf(opsv1.ReasonInternalError, "%v", why), r.handle.Write) // not the operation's: there is more to do
+		// not the operation's: there is more to do
+		r.writeEnd(operation.Failf(opsv1.ReasonInternalError, "%v", why), r.handle.Write)
 	}
 	if r.claim != nil {
 		r.node.Lost.Abandon(ctx, r.log, r.claim, r.op.Pod(), rec)
@@ -54,7 +55,7 @@ type Container struct {
 	handle *operation.Container // of op, at index
 	index  int
 	spec   *opsv1.ContainerRestart
-	claim  *interceptors.Claim
+	claim  *view.Claim
 	log    logrus.FieldLogger
 
 	old      *incumbent
@@ -188,8 +189,8 @@ func (r *Container) run(ctx context.Context) bool {
 	return out.Phase == opsv1.Phase_PHASE_SUCCEEDED
 }
 
-// end writes how it ended, and with the last container how the operation did. Not so for a container of
-// an upgrade that did not succeed: that cancels the others first.
+// end writes how it ended, and with the last container how the operation did. Not so for a
+// container of an upgrade that did not succeed: that cancels the others first.
 func (r *Container) end(out *operation.Outcome) {
 	if r.kind.IsJoint() && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
 		r.writeEnd(out, r.handle.Write)
@@ -303,16 +304,18 @@ func (r *Container) resume(ctx context.Context) error {
 	return nil
 }
 
-// outlived is an outcome if the pod's sandbox has not outlived the process that began the operation, with the machine perhaps: all containers have ended
-// with it, and kubelet makes others in a new one. What has been shown to kubelet before is not undone by that.
+// outlived is an outcome if the pod's sandbox has not outlived the process that began the
+// operation, with the machine perhaps: all containers have ended with it, and kubelet makes others
+// in a new one. What has been shown to kubelet before is not undone by that.
 func (r *Container) outlived(ctx context.Context) error {
 	rec := r.rec()
 	if !rec.Hidden() {
 		return nil
 	}
 	if r.op.Rebooted() {
-		return operation.Failf(opsv1.ReasonNodeRestarted, "the node was restarted in the middle of the %s, which ended all "+
-			"containers: kubelet makes them anew, and the new container of this %s has not taken over",
+		return operation.Failf(opsv1.ReasonNodeRestarted,
+			"the node was restarted in the middle of the %s, which ended all "+
+				"containers: kubelet makes them anew, and the new container of this %s has not taken over",
 			r.kind.Name(), r.kind.Name())
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
@@ -320,7 +323,8 @@ func (r *Container) outlived(ctx context.Context) error {
 		st, err = r.node.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
 		return err
 	})
-	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().
+		GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return operation.Failf(opsv1.ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its "+
 			"containers with it: the pod goes away, or kubelet makes them anew", r.kind.Name())
 	}
@@ -373,7 +377,8 @@ func (r *Container) cancelledOutcome() *operation.Outcome {
 // interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
 func (r *Container) interrupted() error {
 	if y := r.claim.YieldedTo(); y != nil {
-		return operation.Failf(opsv1.ReasonTakenBackByKubelet, "kubelet called %s in the middle of the %s and is in charge now",
+		return operation.Failf(opsv1.ReasonTakenBackByKubelet,
+			"kubelet called %s in the middle of the %s and is in charge now",
 			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind.Name())
 	}
 	select {

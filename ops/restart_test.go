@@ -43,13 +43,16 @@ func TestRestart(t *testing.T) {
 		t.Errorf("kubelet sees %s, though the operation is over", got)
 	}
 	c := op.GetContainers()[0]
-	if c.GetIncumbentId() != n.rt.idOf(t, "app/0") || c.GetSuccessorId() != n.rt.idOf(t, "app/1") || c.GetAttempt() != 1 {
+	if c.GetIncumbentId() != n.rt.idOf(t, "app/0") || c.GetSuccessorId() != n.rt.idOf(t, "app/1") ||
+		c.GetAttempt() != 1 {
 		t.Errorf("IDs or attempt are wrong: %v", c)
 	}
-	if c.GetGap().AsDuration() <= 0 || c.GetStartTime().AsTime().Sub(c.GetStopTime().AsTime()) != c.GetGap().AsDuration() {
+	if c.GetGap().AsDuration() <= 0 || c.GetStartTime().AsTime().Sub(c.GetStopTime().AsTime()) != c.GetGap().
+		AsDuration() {
 		t.Errorf("times are wrong: %v", c)
 	}
-	if op.GetMessage() != "" || len(c.GetWarnings()) != 0 || op.GetRequester() != "test" || op.GetKind() != "Restart" || op.GetPod().GetUid() != podUID {
+	if op.GetMessage() != "" || len(c.GetWarnings()) != 0 || op.GetRequester() != "test" || op.GetKind() != "Restart" ||
+		op.GetPod().GetUid() != podUID {
 		t.Errorf("operation is %v", op)
 	}
 	if !plain(n.t, n.kubelet, n.view) {

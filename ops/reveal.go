@@ -58,7 +58,8 @@ func (v *revealer) postStartOnce(ctx context.Context) error {
 	case hook == nil || rec.PostDone:
 		return nil
 	case rec.PostStarted: // resumed
-		v.c.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
+		v.c.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is " +
+			"not run again")
 		v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 		return nil
 	}
@@ -89,7 +90,8 @@ func (v *revealer) postStart(ctx context.Context, hook *opsv1.Hook, rec store.Co
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
-	return operation.Failf(opsv1.ReasonPostStartHookFailed, "postStart hook failed and the new container was stopped: %v", err)
+	return operation.Failf(opsv1.ReasonPostStartHookFailed,
+		"postStart hook failed and the new container was stopped: %v", err)
 }
 
 // measure fills in what the runtime reports of the swap.

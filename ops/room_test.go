@@ -23,7 +23,8 @@ import (
 
 const testMiB = 1 << 20
 
-// fakeRoom gives all containers of a node one pod of cgroup v2 in a tree of files, which no kernel keeps.
+// fakeRoom gives all containers of a node one pod of cgroup v2 in a tree of files, which no kernel
+// keeps.
 type fakeRoom struct {
 	t    testing.TB
 	root string
@@ -53,7 +54,8 @@ func (r *fakeRoom) set(name, content string) {
 	r.t.Helper()
 	path := r.path(name)
 	next := path + ".next" // the kernel never shows half a file
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(next, []byte(content+"\n"), 0o644), os.Rename(next, path)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(next, []byte(content+"\n"), 0o644),
+		os.Rename(next, path)); err != nil {
 		r.t.Error(err)
 	}
 }
@@ -67,7 +69,8 @@ func (r *fakeRoom) used(mib int) {
 func (r *fakeRoom) cache(dirty int) {
 	r.t.Helper()
 	r.used(63)
-	r.set("pod/memory.stat", fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty %d", 20*testMiB, 40*testMiB, dirty*testMiB))
+	r.set("pod/memory.stat", fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty %d", 20*testMiB,
+		40*testMiB, dirty*testMiB))
 }
 
 // limit is the pod's, in MiB.
@@ -107,7 +110,8 @@ func limited(t *testing.T, o podOptions, limitMiB int64) (*node, *fakeRoom) {
 	n.withImages()
 	if limitMiB > 0 {
 		_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
-			ContainerId: n.rt.idOf(t, "app/0"), Linux: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: limitMiB * testMiB},
+			ContainerId: n.rt.idOf(t, "app/0"),
+			Linux:       &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: limitMiB * testMiB},
 		})
 		n.must(err)
 	}
@@ -119,7 +123,8 @@ func limited(t *testing.T, o podOptions, limitMiB int64) (*node, *fakeRoom) {
 // Without room for two, the old container is stopped first, whenever that is noticed.
 func TestNoRoomForTheGate(t *testing.T) {
 	const stopFirst = "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"
-	const again = "CreateContainer app/1; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"
+	const again = "CreateContainer app/1; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; " +
+		"StartContainer app/1"
 	for _, tc := range []struct {
 		name   string
 		begin  func(*fakeRoom) // before the operation
@@ -128,7 +133,8 @@ func TestNoRoomForTheGate(t *testing.T) {
 		calls  string
 		warns  string
 	}{
-		{name: "room", method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{name: "room", method: opsv1.MethodGate,
+			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
 		{
 			name: "cache is room", begin: func(r *fakeRoom) {
 				r.used(63)
@@ -144,24 +150,31 @@ func TestNoRoomForTheGate(t *testing.T) {
 			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
-			name: "cache that stays to be written", begin: func(r *fakeRoom) { r.cache(35) }, method: opsv1.MethodPidfd, calls: stopFirst,
-			warns: "the pod has 6.0 MiB of memory free (limit 64.0 MiB, 63.0 MiB used, of which 5.0 MiB is cache, in /kubepods/podu), less than the 16.0 MiB",
+			name: "cache that stays to be written", begin: func(r *fakeRoom) { r.cache(35) }, method: opsv1.MethodPidfd,
+			calls: stopFirst,
+			warns: "the pod has 6.0 MiB of memory free (limit 64.0 MiB, 63.0 MiB used, of which 5.0 MiB is cache, in " +
+				"/kubepods/podu), less than the 16.0 MiB",
 		},
 		{
 			name: "little memory", begin: func(r *fakeRoom) { r.used(60) }, method: opsv1.MethodPidfd, calls: stopFirst,
-			warns: "the pod has 4.0 MiB of memory free (limit 64.0 MiB, 60.0 MiB used, in /kubepods/podu), less than the 16.0 MiB",
+			warns: "the pod has 4.0 MiB of memory free (limit 64.0 MiB, 60.0 MiB used, in /kubepods/podu), less than " +
+				"the 16.0 MiB",
 		},
 		{
-			name: "more than the limit", begin: func(r *fakeRoom) { r.used(65) }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "more than the limit", begin: func(r *fakeRoom) { r.used(65) }, method: opsv1.MethodPidfd,
+			calls: stopFirst,
 			warns: "the pod has 0.0 MiB of memory free",
 		},
 		{
-			name: "few process IDs", begin: func(r *fakeRoom) { r.set("pod/pids.max", "20") }, method: opsv1.MethodPidfd, calls: stopFirst,
+			name: "few process IDs", begin: func(r *fakeRoom) { r.set("pod/pids.max", "20") },
+			method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 10 process IDs free (limit 20, 10 used, in /kubepods/podu), less than the 24",
 		},
-		{name: "memory that goes", before: func(r *fakeRoom) { r.used(60) }, method: opsv1.MethodPidfd, calls: again, warns: "the pod has 4.0 MiB of memory free"},
+		{name: "memory that goes", before: func(r *fakeRoom) { r.used(60) }, method: opsv1.MethodPidfd, calls: again,
+			warns: "the pod has 4.0 MiB of memory free"},
 		{
-			name: "process IDs that go", before: func(r *fakeRoom) { r.set("pod/pids.current", "999") }, method: opsv1.MethodPidfd, calls: again,
+			name: "process IDs that go", before: func(r *fakeRoom) { r.set("pod/pids.current", "999") },
+			method: opsv1.MethodPidfd, calls: again,
 			warns: "the pod has 1 process IDs free",
 		},
 		{
@@ -205,7 +218,8 @@ func TestNoRoomForTheGate(t *testing.T) {
 	}
 }
 
-// An upgrade starts nothing before kubelet stops the old container, and no longer leaves it waiting, when there is no room.
+// An upgrade starts nothing before kubelet stops the old container, and no longer leaves it
+// waiting, when there is no room.
 func TestNoRoomWhenArmed(t *testing.T) {
 	for name, tc := range map[string]struct {
 		prepared, armed func(*fakeRoom)
@@ -213,16 +227,23 @@ func TestNoRoomWhenArmed(t *testing.T) {
 		want            string // what is alive then
 		method          string
 	}{
-		"at once":                            {prepared: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"later":                              {armed: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"the next process, it waits":         {armed: func(r *fakeRoom) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
-		"the next process, later":            {armed: func(r *fakeRoom) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"the next process, nothing waits":    {prepared: func(r *fakeRoom) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
-		"as much as it takes while it waits": {armed: func(r *fakeRoom) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
+		"at once": {prepared: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0",
+			method: opsv1.MethodPidfd},
+		"later": {armed: func(r *fakeRoom) { r.used(60) }, want: "app/0, web/0",
+			method: opsv1.MethodPidfd},
+		"the next process, it waits": {armed: func(r *fakeRoom) { r.used(50) }, reboot: true,
+			want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
+		"the next process, later": {armed: func(r *fakeRoom) { r.used(60) }, reboot: true,
+			want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"the next process, nothing waits": {prepared: func(r *fakeRoom) { r.used(60) }, reboot: true,
+			want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"as much as it takes while it waits": {armed: func(r *fakeRoom) { r.used(55) },
+			want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			n, room := limited(t, podOptions{annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}}, 0)
+			n, room := limited(t,
+				podOptions{annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}}, 0)
 			_, err := n.api.PrepareUpgrade(t.Context(), upgradeRequest("op"))
 			n.must(err)
 			n.phase(opsv1.Phase_PHASE_PREPARED)
@@ -242,7 +263,8 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			}
 			if tc.method == opsv1.MethodPidfd && (tc.armed != nil || !tc.reboot) {
 				n.until("op", func(op *opsv1.Operation) bool {
-					return op.GetContainers()[0].GetMethod() == opsv1.MethodPidfd && strings.Contains(n.rt.state(), "app/1 CREATED") &&
+					return op.GetContainers()[0].GetMethod() == opsv1.MethodPidfd &&
+						strings.Contains(n.rt.state(), "app/1 CREATED") &&
 						op.GetContainers()[0].GetSuccessorId() == n.rt.idOf(t, "app/1")
 				})
 			}
@@ -250,7 +272,8 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			if calls := n.calls(); tc.prepared != nil && strings.Contains(calls, "StartContainer") {
 				t.Errorf("something was started: %s", calls)
 			}
-			_, err = n.kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
+			_, err = n.kubelet.StopContainer(t.Context(),
+				&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
 			n.must(err)
 			n.kubeletCreates("app:v2")
 			op := n.finish("op")
@@ -278,16 +301,30 @@ func TestRoomToOverlap(t *testing.T) {
 		want   string
 		says   string
 	}{
-		"the container's own limit":   {limit: 48, most: 112, end: 64, want: succeeded},
-		"no limit of its own":         {most: 64 + 15, end: 64, want: succeeded},
-		"it does not start":           {limit: 48, fails: true, most: 112, end: 64, want: "FAILED, app FAILED StartFailed"},
-		"a resize meanwhile":          {limit: 48, most: 112, during: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(80*testMiB)) }, end: 80, want: succeeded},
-		"a pod that is nearly full":   {limit: 48, begin: func(r *fakeRoom) { r.used(63) }, most: 112, end: 64, want: succeeded},
-		"a pod without a limit":       {limit: 48, begin: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(1<<40)) }, most: 1<<20 + 48, end: 1 << 20, want: succeeded},
-		"the node has less":           {limit: 48, begin: func(r *fakeRoom) { r.set("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 40960 kB") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "it may use 48.0 MiB, and outside of the pod there is 40.0 MiB of memory free (limit 4096.0 MiB, 4056.0 MiB used, in the node)"},
-		"the pods of the node do":     {limit: 48, begin: func(r *fakeRoom) { r.above(1000, 980) }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "20.0 MiB of memory free (limit 1000.0 MiB, 980.0 MiB used, in /kubepods)"},
-		"few process IDs":             {begin: func(r *fakeRoom) { r.set("pod/pids.max", "14") }, end: 64, want: "FAILED, app FAILED InsufficientResources", says: "the old one has 5 processes and threads, and the pod has 4 process IDs free"},
-		"the limit cannot be written": {limit: 48, begin: func(r *fakeRoom) { r.readOnly() }, end: 0, want: "FAILED, app FAILED InsufficientResources", says: "the pod's limit cannot be raised"},
+		"the container's own limit": {limit: 48, most: 112, end: 64, want: succeeded},
+		"no limit of its own":       {most: 64 + 15, end: 64, want: succeeded},
+		"it does not start": {limit: 48, fails: true, most: 112, end: 64,
+			want: "FAILED, app FAILED StartFailed"},
+		"a resize meanwhile": {limit: 48, most: 112,
+			during: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(80*testMiB)) }, end: 80, want: succeeded},
+		"a pod that is nearly full": {limit: 48, begin: func(r *fakeRoom) { r.used(63) }, most: 112, end: 64,
+			want: succeeded},
+		"a pod without a limit": {limit: 48,
+			begin: func(r *fakeRoom) { r.set("pod/memory.max", strconv.Itoa(1<<40)) }, most: 1<<20 + 48, end: 1 << 20,
+			want: succeeded},
+		"the node has less": {limit: 48,
+			begin: func(r *fakeRoom) { r.set("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 40960 kB") }, end: 64,
+			want: "FAILED, app FAILED InsufficientResources",
+			says: "it may use 48.0 MiB, and outside of the pod there is 40.0 MiB of memory free (limit 4096.0 MiB, " +
+				"4056.0 MiB used, in the node)"},
+		"the pods of the node do": {limit: 48, begin: func(r *fakeRoom) { r.above(1000, 980) }, end: 64,
+			want: "FAILED, app FAILED InsufficientResources",
+			says: "20.0 MiB of memory free (limit 1000.0 MiB, 980.0 MiB used, in /kubepods)"},
+		"few process IDs": {begin: func(r *fakeRoom) { r.set("pod/pids.max", "14") }, end: 64,
+			want: "FAILED, app FAILED InsufficientResources",
+			says: "the old one has 5 processes and threads, and the pod has 4 process IDs free"},
+		"the limit cannot be written": {limit: 48, begin: func(r *fakeRoom) { r.readOnly() }, end: 0,
+			want: "FAILED, app FAILED InsufficientResources", says: "the pod's limit cannot be raised"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -351,7 +388,8 @@ func (r *fakeRoom) readOnly() {
 		return
 	}
 	// Root is kept from a file that is a program being run only.
-	if err := errors.Join(os.Remove(r.path("pod/memory.max")), os.Symlink("/proc/sys/kernel/ngroups_max", r.path("pod/memory.max"))); err != nil {
+	if err := errors.Join(os.Remove(r.path("pod/memory.max")),
+		os.Symlink("/proc/sys/kernel/ngroups_max", r.path("pod/memory.max"))); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -362,14 +400,16 @@ func TestHugepagesToOverlap(t *testing.T) {
 	room.set("pod/hugetlb.2MB.max", strconv.Itoa(8*testMiB))
 	room.set("pod/hugetlb.2MB.current", strconv.Itoa(6*testMiB))
 	_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
-		ContainerId: n.rt.idOf(t, "app/0"), Linux: &runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{
+		ContainerId: n.rt.idOf(t, "app/0"),
+		Linux: &runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{
 			{PageSize: "2MB", Limit: 8 * testMiB}, {PageSize: "1GB", Limit: 0},
 		}},
 	})
 	n.must(err)
 	n.restart("op", startFirst)
 	op := n.finish("op")
-	if got := verdict(op); got != "FAILED, app FAILED InsufficientResources" || !strings.Contains(op.GetMessage(), "8.0 MiB of huge pages of 2MB, and the pod has 2.0 MiB left of 8.0 MiB") {
+	if got := verdict(op); got != "FAILED, app FAILED InsufficientResources" ||
+		!strings.Contains(op.GetMessage(), "8.0 MiB of huge pages of 2MB, and the pod has 2.0 MiB left of 8.0 MiB") {
 		t.Errorf("operation ended %s (%s)", got, op.GetMessage())
 	}
 	n.checkOnlyLiving(t, "app/0, web/0")
@@ -407,22 +447,26 @@ func TestTwoOverlaps(t *testing.T) {
 	}
 }
 
-// A start that fails for what the old container has goes on without it, and says so; another failure leaves it alone.
+// A start that fails for what the old container has goes on without it, and says so; another
+// failure leaves it alone.
 func TestStartFailsBesideTheOldOne(t *testing.T) {
 	const oci = "OCI runtime create failed: runc create failed: unable to start container process: "
 	for name, tc := range map[string]struct {
 		says string
 		want string
 	}{
-		"no process IDs":     {oci + "error during container init: procReady not received", succeeded},
-		"no process IDs yet": {oci + "can't get final child's PID from pipe: EOF; runc init error(s): nsexec-1[2]: unable to spawn stage-2: Resource temporarily unavailable", succeeded},
-		"no memory":          {oci + "container init was OOM-killed (memory limit too low?)", succeeded},
-		"a device":           {oci + "error mounting \"/dev/x\": device or resource busy", succeeded},
-		"no such program":    {oci + `exec: "/app": stat /app: no such file or directory`, "FAILED, app FAILED StartFailed"},
+		"no process IDs": {oci + "error during container init: procReady not received", succeeded},
+		"no process IDs yet": {oci + "can't get final child's PID from pipe: EOF; runc init error(s): nsexec-1[2]: " +
+			"unable to spawn stage-2: Resource temporarily unavailable", succeeded},
+		"no memory": {oci + "container init was OOM-killed (memory limit too low?)", succeeded},
+		"a device":  {oci + "error mounting \"/dev/x\": device or resource busy", succeeded},
+		"no such program": {oci + `exec: "/app": stat /app: no such file or directory`,
+			"FAILED, app FAILED StartFailed"},
 		"no such mount":      {oci + `error mounting "/a": not a directory`, "FAILED, app FAILED StartFailed"},
 		"not to be executed": {oci + `exec: "/app": permission denied`, "FAILED, app FAILED StartFailed"},
 	} {
-		for order, edit := range map[string]func(*opsv1.RestartRequest){"gate": func(*opsv1.RestartRequest) {}, "start first": startFirst} {
+		for order, edit := range map[string]func(*opsv1.RestartRequest){"gate": func(*opsv1.RestartRequest) {},
+			"start first": startFirst} {
 			t.Run(name+", "+order, func(t *testing.T) {
 				t.Parallel()
 				n := newNode(t, podOptions{processes: true})
@@ -446,7 +490,9 @@ func TestStartFailsBesideTheOldOne(t *testing.T) {
 					return
 				}
 				n.checkSwap(t, "app/1, web/0")
-				if w := warnings(op); !strings.Contains(w, tc.says) || !strings.Contains(w, "the old container is stopped before") && !strings.Contains(w, "the old one is stopped before") {
+				if w := warnings(op); !strings.Contains(w, tc.says) ||
+					!strings.Contains(w, "the old container is stopped before") &&
+						!strings.Contains(w, "the old one is stopped before") {
 					t.Errorf("warnings are %q", w)
 				}
 				if got := op.GetContainers()[0].GetMethod(); got != opsv1.MethodPidfd {
@@ -466,14 +512,24 @@ func TestKilledInstead(t *testing.T) {
 		oom  bool
 		want string
 	}{
-		"at the gate's start": {at: "StartContainer", code: 137, oom: true, want: "the old container was killed by the kernel, because memory had run out in its pod (exit code 137, OOMKilled) before it was asked to stop, while the new one was being started beside it"},
-		"without a reason":    {at: "StartContainer", code: 137, want: "the old container was killed (exit code 137, Error) before it was asked to stop, while"},
-		"start first":         {at: "StartContainer", edit: startFirst, code: 137, oom: true, want: "the old container was killed by the kernel, because memory had run out in its pod"},
-		"in preStop":          {at: "ExecSync", edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("x") }, code: 137, oom: true, want: "before it was asked to stop: it has not ended gracefully"},
-		"in its stop":         {at: "StopContainer", code: 137, oom: true, want: "the old container was killed by the kernel, because memory had run out in its pod (exit code 137, OOMKilled), while the new one was"},
-		"another process":     {at: "StopContainer", code: 0, oom: true, want: "memory had run out in the pod of the old container (exit code 0, OOMKilled), and the kernel has killed a process there"},
-		"by the runtime":      {at: "StopContainer", code: 137},
-		"by itself":           {at: "StartContainer", code: 3},
+		"at the gate's start": {at: "StartContainer", code: 137, oom: true,
+			want: "the old container was killed by the kernel, because memory had run out in its pod (exit code 137, " +
+				"OOMKilled) before it was asked to stop, while the new one was being started beside it"},
+		"without a reason": {at: "StartContainer", code: 137,
+			want: "the old container was killed (exit code 137, Error) before it was asked to stop, while"},
+		"start first": {at: "StartContainer", edit: startFirst, code: 137, oom: true,
+			want: "the old container was killed by the kernel, because memory had run out in its pod"},
+		"in preStop": {at: "ExecSync",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("x") }, code: 137, oom: true,
+			want: "before it was asked to stop: it has not ended gracefully"},
+		"in its stop": {at: "StopContainer", code: 137, oom: true,
+			want: "the old container was killed by the kernel, because memory had run out in its pod (exit code 137, " +
+				"OOMKilled), while the new one was"},
+		"another process": {at: "StopContainer", code: 0, oom: true,
+			want: "memory had run out in the pod of the old container (exit code 0, OOMKilled), and the kernel has " +
+				"killed a process there"},
+		"by the runtime": {at: "StopContainer", code: 137},
+		"by itself":      {at: "StartContainer", code: 3},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -45,8 +45,9 @@ type fakeRuntime struct {
 	hang       func(ctx context.Context, call string) error // before
 	exec       func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error)
 	start      func(c *runtimeapi.ContainerConfig) error // nil: starts
-	config     string                                    // of the runtime, as a verbose Status tells it; empty: it does not answer that
-	processes  *fakeProcesses                            // nil: containers have none
+	// of the runtime, as a verbose Status tells it; empty: it does not answer that
+	config    string
+	processes *fakeProcesses // nil: containers have none
 }
 
 type fakeSandbox struct {
@@ -77,7 +78,8 @@ type fakeContainer struct {
 }
 
 func newFakeRuntime() *fakeRuntime {
-	return &fakeRuntime{sandboxes: map[string]*fakeSandbox{}, containers: map[string]*fakeContainer{}, names: map[string]string{}}
+	return &fakeRuntime{sandboxes: map[string]*fakeSandbox{}, containers: map[string]*fakeContainer{},
+		names: map[string]string{}}
 }
 
 // serve answers on the Unix socket until the test ends.
@@ -103,7 +105,9 @@ func (f *fakeRuntime) serve(t testing.TB, path string) {
 }
 
 // watch notes the call and gives the test a say before and after it has its effect.
-func (f *fakeRuntime) watch(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (f *fakeRuntime) watch(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	call := f.describe(ctx, info.FullMethod, req)
 	f.mu.Lock()
 	f.calls = append(f.calls, call)
@@ -161,11 +165,13 @@ func (f *fakeRuntime) describe(ctx context.Context, method string, req any) stri
 	return b.String()
 }
 
-// allowed is the timeout of a stop as goldens have it. The default grace is told of as such, though the stop gets what is left of it: on
-// a real clock that is less by the seconds that a busy machine or disk takes, of which there are no more than since the test began.
+// allowed is the timeout of a stop as goldens have it. The default grace is told of as such, though
+// the stop gets what is left of it: on a real clock that is less by the seconds that a busy machine
+// or disk takes, of which there are no more than since the test began.
 func (f *fakeRuntime) allowed(timeout int64, kubelet bool) int64 {
 	const whole, least = int64(crinode.DefaultGrace / time.Second), 10 // less is what a test has asked for
-	if !kubelet && !f.began.IsZero() && timeout < whole && timeout >= max(least, whole-int64(time.Since(f.began)/time.Second)) {
+	if !kubelet && !f.began.IsZero() && timeout < whole &&
+		timeout >= max(least, whole-int64(time.Since(f.began)/time.Second)) {
 		return whole
 	}
 	return timeout
@@ -181,7 +187,8 @@ func nameOf(s interface {
 func mutating(calls []string) []string {
 	return slices.DeleteFunc(slices.Clone(calls), func(c string) bool {
 		m := strings.TrimPrefix(c, "kubelet:")
-		return strings.HasPrefix(m, "List") || strings.HasPrefix(m, "ContainerStatus") || strings.HasPrefix(m, "PodSandboxStatus") || m == "Version" || m == "Status"
+		return strings.HasPrefix(m, "List") || strings.HasPrefix(m, "ContainerStatus") ||
+			strings.HasPrefix(m, "PodSandboxStatus") || m == "Version" || m == "Status"
 	})
 }
 
@@ -280,7 +287,8 @@ func unknownContainer(id string) error {
 }
 
 func (f *fakeRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2", RuntimeApiVersion: "v1"}, nil
+	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2",
+		RuntimeApiVersion: "v1"}, nil
 }
 
 func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
@@ -289,10 +297,13 @@ func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runti
 	if f.config == "" {
 		return nil, status.Error(codes.Unimplemented, "method Status not implemented")
 	}
-	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{}, Info: map[string]string{"config": f.config}}, nil
+	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{}, Info: map[string]string{"config": f.config}},
+		nil
 }
 
-func (f *fakeRuntime) RunPodSandbox(_ context.Context, r *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
+func (f *fakeRuntime) RunPodSandbox(
+	_ context.Context, r *runtimeapi.RunPodSandboxRequest,
+) (*runtimeapi.RunPodSandboxResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	at := f.now()
@@ -301,7 +312,9 @@ func (f *fakeRuntime) RunPodSandbox(_ context.Context, r *runtimeapi.RunPodSandb
 	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, nil
 }
 
-func (f *fakeRuntime) StopPodSandbox(_ context.Context, r *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
+func (f *fakeRuntime) StopPodSandbox(
+	_ context.Context, r *runtimeapi.StopPodSandboxRequest,
+) (*runtimeapi.StopPodSandboxResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if s := f.sandboxes[r.GetPodSandboxId()]; s != nil {
@@ -315,7 +328,9 @@ func (f *fakeRuntime) StopPodSandbox(_ context.Context, r *runtimeapi.StopPodSan
 	return &runtimeapi.StopPodSandboxResponse{}, nil
 }
 
-func (f *fakeRuntime) RemovePodSandbox(_ context.Context, r *runtimeapi.RemovePodSandboxRequest) (*runtimeapi.RemovePodSandboxResponse, error) {
+func (f *fakeRuntime) RemovePodSandbox(
+	_ context.Context, r *runtimeapi.RemovePodSandboxRequest,
+) (*runtimeapi.RemovePodSandboxResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, c := range f.containers {
@@ -327,7 +342,9 @@ func (f *fakeRuntime) RemovePodSandbox(_ context.Context, r *runtimeapi.RemovePo
 	return &runtimeapi.RemovePodSandboxResponse{}, nil
 }
 
-func (f *fakeRuntime) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+func (f *fakeRuntime) ListPodSandbox(
+	_ context.Context, r *runtimeapi.ListPodSandboxRequest,
+) (*runtimeapi.ListPodSandboxResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	resp := &runtimeapi.ListPodSandboxResponse{}
@@ -335,19 +352,23 @@ func (f *fakeRuntime) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSan
 		if !hasLabels(s.config.GetLabels(), r.GetFilter().GetLabelSelector()) {
 			continue
 		}
-		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), CreatedAt: s.at, Labels: s.config.GetLabels()})
+		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(),
+			State: s.state(), CreatedAt: s.at, Labels: s.config.GetLabels()})
 	}
 	return resp, nil
 }
 
-func (f *fakeRuntime) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+func (f *fakeRuntime) PodSandboxStatus(
+	_ context.Context, r *runtimeapi.PodSandboxStatusRequest,
+) (*runtimeapi.PodSandboxStatusResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := f.sandboxes[r.GetPodSandboxId()]
 	if s == nil {
 		return nil, status.Errorf(codes.NotFound, "an error occurred when try to find sandbox: not found")
 	}
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id,
+		Metadata: s.config.GetMetadata(), State: s.state(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
 	if r.GetVerbose() {
 		resp.Info = verbose(s.config)
 	}
@@ -371,7 +392,9 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
-func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
+func (f *fakeRuntime) CreateContainer(
+	_ context.Context, r *runtimeapi.CreateContainerRequest,
+) (*runtimeapi.CreateContainerResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := f.sandboxes[r.GetPodSandboxId()]
@@ -384,7 +407,8 @@ func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateCon
 	m, pod := r.GetConfig().GetMetadata(), r.GetSandboxConfig().GetMetadata()
 	name := fmt.Sprintf("%s_%s_%s_%s_%d", m.GetName(), pod.GetName(), pod.GetNamespace(), pod.GetUid(), m.GetAttempt())
 	if holder := f.names[name]; holder != "" {
-		return nil, status.Errorf(codes.FailedPrecondition, "failed to reserve container name %q: name %q is reserved for %q", name, name, holder)
+		return nil, status.Errorf(codes.FailedPrecondition,
+			"failed to reserve container name %q: name %q is reserved for %q", name, name, holder)
 	}
 	at := f.now()
 	id := fmt.Sprintf("%03d%s%d", f.made, m.GetName(), m.GetAttempt())
@@ -399,7 +423,8 @@ func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateCon
 		sandbox: s.id, config: config, reserved: name, dead: make(chan struct{}), gate: gate,
 		status: &runtimeapi.ContainerStatus{
 			Id: id, Metadata: config.GetMetadata(), State: runtimeapi.ContainerState_CONTAINER_CREATED, CreatedAt: at,
-			ImageRef: config.GetImage().GetImage(), Labels: maps.Clone(config.GetLabels()), Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
+			ImageRef: config.GetImage().GetImage(), Labels: maps.Clone(config.GetLabels()),
+			Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
 			LogPath:   s.config.GetLogDirectory() + "/" + config.GetLogPath(),
 			Resources: &runtimeapi.ContainerResources{Linux: config.GetLinux().GetResources()},
 		},
@@ -407,7 +432,9 @@ func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateCon
 	return &runtimeapi.CreateContainerResponse{ContainerId: id}, nil
 }
 
-func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
+func (f *fakeRuntime) StartContainer(
+	ctx context.Context, r *runtimeapi.StartContainerRequest,
+) (*runtimeapi.StartContainerResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.find(r.GetContainerId())
@@ -415,7 +442,8 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 		return nil, unknownContainer(r.GetContainerId())
 	}
 	if s := c.status.GetState(); s != runtimeapi.ContainerState_CONTAINER_CREATED {
-		return nil, status.Errorf(codes.Unknown, "failed to set starting state for container %q: container is in %s state", c.status.GetId(), s)
+		return nil, status.Errorf(codes.Unknown,
+			"failed to set starting state for container %q: container is in %s state", c.status.GetId(), s)
 	}
 	err := ctx.Err()
 	if err == nil && f.start != nil {
@@ -433,7 +461,9 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 	return &runtimeapi.StartContainerResponse{}, nil
 }
 
-func (f *fakeRuntime) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+func (f *fakeRuntime) StopContainer(
+	ctx context.Context, r *runtimeapi.StopContainerRequest,
+) (*runtimeapi.StopContainerResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.find(r.GetContainerId())
@@ -474,7 +504,9 @@ func (f *fakeRuntime) StopContainer(ctx context.Context, r *runtimeapi.StopConta
 	return &runtimeapi.StopContainerResponse{}, nil
 }
 
-func (f *fakeRuntime) RemoveContainer(_ context.Context, r *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+func (f *fakeRuntime) RemoveContainer(
+	_ context.Context, r *runtimeapi.RemoveContainerRequest,
+) (*runtimeapi.RemoveContainerResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if c := f.find(r.GetContainerId()); c != nil {
@@ -493,25 +525,31 @@ func (f *fakeRuntime) remove(c *fakeContainer) {
 	delete(f.names, c.reserved)
 }
 
-func (f *fakeRuntime) ListContainers(_ context.Context, r *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+func (f *fakeRuntime) ListContainers(
+	_ context.Context, r *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	resp := &runtimeapi.ListContainersResponse{}
 	flt := r.GetFilter()
 	for id, c := range f.containers {
 		s := c.status
-		if !strings.HasPrefix(id, flt.GetId()) || !strings.HasPrefix(c.sandbox, flt.GetPodSandboxId()) || !hasLabels(s.GetLabels(), flt.GetLabelSelector()) ||
+		if !strings.HasPrefix(id, flt.GetId()) || !strings.HasPrefix(c.sandbox, flt.GetPodSandboxId()) ||
+			!hasLabels(s.GetLabels(), flt.GetLabelSelector()) ||
 			(flt.GetState() != nil && flt.GetState().GetState() != s.GetState()) {
 			continue
 		}
 		resp.Containers = append(resp.Containers, &runtimeapi.Container{
-			Id: id, PodSandboxId: c.sandbox, Metadata: s.GetMetadata(), State: s.GetState(), CreatedAt: s.GetCreatedAt(), Labels: s.GetLabels(), Annotations: s.GetAnnotations(),
+			Id: id, PodSandboxId: c.sandbox, Metadata: s.GetMetadata(), State: s.GetState(),
+			CreatedAt: s.GetCreatedAt(), Labels: s.GetLabels(), Annotations: s.GetAnnotations(),
 		})
 	}
 	return resp, nil
 }
 
-func (f *fakeRuntime) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+func (f *fakeRuntime) ContainerStatus(
+	_ context.Context, r *runtimeapi.ContainerStatusRequest,
+) (*runtimeapi.ContainerStatusResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.find(r.GetContainerId())
@@ -531,7 +569,9 @@ func (f *fakeRuntime) ContainerStatus(_ context.Context, r *runtimeapi.Container
 	return resp, nil
 }
 
-func (f *fakeRuntime) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+func (f *fakeRuntime) ExecSync(
+	ctx context.Context, r *runtimeapi.ExecSyncRequest,
+) (*runtimeapi.ExecSyncResponse, error) {
 	f.mu.Lock()
 	c, exec := f.find(r.GetContainerId()), f.exec
 	state := runtimeapi.ContainerState_CONTAINER_UNKNOWN
@@ -550,14 +590,17 @@ func (f *fakeRuntime) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncReques
 	return exec(ctx, r)
 }
 
-func (f *fakeRuntime) UpdateContainerResources(_ context.Context, r *runtimeapi.UpdateContainerResourcesRequest) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+func (f *fakeRuntime) UpdateContainerResources(
+	_ context.Context, r *runtimeapi.UpdateContainerResourcesRequest,
+) (*runtimeapi.UpdateContainerResourcesResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.find(r.GetContainerId())
 	if c == nil {
 		return nil, unknownContainer(r.GetContainerId())
 	}
-	c.status.Resources = &runtimeapi.ContainerResources{Linux: criclone.OverlayResources(c.status.GetResources().GetLinux(), r.GetLinux())}
+	c.status.Resources = &runtimeapi.ContainerResources{
+		Linux: criclone.OverlayResources(c.status.GetResources().GetLinux(), r.GetLinux())}
 	return &runtimeapi.UpdateContainerResourcesResponse{}, nil
 }
 

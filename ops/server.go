@@ -16,7 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
@@ -56,8 +56,10 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 		}
 		return known.Snapshot(), nil
 	}
-	if s.e.node.Images.Puller == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
-		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which a restart with another image needs")
+	if s.e.node.Images.Puller == nil && slices.ContainsFunc(req.GetContainers(),
+		func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
+		return nil, status.Error(codes.FailedPrecondition,
+			"this node pulls no images, which a restart with another image needs")
 	}
 	pod, err := s.precheck(ctx, req)
 	if err != nil {
@@ -83,7 +85,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod := proto.Clone(req.GetPod()).(*opsv1.PodRef)
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
-		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
+		slot := view.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
 		if err := s.e.node.Lost.Refuse(slot); err != nil {
 			return nil, precheckError(err)
 		}
@@ -117,7 +119,8 @@ func precheckError(err error) error {
 		code = codes.NotFound
 	}
 	st := status.New(code, out.Message)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.Reason, Domain: opsv1.ErrorDomain}); err == nil {
+	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.Reason,
+		Domain: opsv1.ErrorDomain}); err == nil {
 		st = detailed
 	}
 	return st.Err()
@@ -133,7 +136,9 @@ func (s *Server) GetOperation(_ context.Context, req *opsv1.GetOperationRequest)
 }
 
 // WatchOperation implements [opsv1.OpsServer].
-func (s *Server) WatchOperation(req *opsv1.WatchOperationRequest, stream grpc.ServerStreamingServer[opsv1.Operation]) error {
+func (s *Server) WatchOperation(
+	req *opsv1.WatchOperationRequest, stream grpc.ServerStreamingServer[opsv1.Operation],
+) error {
 	o := s.e.lookup(req.GetUid())
 	if o == nil {
 		return noOperation(req.GetUid())
@@ -155,7 +160,9 @@ func (s *Server) WatchOperation(req *opsv1.WatchOperationRequest, stream grpc.Se
 }
 
 // ListOperations implements [opsv1.OpsServer].
-func (s *Server) ListOperations(_ context.Context, req *opsv1.ListOperationsRequest) (*opsv1.ListOperationsResponse, error) {
+func (s *Server) ListOperations(
+	_ context.Context, req *opsv1.ListOperationsRequest,
+) (*opsv1.ListOperationsResponse, error) {
 	limit := int(req.GetLimit())
 	if limit < 0 || limit > listDefault {
 		return nil, status.Errorf(codes.InvalidArgument, "limit must be between 0 and %d, not %d", listDefault, limit)
@@ -218,7 +225,8 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 			for _, c := range op.GetContainers() {
 				if !operation.HasEnded(c.GetPhase()) {
 					info.ActiveSlots = append(info.ActiveSlots, &opsv1.ActiveSlot{
-						PodUid: op.GetPod().GetUid(), Container: c.GetName(), OperationUid: op.GetUid(), Phase: c.GetPhase(),
+						PodUid: op.GetPod().GetUid(), Container: c.GetName(), OperationUid: op.GetUid(),
+						Phase: c.GetPhase(),
 					})
 				}
 			}
@@ -237,7 +245,8 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 }
 
 func noOperation(uid string) error {
-	return status.Errorf(codes.NotFound, "no operation %q on this node; finished ones are kept for %s", uid, keepFinished)
+	return status.Errorf(codes.NotFound, "no operation %q on this node; finished ones are kept for %s",
+		uid, keepFinished)
 }
 
 // callerOf returns who calls, for the audit line, and whether they come over the network.

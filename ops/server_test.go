@@ -22,7 +22,8 @@ import (
 )
 
 func httpHook(scheme string, port int32) *opsv1.Hook {
-	return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: &opsv1.HTTPGetAction{Scheme: scheme, Port: port, Path: "/"}}}
+	return &opsv1.Hook{
+		Action: &opsv1.Hook_HttpGet{HttpGet: &opsv1.HTTPGetAction{Scheme: scheme, Port: port, Path: "/"}}}
 }
 
 func TestRequestsAreChecked(t *testing.T) {
@@ -42,42 +43,66 @@ func TestRequestsAreChecked(t *testing.T) {
 		{name: "as is", edit: func(*opsv1.RestartRequest) {}},
 		{name: "remote", edit: func(*opsv1.RestartRequest) {}, remote: true},
 		{name: "no uid", edit: func(r *opsv1.RestartRequest) { r.Uid = "" }, want: "uid must be 1 to 128 characters"},
-		{name: "long uid", edit: func(r *opsv1.RestartRequest) { r.Uid = long(129) }, want: "uid must be 1 to 128 characters"},
+		{name: "long uid", edit: func(r *opsv1.RestartRequest) { r.Uid = long(129) },
+			want: "uid must be 1 to 128 characters"},
 		{name: "longest uid", edit: func(r *opsv1.RestartRequest) { r.Uid = long(128) }},
-		{name: "odd uid", edit: func(r *opsv1.RestartRequest) { r.Uid = "a/b\n" }, want: `uid must be 1 to 128 characters of [A-Za-z0-9._-], not "a/b\n"`},
-		{name: "no pod", edit: func(r *opsv1.RestartRequest) { r.Pod = nil }, want: "pod.namespace and pod.name must be Kubernetes names"},
-		{name: "no namespace", edit: func(r *opsv1.RestartRequest) { r.Pod.Namespace = "" }, want: "pod.namespace and pod.name must be Kubernetes names"},
-		{name: "odd name", edit: func(r *opsv1.RestartRequest) { r.Pod.Name = "A" }, want: "pod.namespace and pod.name must be Kubernetes names"},
+		{name: "odd uid", edit: func(r *opsv1.RestartRequest) { r.Uid = "a/b\n" },
+			want: `uid must be 1 to 128 characters of [A-Za-z0-9._-], not "a/b\n"`},
+		{name: "no pod", edit: func(r *opsv1.RestartRequest) { r.Pod = nil },
+			want: "pod.namespace and pod.name must be Kubernetes names"},
+		{name: "no namespace", edit: func(r *opsv1.RestartRequest) { r.Pod.Namespace = "" },
+			want: "pod.namespace and pod.name must be Kubernetes names"},
+		{name: "odd name", edit: func(r *opsv1.RestartRequest) { r.Pod.Name = "A" },
+			want: "pod.namespace and pod.name must be Kubernetes names"},
 		{name: "no pod uid on the node", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "" }},
-		{name: "no pod uid from afar", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "" }, remote: true, want: "pod.uid is required"},
-		{name: "long pod uid", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = long(129) }, want: "pod.uid is too long"},
-		{name: "no containers", edit: func(r *opsv1.RestartRequest) { r.Containers = nil }, want: "containers is empty"},
+		{name: "no pod uid from afar", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "" }, remote: true,
+			want: "pod.uid is required"},
+		{name: "long pod uid", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = long(129) },
+			want: "pod.uid is too long"},
+		{name: "no containers", edit: func(r *opsv1.RestartRequest) { r.Containers = nil },
+			want: "containers is empty"},
 		{name: "many containers", edit: func(r *opsv1.RestartRequest) {
 			for i := range maxContainers {
 				r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: fmt.Sprint("c", i)})
 			}
 		}, want: "65 containers are too many"},
-		{name: "long requester", edit: func(r *opsv1.RestartRequest) { r.Requester = long(1025) }, want: "requester is too long"},
-		{name: "container without a name", edit: first(func(c *opsv1.ContainerRestart) { c.Name = "" }), want: `container name "" is not`},
-		{name: "a nil container", edit: func(r *opsv1.RestartRequest) { r.Containers[0] = nil }, want: `container name "" is not`},
+		{name: "long requester", edit: func(r *opsv1.RestartRequest) { r.Requester = long(1025) },
+			want: "requester is too long"},
+		{name: "container without a name", edit: first(func(c *opsv1.ContainerRestart) { c.Name = "" }),
+			want: `container name "" is not`},
+		{name: "a nil container", edit: func(r *opsv1.RestartRequest) { r.Containers[0] = nil },
+			want: `container name "" is not`},
 		{name: "container twice", edit: func(r *opsv1.RestartRequest) {
 			r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "app"})
 		}, want: `container "app" is named twice`},
-		{name: "negative grace", edit: first(func(c *opsv1.ContainerRestart) { c.GracePeriodSeconds = proto.Int64(-1) }), want: "grace_period_seconds must be between 0 and 86400"},
-		{name: "endless grace", edit: first(func(c *opsv1.ContainerRestart) { c.GracePeriodSeconds = proto.Int64(1 << 40) }), want: "grace_period_seconds must be between 0 and 86400"},
+		{name: "negative grace",
+			edit: first(func(c *opsv1.ContainerRestart) { c.GracePeriodSeconds = proto.Int64(-1) }),
+			want: "grace_period_seconds must be between 0 and 86400"},
+		{name: "endless grace",
+			edit: first(func(c *opsv1.ContainerRestart) { c.GracePeriodSeconds = proto.Int64(1 << 40) }),
+			want: "grace_period_seconds must be between 0 and 86400"},
 		{name: "no grace", edit: first(func(c *opsv1.ContainerRestart) { c.GracePeriodSeconds = proto.Int64(0) })},
-		{name: "long expected ID", edit: first(func(c *opsv1.ContainerRestart) { c.ExpectedContainerId = long(257) }), want: "expected_container_id is too long"},
-		{name: "hook without action", edit: preStop(&opsv1.Hook{}), want: `container "app": pre_stop: the hook has no action`},
-		{name: "postStart without action", edit: first(func(c *opsv1.ContainerRestart) { c.PostStart = &opsv1.Hook{} }), want: `container "app": post_start: the hook has no action`},
-		{name: "exec without command", edit: preStop(execHook()), want: "exec.command must have between 1 and 256 words"},
-		{name: "exec with too many words", edit: preStop(execHook(make([]string, 257)...)), want: "exec.command must have between 1 and 256 words"},
+		{name: "long expected ID", edit: first(func(c *opsv1.ContainerRestart) { c.ExpectedContainerId = long(257) }),
+			want: "expected_container_id is too long"},
+		{name: "hook without action", edit: preStop(&opsv1.Hook{}),
+			want: `container "app": pre_stop: the hook has no action`},
+		{name: "postStart without action", edit: first(func(c *opsv1.ContainerRestart) { c.PostStart = &opsv1.Hook{} }),
+			want: `container "app": post_start: the hook has no action`},
+		{name: "exec without command", edit: preStop(execHook()),
+			want: "exec.command must have between 1 and 256 words"},
+		{name: "exec with too many words", edit: preStop(execHook(make([]string, 257)...)),
+			want: "exec.command must have between 1 and 256 words"},
 		{name: "huge hook", edit: preStop(execHook(long(maxHookBytes))), want: "the hook is too large"},
 		{name: "port 0", edit: preStop(httpHook("", 0)), want: "http_get.port must be between 1 and 65535"},
 		{name: "port 65536", edit: preStop(httpHook("", 65536)), want: "http_get.port must be between 1 and 65535"},
 		{name: "odd scheme", edit: preStop(httpHook("ftp", 80)), want: "http_get.scheme must be HTTP or HTTPS"},
 		{name: "good http", edit: preStop(httpHook("HTTPS", 443))},
-		{name: "negative sleep", edit: preStop(&opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: -1}}}), want: "sleep.seconds is out of range"},
-		{name: "endless sleep", edit: preStop(&opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 1 << 40}}}), want: "sleep.seconds is out of range"},
+		{name: "negative sleep",
+			edit: preStop(&opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: -1}}}),
+			want: "sleep.seconds is out of range"},
+		{name: "endless sleep",
+			edit: preStop(&opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 1 << 40}}}),
+			want: "sleep.seconds is out of range"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -135,7 +160,8 @@ func TestCommandsOverTheSocket(t *testing.T) {
 	<-reached
 	info, err := client.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
 	n.must(err)
-	if len(info.GetActiveSlots()) != 1 || info.GetActiveSlots()[0].GetContainer() != "app" || info.GetActiveSlots()[0].GetPhase() != opsv1.Phase_PHASE_STOPPING {
+	if len(info.GetActiveSlots()) != 1 || info.GetActiveSlots()[0].GetContainer() != "app" ||
+		info.GetActiveSlots()[0].GetPhase() != opsv1.Phase_PHASE_STOPPING {
 		t.Errorf("active slots are %v", info.GetActiveSlots())
 	}
 	active, err := client.ListOperations(t.Context(), &opsv1.ListOperationsRequest{ActiveOnly: true, Limit: 1})
@@ -194,11 +220,14 @@ func TestCommandsOverTheSocket(t *testing.T) {
 		}
 	}
 	for _, limit := range []int32{-1, listDefault + 1} {
-		if _, err := client.ListOperations(t.Context(), &opsv1.ListOperationsRequest{Limit: limit}); status.Code(err) != codes.InvalidArgument {
+		if _, err := client.ListOperations(t.Context(), &opsv1.ListOperationsRequest{Limit: limit}); status.Code(
+			err) != codes.InvalidArgument {
 			t.Errorf("limit %d: %v", limit, err)
 		}
 	}
-	if _, err := client.CancelOperation(t.Context(), &opsv1.CancelOperationRequest{Uid: "op", Reason: strings.Repeat("a", maxHookBytes+1)}); status.Code(err) != codes.InvalidArgument {
+	if _, err := client.CancelOperation(t.Context(),
+		&opsv1.CancelOperationRequest{Uid: "op", Reason: strings.Repeat("a", maxHookBytes+1)}); status.Code(
+		err) != codes.InvalidArgument {
 		t.Errorf("a long reason: %v", err)
 	}
 }

@@ -52,7 +52,8 @@ func (s *stager) stage(ctx context.Context) error {
 	}
 	token := s.c.node.Tokens.New()
 	err = s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
-		*rec = store.Container{Step: store.StepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
+		*rec = store.Container{Step: store.StepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token,
+			Override: plan}
 		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt
 	})
 	if err != nil {
@@ -64,8 +65,9 @@ func (s *stager) stage(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return operation.Failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
-			"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hidePatience, err)
+		return operation.Failf(opsv1.ReasonRuntimeError,
+			"%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
+				"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hidePatience, err)
 	}
 	if err := s.chooseMethod(call); err != nil {
 		return err
@@ -102,7 +104,8 @@ func (s *stager) chooseMethod(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(s.c.old.request.GetConfig()) == nil {
+	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType &&
+		gate.Fits(s.c.old.request.GetConfig()) == nil {
 		why := s.c.room.RefuseGate(ctx)
 		if why == "" {
 			s.c.setMethod(opsv1.MethodGate)
@@ -153,7 +156,8 @@ func (s *stager) create(ctx context.Context, token string) (string, error) {
 			return "", err
 		}
 		if id, err = s.createOnce(ctx, req); err != nil {
-			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v",
+				status.Convert(err).Message())
 		}
 	}
 	if raw, err := proto.Marshal(req); err == nil {
@@ -165,9 +169,11 @@ func (s *stager) create(ctx context.Context, token string) (string, error) {
 	return id, nil
 }
 
-// createGated creates the container behind a gate if that is the method. It returns "" if it is not,
-// or if that did not work, and then the method is another one.
-func (s *stager) createGated(ctx context.Context, req *runtimeapi.CreateContainerRequest, token string) (string, error) {
+// createGated creates the container behind a gate if that is the method. It returns "" if it is
+// not, or if that did not work, and then the method is another one.
+func (s *stager) createGated(
+	ctx context.Context, req *runtimeapi.CreateContainerRequest, token string,
+) (string, error) {
 	if s.c.rec().Method != opsv1.MethodGate {
 		return "", nil
 	}
@@ -181,7 +187,8 @@ func (s *stager) createGated(ctx context.Context, req *runtimeapi.CreateContaine
 			return id, nil
 		}
 		if status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Unavailable {
-			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+			return "", operation.Failf(opsv1.ReasonCreateFailed, "creating the new container: %v",
+				status.Convert(err).Message())
 		}
 	}
 	s.dropGate(err)
@@ -219,7 +226,8 @@ func (s *stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainer
 	return resp.GetContainerId(), err
 }
 
-// removeLate removes the container of a create that was cut off, if it comes about within lateCreate.
+// removeLate removes the container of a create that was cut off, if it comes about within
+// lateCreate.
 func (s *stager) removeLate(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, lateCreate)
 	defer cancel()
@@ -240,7 +248,8 @@ func (s *stager) catchUp(ctx context.Context, id string) {
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := s.c.node.Runtime.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
+	if _, err := s.c.node.Runtime.UpdateContainerResources(call,
+		&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
 		s.c.log.WithError(err).Warn("staged container did not take the new resources")
 		return
 	}

@@ -25,8 +25,8 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 	rec := d.c.rec()
 	resumed := !rec.StopBy.IsZero() // it is written after the commit
 	d.c.claim.Mask()
-	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's, unless
-	// the successor runs already.
+	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's,
+	// unless the successor runs already.
 	running, err := d.c.old.watch(ctx)
 	if err != nil {
 		return err
@@ -77,8 +77,8 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 	return d.c.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
 }
 
-// preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no grace
-// means no hook.
+// preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no
+// grace means no hook.
 func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
 	hook := d.c.spec.GetPreStop()
 	if hook == nil {
@@ -114,8 +114,8 @@ func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time
 	}
 }
 
-// preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The warning
-// begins with "preStop".
+// preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The
+// warning begins with "preStop".
 func (d *restarter) preStopFailed(format string, args ...any) {
 	d.c.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
 	d.c.warn(format, args...)

@@ -21,7 +21,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
-// errNoHook is the one failure of a gate that an application may notice: its successor has begun beside it.
+// errNoHook is the one failure of a gate that an application may notice: its successor has begun
+// beside it.
 var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
 
 // switcher lets the successor take the place of the incumbent.
@@ -103,8 +104,8 @@ func (s *switcher) swap(ctx context.Context) error {
 	return nil
 }
 
-// hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it is to wait for kubelet's request,
-// unless a process before this one knew that it need not.
+// hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it
+// is to wait for kubelet's request, unless a process before this one knew that it need not.
 func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 	switch rec := s.c.rec(); {
 	case s.c.isCertain() || s.c.overlaps():
@@ -116,11 +117,13 @@ func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 	default:
 		var st *runtimeapi.ContainerStatusResponse
 		err := s.c.node.Retry(ctx, func() (err error) {
-			st, err = s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+			st, err = s.c.node.Runtime.ContainerStatus(ctx,
+				&runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 			return err
 		})
 		if err != nil {
-			return false, operation.Failf(opsv1.ReasonRuntimeError, "reading the new container: %v", status.Convert(err).Message())
+			return false, operation.Failf(opsv1.ReasonRuntimeError, "reading the new container: %v",
+				status.Convert(err).Message())
 		}
 		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
 	}
@@ -129,7 +132,8 @@ func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 // handOver lets the successor run, now that the incumbent's processes are gone.
 func (s *switcher) handOver(ctx context.Context) error {
 	s.c.failpoint("stopped")
-	if err := s.c.interrupted(); err != nil { // after the failpoint: a test takes the slot back while the restart waits there
+	// after the failpoint: a test takes the slot back while the restart waits there
+	if err := s.c.interrupted(); err != nil {
 		return err
 	}
 	var err error
@@ -148,8 +152,8 @@ func (s *switcher) handOver(ctx context.Context) error {
 	return err
 }
 
-// arm starts the successor up to its gate, while the incumbent serves. When the gate does not work for this
-// container, it leaves a fresh successor without one.
+// arm starts the successor up to its gate, while the incumbent serves. When the gate does not work
+// for this container, it leaves a fresh successor without one.
 func (s *switcher) arm(ctx context.Context) error {
 	for {
 		if err := s.c.stager.ensureStaged(ctx); err != nil {
@@ -175,7 +179,8 @@ func (s *switcher) arm(ctx context.Context) error {
 		switch {
 		case err == nil:
 		case besideFails(err):
-			if err := s.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
+			if err := s.stopFirstFor(ctx,
+				"the new container does not start beside the old one ("+err.Error()+")"); err != nil {
 				return err
 			}
 			continue
@@ -200,14 +205,15 @@ func (s *switcher) arm(ctx context.Context) error {
 	}
 }
 
-// startGated starts the successor and waits until it waits at its gate, or finds it past that and the incumbent gone, as a process
-// before this one may have left them. ErrNotHeld means that the gate does not hold it; it has been stopped then.
+// startGated starts the successor and waits until it waits at its gate, or finds it past that and
+// the incumbent gone, as a process before this one may have left them. ErrNotHeld means that the
+// gate does not hold it; it has been stopped then.
 func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
 	// A gate is opened in one step only, and what this process holds it has not opened.
 	mayBeOpen := rec.Step == store.StepStop && !s.held
 	if !s.c.node.Switchover.Gate(rec.Token).Exists() {
-		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
-		// container is one that nothing would hold.
+		// Opened at the end of the incumbent, of which the runtime may be late to know; or given
+		// up, and the container is one that nothing would hold.
 		if gone, err := s.c.old.awaitGone(ctx, switchover.HookTimeout); err != nil {
 			return err
 		} else if !gone || !mayBeOpen {
@@ -221,7 +227,8 @@ func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
 	}
 	err := s.awaitGate(ctx, rec)
 	if err == nil {
-		if _, info, err := s.c.node.Inspect(ctx, rec.Successor); err == nil && s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
+		if _, info, err := s.c.node.Inspect(ctx, rec.Successor); err == nil &&
+			s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
 			s.pid = info.PID
 		}
 		if err := s.c.stager.checkParts(ctx, rec); err != nil {
@@ -259,8 +266,8 @@ func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
 	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, s.c.node.Switchover.GateTimeout)
 }
 
-// passed says when the successor began if the process that opened its gate did not come to that: it did so
-// when the incumbent ended.
+// passed says when the successor began if the process that opened its gate did not come to that: it
+// did so when the incumbent ended.
 func (s *switcher) passed(ctx context.Context, rec store.Container) {
 	if !s.c.node.Records.Started(rec.Successor).IsZero() {
 		return
@@ -292,8 +299,10 @@ func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
 		case err != nil:
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
-			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case time.Since(began) > switchover.HookTimeout && s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(),
+				st.GetMessage())
+		case time.Since(began) > switchover.HookTimeout &&
+			s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
 			return errNoHook
 		}
 		return nil
@@ -319,10 +328,12 @@ func (s *switcher) openGate(ctx context.Context) error {
 		return s.start(ctx)
 	}
 	s.held = false
-	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
-	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
+	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that
+	// is the start of the application. Like the end of the old one it is the kernel's word, noticed
+	// here. The runtime's own times are those of its bookkeeping.
 	for opened := time.Now(); s.pid != 0 && time.Since(opened) < time.Second; {
-		if now, err := gate.ProgramOf(s.pid); err != nil || now != waits || crinode.Sleep(ctx, 100*time.Microsecond) != nil {
+		if now, err := gate.ProgramOf(s.pid); err != nil || now != waits ||
+			crinode.Sleep(ctx, 100*time.Microsecond) != nil {
 			break
 		}
 	}
@@ -363,8 +374,8 @@ func (s *stager) ensureStaged(ctx context.Context) error {
 	return nil
 }
 
-// stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was wrong with
-// the container itself; that is tried once.
+// stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was
+// wrong with the container itself; that is tried once.
 func (s *stager) stageAnew(ctx context.Context, why string) error {
 	if why != "" {
 		s.c.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")

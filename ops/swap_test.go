@@ -20,7 +20,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
@@ -39,8 +39,9 @@ func (n *node) gates() string {
 	return joined(out)
 }
 
-// checkSwap asserts what holds after every operation on a node with processes: what the runtime says and what runs agree,
-// no two applications of a slot have run at once, unless that was the order, and no gate is left.
+// checkSwap asserts what holds after every operation on a node with processes: what the runtime
+// says and what runs agree, no two applications of a slot have run at once, unless that was the
+// order, and no gate is left.
 func (n *node) checkSwap(t *testing.T, living string) {
 	t.Helper()
 	n.awaitLiving(living) // applications begin when they do
@@ -62,7 +63,7 @@ func (n *node) checkSwap(t *testing.T, living string) {
 }
 
 // plain makes kubelet read all there is, and reports whether nothing is hidden or masked then.
-func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *interceptors.View) bool {
+func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *view.View) bool {
 	t.Helper()
 	sandboxes, err := kubelet.ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {
@@ -73,12 +74,14 @@ func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *intercep
 		t.Fatal(err)
 	}
 	for _, s := range sandboxes.GetItems() {
-		if _, err := kubelet.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.GetId()}); err != nil {
+		if _, err := kubelet.PodSandboxStatus(t.Context(),
+			&runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.GetId()}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, c := range list.GetContainers() {
-		if _, err := kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+		if _, err := kubelet.ContainerStatus(t.Context(),
+			&runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -172,7 +175,8 @@ func TestGatedSuccessorIsNotSeen(t *testing.T) {
 	n.checkSwap(t, "app/1, web/0")
 }
 
-// Kubelet is told when the application began, by every process of cri-proxy, until the container is gone.
+// Kubelet is told when the application began, by every process of cri-proxy, until the container is
+// gone.
 func TestStartIsCorrected(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -215,7 +219,8 @@ func TestStartIsCorrected(t *testing.T) {
 	}
 }
 
-// What goes wrong with the gate does not keep the container from being restarted, and does not touch the incumbent.
+// What goes wrong with the gate does not keep the container from being restarted, and does not
+// touch the incumbent.
 func TestGateCannotBeUsed(t *testing.T) {
 	always := func(f func(*fakeProcesses)) func(*fakeRuntime) { return func(rt *fakeRuntime) { f(rt.processes) } }
 	for _, tc := range []struct {
@@ -230,7 +235,8 @@ func TestGateCannotBeUsed(t *testing.T) {
 	}{
 		{
 			name: "CDI is refused", script: always(func(p *fakeProcesses) { p.cdi = 0 }),
-			method: opsv1.MethodPidfd, calls: "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			method: opsv1.MethodPidfd,
+			calls:  "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "gates cannot be made", edit: func(n *node) {
@@ -243,16 +249,19 @@ func TestGateCannotBeUsed(t *testing.T) {
 		{
 			name: "the container ends at the hook", script: always(func(p *fakeProcesses) { p.deadHook = true }),
 			method: opsv1.MethodPidfd,
-			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; " +
+				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "the hook is not run", script: always(func(p *fakeProcesses) { p.noHook = true }), both: true,
 			method: opsv1.MethodPidfd,
-			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; " +
+				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "the start fails once", script: func(f *fakeRuntime) { failStarts(f, 1) }, method: opsv1.MethodGate,
-			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
+				"StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
 			name: "the start fails, and then CDI is refused", method: opsv1.MethodPidfd,
@@ -260,12 +269,14 @@ func TestGateCannotBeUsed(t *testing.T) {
 				failStarts(f, 1)
 				f.processes.cdi = 1
 			},
-			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
+				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "the start fails twice", script: func(f *fakeRuntime) { failStarts(f, 9) }, method: opsv1.MethodGate,
-			want:  "FAILED, app FAILED StartFailed",
-			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
+			want: "FAILED, app FAILED StartFailed",
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
+				"StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -315,7 +326,8 @@ func TestGateCannotBeUsed(t *testing.T) {
 	}
 }
 
-// watchCalls calls f before the effect of each call of the engine, beside what the runtime does then already.
+// watchCalls calls f before the effect of each call of the engine, beside what the runtime does
+// then already.
 func (n *node) watchCalls(f func(call string)) {
 	n.rt.set(func(rt *fakeRuntime) {
 		before := rt.before
@@ -348,14 +360,16 @@ func TestStopFailsWhileGated(t *testing.T) {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	// With the least grace, for there is no application.
-	if got, want := strings.Join(mutating(n.rt.takeCalls()), "; "), "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; RemoveContainer app/1"; got != want {
+	if got, want := strings.Join(mutating(n.rt.takeCalls()), "; "),
+		"CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; "+
+			"RemoveContainer app/1"; got != want {
 		t.Errorf("calls are %s\nwant %s", got, want)
 	}
 	n.checkSwap(t, "app/0, web/0")
 }
 
-// The runtime does not tell the end of the incumbent, but the kernel does: the successor runs, and the operation waits for
-// the runtime's word, so that kubelet never sees both running.
+// The runtime does not tell the end of the incumbent, but the kernel does: the successor runs, and
+// the operation waits for the runtime's word, so that kubelet never sees both running.
 func TestStopFailsAfterTheEnd(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -378,7 +392,8 @@ func TestStopFailsAfterTheEnd(t *testing.T) {
 	n.checkSwap(t, "app/1, web/0")
 }
 
-// The incumbent dies by itself while its successor is being brought to the gate: that takes its place at once.
+// The incumbent dies by itself while its successor is being brought to the gate: that takes its
+// place at once.
 func TestIncumbentDiesWhileGated(t *testing.T) {
 	for _, at := range []string{"StartContainer app/1", "StopContainer app/0"} {
 		t.Run(at, func(t *testing.T) {
@@ -424,8 +439,11 @@ func TestTakenBackWhileGated(t *testing.T) {
 		calls   string
 		patient bool
 	}{
-		{at: "StartContainer app/1", calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1"},
-		{at: "StopContainer app/0", calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; RemoveContainer app/1"},
+		{at: "StartContainer app/1",
+			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1"},
+		{at: "StopContainer app/0",
+			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; " +
+				"RemoveContainer app/1"},
 	} {
 		t.Run(tc.at, func(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
@@ -498,7 +516,8 @@ func (n *node) checkOnlyLiving(t *testing.T, living string) {
 	n.checkSwap(t, living)
 }
 
-// Two restarts in a row: the second clones a container that had a gate, which was for that one only.
+// Two restarts in a row: the second clones a container that had a gate, which was for that one
+// only.
 func TestGateAfterGate(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
@@ -545,8 +564,8 @@ func (n *node) reboot(state string) {
 	n.rt.takeCalls()
 }
 
-// crashAt crashes the daemon in the middle of the first call of the engine that begins with prefix, before its effect. The
-// caller never gets an answer.
+// crashAt crashes the daemon in the middle of the first call of the engine that begins with prefix,
+// before its effect. The caller never gets an answer.
 func (n *node) crashAt(prefix string, edit ...func(*opsv1.RestartRequest)) (state string) {
 	n.t.Helper()
 	crashed := make(chan string, 1)
@@ -578,16 +597,19 @@ func TestResumeAtTheGate(t *testing.T) {
 		calls  string
 		same   bool // the successor is that of the process before
 	}{
-		{name: "it waits", method: opsv1.MethodGate, calls: "StartContainer app/1; StopContainer app/0 30s", same: true},
+		{name: "it waits", method: opsv1.MethodGate, calls: "StartContainer app/1; StopContainer app/0 30s",
+			same: true},
 		{
 			name: "it has ended", method: opsv1.MethodPidfd,
-			do:    func(n *node, _ string) { n.rt.exit(n.t, "app/1", 137) },
-			calls: "StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			do: func(n *node, _ string) { n.rt.exit(n.t, "app/1", 137) },
+			calls: "StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; " +
+				"StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "its gate is lost", method: opsv1.MethodPidfd,
-			do:    func(n *node, state string) { n.must(os.RemoveAll(filepath.Join(state, "gates"))) },
-			calls: "StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			do: func(n *node, state string) { n.must(os.RemoveAll(filepath.Join(state, "gates"))) },
+			calls: "StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; " +
+				"StartContainer app/1",
 		},
 		{
 			name: "the incumbent has ended", method: opsv1.MethodGate, same: true,
@@ -629,8 +651,8 @@ func TestResumeAtTheGate(t *testing.T) {
 	}
 }
 
-// The process before has opened the gate and died; the runtime is late to know of the incumbent's end. The successor serves, and
-// must go on doing that.
+// The process before has opened the gate and died; the runtime is late to know of the incumbent's
+// end. The successor serves, and must go on doing that.
 func TestResumePastTheGate(t *testing.T) {
 	for name, knows := range map[string]bool{"the runtime knows": true, "the runtime is late": false} {
 		t.Run(name, func(t *testing.T) {
@@ -687,8 +709,8 @@ func TestResumePastTheGate(t *testing.T) {
 	}
 }
 
-// A runtime that does not run the hook has let an application run beside the one that it is to replace. It does that
-// once, not with every restart.
+// A runtime that does not run the hook has let an application run beside the one that it is to
+// replace. It does that once, not with every restart.
 func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	var later atomic.Int64 // how much the clock of the methods is ahead
@@ -725,7 +747,8 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	}
 }
 
-// The runtime answers the stop of a process that has just ended by itself before it knows that it has: nothing is shown until it does.
+// The runtime answers the stop of a process that has just ended by itself before it knows that it
+// has: nothing is shown until it does.
 func TestRuntimeIsLateToKnow(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
@@ -762,7 +785,8 @@ func TestRuntimeIsLateToKnow(t *testing.T) {
 	}
 }
 
-// Somebody removes the incumbent while it stops, and the runtime has no answer to the stop but that it does not know it.
+// Somebody removes the incumbent while it stops, and the runtime has no answer to the stop but that
+// it does not know it.
 func TestIncumbentRemovedWhileStopping(t *testing.T) {
 	for _, processes := range []bool{false, true} {
 		t.Run(map[bool]string{false: "plain", true: "gate"}[processes], func(t *testing.T) {

@@ -50,8 +50,8 @@ func (n *node) asKubelet(f func(ctx context.Context, k runtimeapi.RuntimeService
 // deleting is kubelet that tells of a pod on its way out.
 var deleting = podsFunc(func(context.Context) (*podsapi.Pod, error) { return &podsapi.Pod{Deleting: true}, nil })
 
-// Kubelet takes the slot back of a pod that goes away, in every phase of a restart: its call is answered OK, the operation
-// fails and says why, and nothing of it is left.
+// Kubelet takes the slot back of a pod that goes away, in every phase of a restart: its call is
+// answered OK, the operation fails and says why, and nothing of it is left.
 func TestTakenBack(t *testing.T) {
 	moments := []struct {
 		name string
@@ -63,12 +63,14 @@ func TestTakenBack(t *testing.T) {
 	}{
 		{
 			name: "staging", at: "CreateContainer app/1",
-			stop: "CreateContainer app/1; RemoveContainer app/1", sandbox: "CreateContainer app/1; RemoveContainer app/1",
+			stop:    "CreateContainer app/1; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; RemoveContainer app/1",
 		},
 		{
 			name: "preStop", at: "ExecSync", exec: true,
-			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
-			stop: "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1", sandbox: "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1",
+			edit:    func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
+			stop:    "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1",
 		},
 		{
 			name: "stop", at: "StopContainer app/0",
@@ -77,14 +79,18 @@ func TestTakenBack(t *testing.T) {
 		},
 		{
 			name: "start", at: "StartContainer app/1",
-			stop:    "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 7s; RemoveContainer app/1",
-			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1",
+			stop: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 7s; " +
+				"RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 2s; " +
+				"RemoveContainer app/1",
 		},
 		{
 			name: "postStart", at: "ExecSync", exec: true,
-			edit:    func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") },
-			stop:    "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; StopContainer app/1 7s; RemoveContainer app/1",
-			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; StopContainer app/1 2s; RemoveContainer app/1",
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") },
+			stop: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; " +
+				"StopContainer app/1 7s; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; " +
+				"StopContainer app/1 2s; RemoveContainer app/1",
 		},
 	}
 	for _, m := range moments {
@@ -97,7 +103,8 @@ func TestTakenBack(t *testing.T) {
 				n.rt.takeCalls()
 				if m.exec {
 					n.rt.set(func(f *fakeRuntime) {
-						f.exec = func(ctx context.Context, _ *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+						f.exec = func(ctx context.Context, _ *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse,
+							error) {
 							<-ctx.Done()
 							return nil, ctx.Err()
 						}
@@ -108,7 +115,8 @@ func TestTakenBack(t *testing.T) {
 				n.during(m.at, func() {
 					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 						if by == "StopContainer" {
-							_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
+							_, err := k.StopContainer(ctx,
+								&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
 							return err
 						}
 						_, err := k.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
@@ -157,8 +165,9 @@ func TestTakenBack(t *testing.T) {
 	}
 }
 
-// Kubelet stops the incumbent at every moment of a restart, and makes the next one, as after a failed probe. The restart gives
-// way and leaves nothing behind, or the stop joins it, or it is over.
+// Kubelet stops the incumbent at every moment of a restart, and makes the next one, as after a
+// failed probe. The restart gives way and leaves nothing behind, or the stop joins it, or it is
+// over.
 func TestStopAtEveryMoment(t *testing.T) {
 	for _, s := range scenarios {
 		switch s.name {
@@ -259,7 +268,9 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 
 // kubeletMakesNext makes app's next container as kubelet does after it has stopped the first one.
 func (n *node) kubeletMakesNext(ctx context.Context) error {
-	made, err := n.kubelet.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
+	made, err := n.kubelet.CreateContainer(ctx,
+		&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1),
+			SandboxConfig: n.sandboxConfig()})
 	if err != nil {
 		return err
 	}
@@ -275,7 +286,8 @@ func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	var answered func()
 	n.during("CreateContainer app/1", func() {
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-			if _, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2}); err != nil {
+			if _, err := k.StopContainer(ctx,
+				&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2}); err != nil {
 				return err
 			}
 			return n.kubeletMakesNext(ctx)
@@ -293,7 +305,8 @@ func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	}
 }
 
-// A create of kubelet's own on a busy slot waits for the operation; here the incumbent died by itself.
+// A create of kubelet's own on a busy slot waits for the operation; here the incumbent died by
+// itself.
 func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
@@ -301,7 +314,9 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	n.during("CreateContainer app/1", func() {
 		n.rt.exit(t, "app/0", 3)
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-			_, err := k.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
+			_, err := k.CreateContainer(ctx,
+				&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1),
+					SandboxConfig: n.sandboxConfig()})
 			return err
 		})
 		n.log.await(t, "waiting for the operation on this slot")
@@ -320,10 +335,11 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	}
 }
 
-// Kubelet has stopped the incumbent before the restart comes to look at it: that it did is what is told, not that the
-// container ended.
+// Kubelet has stopped the incumbent before the restart comes to look at it: that it did is what is
+// told, not that the container ended.
 func TestKubeletStopsBeforeTheMask(t *testing.T) {
-	for order, at := range map[opsv1.Order]string{opsv1.Order_ORDER_STOP_FIRST: "stop first", opsv1.Order_ORDER_START_FIRST: "start first"} {
+	for order, at := range map[opsv1.Order]string{opsv1.Order_ORDER_STOP_FIRST: "stop first",
+		opsv1.Order_ORDER_START_FIRST: "start first"} {
 		t.Run(at, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
@@ -337,7 +353,8 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 					if created && call == "ContainerStatus app/0" {
 						once.Do(func() {
 							answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-								_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
+								_, err := k.StopContainer(ctx,
+									&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
 								return err
 							})
 							n.log.await(t, "takes the slot back")
@@ -371,7 +388,8 @@ func TestKubeletIsStoppingAlready(t *testing.T) {
 	stopping := make(chan struct{})
 	n.during("kubelet:StopContainer", func() { close(stopping) })
 	answered := n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-		_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(), Timeout: 10})
+		_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(),
+			Timeout: 10})
 		return err
 	})
 	<-stopping
@@ -397,7 +415,8 @@ func TestKubeletStopsWithLessGrace(t *testing.T) {
 	var answered func()
 	n.during("StopContainer app/0 30s", func() {
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-			_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(), Timeout: 0})
+			_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(),
+				Timeout: 0})
 			return err
 		})
 		n.log.await(t, "takes the slot back")
@@ -421,7 +440,9 @@ func TestResourcesUpdatedDuringTheRestart(t *testing.T) {
 			incumbent := n.rt.idOf(t, "app/0")
 			n.during(at, func() {
 				n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-					_, err := k.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: incumbent, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"}})
+					_, err := k.UpdateContainerResources(ctx,
+						&runtimeapi.UpdateContainerResourcesRequest{ContainerId: incumbent,
+							Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"}})
 					return err
 				})()
 			})

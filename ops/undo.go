@@ -89,8 +89,9 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 	}
 }
 
-// successorServes reports whether the successor has taken over, whatever has come after that: the incumbent has ended, the successor runs and is past
-// its gate, and kubelet has not taken the slot back. It asks until the runtime answers, or ctx ends.
+// successorServes reports whether the successor has taken over, whatever has come after that: the
+// incumbent has ended, the successor runs and is past its gate, and kubelet has not taken the slot
+// back. It asks until the runtime answers, or ctx ends.
 func (u *undoer) successorServes(ctx context.Context) (bool, error) {
 	id := u.c.successor()
 	if id == "" || u.c.switcher.held || u.c.claim.YieldedTo() != nil {
@@ -117,7 +118,8 @@ func (u *undoer) successorServes(ctx context.Context) (bool, error) {
 	}
 }
 
-// atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
+// atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot
+// be looked at may, as long as there is a gate.
 func (u *undoer) atGate(ctx context.Context, pid int, id string) bool {
 	if !u.c.node.Switchover.Gate(u.c.rec().Token).Exists() {
 		return u.c.node.Switchover.GatesLost() && u.c.node.Switchover.StillWaits(ctx, pid, id)
@@ -170,7 +172,8 @@ func (r *Container) stopUntilYield(ctx context.Context, id string, grace time.Du
 		select {
 		case <-r.claim.Yielded():
 			guard.Do(r.log, func() {
-				r.stager.stopWithin(ctx, id, max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+				r.stager.stopWithin(ctx, id,
+					max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
 			})
 		case <-stopped:
 		}
@@ -197,13 +200,14 @@ func (s *stager) removeStaged(ctx context.Context) error {
 	return s.removeContainer(ctx, id)
 }
 
-// removeContainer removes a container that kubelet has not seen, and its traces: kubelet removes those of
-// containers that it knows.
+// removeContainer removes a container that kubelet has not seen, and its traces: kubelet removes
+// those of containers that it knows.
 func (s *stager) removeContainer(ctx context.Context, id string) error {
 	traces := s.traces(ctx, id)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := s.c.node.Runtime.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+	if _, err := s.c.node.Runtime.RemoveContainer(call,
+		&runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
 		return fmt.Errorf("removing container %s: %w", id, err)
 	}
 	s.c.node.Records.Removed(id)
@@ -212,11 +216,14 @@ func (s *stager) removeContainer(ctx context.Context, id string) error {
 	return nil
 }
 
-// traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
-// successor that ran beside its incumbent is kept: it says why the restart failed.
+// traces are the files that a start of the container has left on the node: the link for log
+// shippers and the log. The log of a successor that ran beside its incumbent is kept: it says why
+// the restart failed.
 func (s *stager) traces(ctx context.Context, id string) []string {
 	pod := s.c.op.Pod()
-	files := []string{filepath.Join(s.c.node.LogLinks, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), s.c.spec.GetName(), id))}
+	files := []string{
+		filepath.Join(s.c.node.LogLinks,
+			criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), s.c.spec.GetName(), id))}
 	if s.c.overlaps() {
 		return files
 	}

@@ -26,6 +26,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -52,7 +53,9 @@ func newFakeImages() *fakeImages {
 	return &fakeImages{nodeImages: nodeImages{images: images}}
 }
 
-func (f *fakeImages) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error) {
+func (f *fakeImages) Ensure(
+	ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation),
+) (*opsv1.PullOperation, error) {
 	f.mu.Lock()
 	ensure := f.ensure
 	pulled := req.GetImage()
@@ -75,8 +78,8 @@ func (f *fakeImages) Pin(_ context.Context, image, _ string, _ time.Time) error 
 	return nil
 }
 
-// upNode is a node with one pod, containers app and web, on which time passes only when nothing else can happen. Kubelet calls through
-// the interceptors, without sockets.
+// upNode is a node with one pod, containers app and web, on which time passes only when nothing
+// else can happen. Kubelet calls through the interceptors, without sockets.
 type upNode struct {
 	t       *testing.T
 	dir     string
@@ -95,7 +98,7 @@ type upNode struct {
 type upProcess struct {
 	state   string
 	engine  *Engine
-	view    *interceptors.View
+	view    *view.View
 	api     *Server
 	kubelet runtimeapi.RuntimeServiceClient
 	leash   *leash
@@ -148,10 +151,12 @@ func (n *upNode) boot(state string) {
 		log.SetOutput(os.Stderr)
 	}
 	log.SetLevel(logrus.DebugLevel)
-	p := &upProcess{state: state, view: interceptors.NewView(), log: &signals{}, stop: func() {}, leash: &leash{ClientConnInterface: directConn{n.rt}}}
+	p := &upProcess{state: state, view: view.New(), log: &signals{}, stop: func() {},
+		leash: &leash{ClientConnInterface: directConn{n.rt}}}
 	log.AddHook(p.log)
 	var err error
-	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log, LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
+	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
+		LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
 	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
 	n.must(err)
@@ -160,7 +165,8 @@ func (n *upNode) boot(state string) {
 	unsynced(p.engine.disk.Journal)
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
-		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
+		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine,
+		Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
 	}), p.leash})
 	n.upProcess = p
 	n.processes = append(n.processes, p)
@@ -238,7 +244,8 @@ func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte,
 			if !strings.HasSuffix(method, "/"+m.MethodName) {
 				continue
 			}
-			resp, err := m.Handler(p.f, ctx, func(v any) error { return proto.Unmarshal(raw, v.(proto.Message)) }, p.f.watchKubelet)
+			resp, err := m.Handler(p.f, ctx, func(v any) error { return proto.Unmarshal(raw, v.(proto.Message)) },
+				p.f.watchKubelet)
 			if err != nil {
 				return nil, err
 			}
@@ -249,7 +256,9 @@ func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte,
 }
 
 // watchKubelet is watch for calls that are not the engine's: they are noted only.
-func (f *fakeRuntime) watchKubelet(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (f *fakeRuntime) watchKubelet(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	call := "kubelet:" + f.describe(ctx, info.FullMethod, req)
 	f.mu.Lock()
 	f.calls = append(f.calls, call)
@@ -257,7 +266,9 @@ func (f *fakeRuntime) watchKubelet(ctx context.Context, req any, info *grpc.Unar
 	return handler(ctx, req)
 }
 
-func (throughProxy) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+func (throughProxy) NewStream(
+	context.Context, *grpc.StreamDesc, string, ...grpc.CallOption,
+) (grpc.ClientStream, error) {
 	return nil, status.Error(codes.Unimplemented, "no streams here")
 }
 
@@ -272,7 +283,9 @@ func (n *upNode) makePod() {
 }
 
 // asks is what kubelet asks for when the pod's spec has that image.
-func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimeapi.ContainerConfig)) *runtimeapi.CreateContainerRequest {
+func (n *upNode) asks(
+	name, image string, attempt uint32, edit ...func(*runtimeapi.ContainerConfig),
+) *runtimeapi.CreateContainerRequest {
 	c := n.shape.containerConfig(name, attempt)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
 	c.Annotations[criclone.AnnotationHash] = criclone.KubeletHash(name, image)
@@ -280,7 +293,8 @@ func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimea
 	for _, f := range edit {
 		f(c)
 	}
-	return &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.shape.sandboxConfig()}
+	return &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c,
+		SandboxConfig: n.shape.sandboxConfig()}
 }
 
 // kubeletMakes creates and starts a container as kubelet does.
@@ -295,7 +309,8 @@ func (n *upNode) kubeletMakes(ctx context.Context, req *runtimeapi.CreateContain
 	return err
 }
 
-// runtimeRequestTimeout is kubelet's default: what it gives every call, StopContainer the grace on top.
+// runtimeRequestTimeout is kubelet's default: what it gives every call, StopContainer the grace on
+// top.
 const runtimeRequestTimeout = 2 * time.Minute
 
 func (n *upNode) kubeletStops(ctx context.Context, id string, grace int64) error {
@@ -324,7 +339,8 @@ func (n *upNode) newest(ctx context.Context, name string) (*runtimeapi.Container
 	return newest, err
 }
 
-// sync is kubelet's work on one container whose spec has that image, once: it returns an error where kubelet would begin again later.
+// sync is kubelet's work on one container whose spec has that image, once: it returns an error
+// where kubelet would begin again later.
 func (n *upNode) sync(ctx context.Context, name, image string, edit ...func(*runtimeapi.ContainerConfig)) error {
 	newest, err := n.newest(ctx, name)
 	if err != nil {
@@ -358,7 +374,8 @@ func (n *upNode) sees() string {
 }
 
 func upgradeRequest(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) *opsv1.PrepareUpgradeRequest {
-	req := &opsv1.PrepareUpgradeRequest{Uid: uid, Pod: podRef(), Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "app:v2"}}, Requester: "test"}
+	req := &opsv1.PrepareUpgradeRequest{Uid: uid, Pod: podRef(),
+		Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "app:v2"}}, Requester: "test"}
 	for _, f := range edit {
 		f(req)
 	}
@@ -420,7 +437,8 @@ func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
 		select {
 		case <-changed:
 		case <-time.After(48 * time.Hour):
-			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(), mutating(n.rt.takeCalls()))
+			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(),
+				mutating(n.rt.takeCalls()))
 		}
 	}
 }
@@ -450,13 +468,14 @@ func (n *upNode) settled(state string) {
 		n.t.Error("something is still hidden or masked")
 	}
 	for _, name := range []string{"app", "web"} {
-		if n.view.Claimed(interceptors.Slot{PodUID: podUID, Container: name}) {
+		if n.view.Claimed(view.Slot{PodUID: podUID, Container: name}) {
 			n.t.Errorf("slot %s is still held", name)
 		}
 	}
 }
 
-// inBackground makes a call of kubelet's on its own goroutine; the result is awaited by the returned function, which tells how long it took.
+// inBackground makes a call of kubelet's on its own goroutine; the result is awaited by the
+// returned function, which tells how long it took.
 func (n *upNode) inBackground(f func(ctx context.Context) error) (answered func() (time.Duration, error)) {
 	began, took := time.Now(), time.Duration(0)
 	done := make(chan error, 1)

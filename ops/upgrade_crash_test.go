@@ -34,13 +34,16 @@ type upgradeScenario struct {
 
 var upgradeScenarios = []upgradeScenario{
 	{name: "stop first", want: succeeded, state: upgraded},
-	{name: "start first", edit: []func(*opsv1.PrepareUpgradeRequest){first(runBeside)}, want: succeeded, state: upgraded},
+	{name: "start first", edit: []func(*opsv1.PrepareUpgradeRequest){first(runBeside)}, want: succeeded,
+		state: upgraded},
 	{
 		name: "start first, ready after a while", want: succeeded, state: upgraded,
-		edit: []func(*opsv1.PrepareUpgradeRequest){first(func(c *opsv1.ContainerUpgrade) { runBeside(c); c.MinReadySeconds = 1 })},
+		edit: []func(*opsv1.PrepareUpgradeRequest){
+			first(func(c *opsv1.ContainerUpgrade) { runBeside(c); c.MinReadySeconds = 1 })},
 	},
 	{
-		other: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING", // the successor has been stopped, and kubelet has seen that
+		// the successor has been stopped, and kubelet has seen that
+		other: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING",
 		name:  "another setting", want: succeeded, state: upgraded,
 		asks: func(c *runtimeapi.ContainerConfig) {
 			c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "NEW", Value: []byte("1")})
@@ -49,7 +52,8 @@ var upgradeScenarios = []upgradeScenario{
 	{name: "the old one ends by itself", ends: true, want: succeeded, state: upgraded},
 	{
 		name: "two", edit: []func(*opsv1.PrepareUpgradeRequest){webToo},
-		want: "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", state: "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING",
+		want:  "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+		state: "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING",
 	},
 }
 
@@ -68,7 +72,8 @@ func (m moment) String() string {
 	return fmt.Sprintf("%s %s %d", when, m.call, m.k)
 }
 
-// TestUpgradeCrashes has the process die without warning at every moment of an upgrade. Its caller and kubelet go on with the next one.
+// TestUpgradeCrashes has the process die without warning at every moment of an upgrade. Its caller
+// and kubelet go on with the next one.
 func TestUpgradeCrashes(t *testing.T) {
 	for _, s := range upgradeScenarios {
 		t.Run(s.name, func(t *testing.T) {
@@ -187,9 +192,10 @@ func (s upgradeScenario) crashAt(t *testing.T, n *upNode, m moment) bool {
 	return true
 }
 
-// revealedMeanwhile reports whether what kubelet sees differs only by the reveal of another container than the one
-// that the call of the moment is about: the two go on at once, and the other's reveal may be in the journal by the
-// time that the process dies, which is the promise that kubelet gets to see it.
+// revealedMeanwhile reports whether what kubelet sees differs only by the reveal of another
+// container than the one that the call of the moment is about: the two go on at once, and the
+// other's reveal may be in the journal by the time that the process dies, which is the promise that
+// kubelet gets to see it.
 func (s upgradeScenario) revealedMeanwhile(m moment, before, after string) bool {
 	of := func(state, container string) string {
 		var own []string
@@ -210,7 +216,8 @@ func (s upgradeScenario) revealedMeanwhile(m moment, before, after string) bool 
 	return true
 }
 
-// checkSeen asserts that kubelet sees one container of each slot running, and none that has not been started.
+// checkSeen asserts that kubelet sees one container of each slot running, and none that has not
+// been started.
 func (n *upNode) checkSeen(s upgradeScenario) error {
 	if s.ends || s.asks != nil {
 		return nil // then there are moments without
@@ -236,7 +243,8 @@ func (n *upNode) checkSeen(s upgradeScenario) error {
 	return nil
 }
 
-// roll is what the caller and kubelet do until the upgrade is through: both begin again after an error, from what they then find.
+// roll is what the caller and kubelet do until the upgrade is through: both begin again after an
+// error, from what they then find.
 func (s upgradeScenario) roll(ctx context.Context, n *upNode) error {
 	req := upgradeRequest("op", s.edit...)
 	patched := n.patched
@@ -298,14 +306,16 @@ func (s upgradeScenario) control(ctx context.Context, n *upNode, req *opsv1.Prep
 	if err != nil {
 		return false, ctx.Err() // again
 	}
-	armed := []opsv1.Phase{opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING, opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_SUCCEEDED}
+	armed := []opsv1.Phase{opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING,
+		opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_SUCCEEDED}
 	switch {
 	case slices.Contains(armed, op.GetPhase()):
 		return true, nil
 	case op.GetFinishTime() != nil:
 		return false, fmt.Errorf("operation ended %s: %s", verdict(op), op.GetMessage())
 	case op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
-		if _, err := n.api.CommitUpgrade(ctx, n.engine.commitRequest(req.GetUid())); err != nil && !strings.Contains(err.Error(), "not prepared yet") {
+		if _, err := n.api.CommitUpgrade(ctx, n.engine.commitRequest(req.GetUid())); err != nil &&
+			!strings.Contains(err.Error(), "not prepared yet") {
 			return false, err
 		}
 	}

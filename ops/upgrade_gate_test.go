@@ -16,7 +16,9 @@ import (
 // upgradable is a node with processes whose container app can be upgraded.
 func upgradable(t *testing.T) *node {
 	t.Helper()
-	n := newNode(t, podOptions{processes: true, annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}})
+	n := newNode(t,
+		podOptions{processes: true,
+			annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}})
 	n.withImages()
 	n.runTidied()
 	return n
@@ -52,7 +54,8 @@ func (n *node) arm() {
 	}
 }
 
-// kubeletCreates is what follows the stop: kubelet creates and starts the container with the new image.
+// kubeletCreates is what follows the stop: kubelet creates and starts the container with the new
+// image.
 func (n *node) kubeletCreates(image string) (id string) {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(n.t.Context(), waitLong)
@@ -60,14 +63,16 @@ func (n *node) kubeletCreates(image string) (id string) {
 	c := n.containerConfig("app", 1)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
 	c.Annotations[criclone.AnnotationHash] = criclone.KubeletHash("app", image)
-	made, err := n.kubelet.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.sandboxConfig()})
+	made, err := n.kubelet.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c,
+		SandboxConfig: n.sandboxConfig()})
 	n.must(err)
 	_, err = n.kubelet.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
 	n.must(err)
 	return made.GetContainerId()
 }
 
-// TestUpgradeAtTheGate has kubelet come for a successor that waits at its gate, or does not any more.
+// TestUpgradeAtTheGate has kubelet come for a successor that waits at its gate, or does not any
+// more.
 func TestUpgradeAtTheGate(t *testing.T) {
 	const swapped = "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"
 	for _, tc := range []struct {
@@ -88,7 +93,8 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			},
 		},
 		{name: "the next process, it waits", reboot: true, method: opsv1.MethodGate},
-		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
+		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.exit(n.t, "app/1", 137) },
+			method: opsv1.MethodPidfd},
 		{
 			name: "the next process, both have ended", reboot: true, method: opsv1.MethodPidfd, or: opsv1.MethodPlain,
 			do: func(n *node) {
@@ -117,7 +123,8 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), waitLong)
 			defer cancel()
 			if n.rt.get(t, "app/0").status.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
-				_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 30})
+				_, err := n.kubelet.StopContainer(ctx,
+					&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 30})
 				n.must(err)
 			}
 			id := n.kubeletCreates("app:v2")
@@ -149,7 +156,8 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		t.Parallel()
 		n := upgradable(t)
 		n.arm()
-		_, err := n.kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
+		_, err := n.kubelet.StopContainer(t.Context(),
+			&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
 		n.must(err)
 		n.kubeletCreates("app:v1")
 		if got, want := verdict(n.finish("op")), "FAILED, app FAILED TakenBackByKubelet"; got != want {

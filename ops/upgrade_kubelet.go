@@ -15,7 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
@@ -34,7 +34,8 @@ type kubelet struct {
 	stops   chan stopped
 	creates chan created
 	over    chan struct{} // closed when the operation answers no more
-	// hurry stops the incumbent within a grace that is shorter than the one it is being stopped within.
+	// hurry stops the incumbent within a grace that is shorter than the one it is being stopped
+	// within.
 	hurry func(ctx context.Context, grace time.Duration)
 
 	mu        sync.Mutex // guards all following fields
@@ -42,7 +43,7 @@ type kubelet struct {
 	by        time.Time // when the grace of a stop under way ends
 }
 
-var _ interceptors.Driver = (*kubelet)(nil)
+var _ view.Driver = (*kubelet)(nil)
 
 // stopped is a StopContainer of the incumbent; answer has room for one.
 type stopped struct {
@@ -97,7 +98,7 @@ func (k *kubelet) sooner(grace time.Duration) bool {
 	return true
 }
 
-// Stop implements [interceptors.Driver].
+// Stop implements [view.Driver].
 func (k *kubelet) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !k.listens() {
 		return false, nil
@@ -128,7 +129,7 @@ func (k *kubelet) Stop(ctx context.Context, grace int64) (bool, error) {
 	}
 }
 
-// Create implements [interceptors.Driver].
+// Create implements [view.Driver].
 func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
 	if !k.listens() {
 		return "", false
@@ -156,7 +157,8 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 	}
 }
 
-// holdLeast is what a process that finds an upgrade waiting gives those who may have found nobody there, and come again.
+// holdLeast is what a process that finds an upgrade waiting gives those who may have found nobody
+// there, and come again.
 const holdLeast = 15 * time.Second
 
 // holdLeft is what is left of the time for which the upgrade waits, whichever process began to.
@@ -213,7 +215,8 @@ func (d *upgrader) awaitCommit(ctx context.Context) error {
 		return err
 	}
 	if d.c.overlaps() && !d.c.isCertain() {
-		d.c.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
+		d.c.warn("the new container begins beside the old one before kubelet has asked for it, with the environment " +
+			"of the old one's start: a caller who knows the environment gives it with the commit")
 	}
 	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase = store.StepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
@@ -254,11 +257,13 @@ func (d *upgrader) makeReady(ctx context.Context) error {
 	d.c.revealer.probeHold(ctx)
 	d.up.listen(true) // before anyone is told that kubelet may come
 	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
-		c.Step, c.HoldSince, op.Phase, op.SuccessorId = store.StepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
+		c.Step, c.HoldSince, op.Phase, op.SuccessorId = store.StepArmed, time.Now(),
+			opsv1.Phase_PHASE_ARMED, c.Successor
 	})
 }
 
-// armedPoll is how often a successor that runs beside its incumbent, and waits to take over, is looked at.
+// armedPoll is how often a successor that runs beside its incumbent, and waits to take over, is
+// looked at.
 const armedPoll = time.Second
 
 // awaitKubelet waits until kubelet, which has seen the new spec, stops the incumbent.
@@ -302,8 +307,9 @@ func (d *upgrader) awaitKubelet(ctx context.Context) error {
 		case <-d.c.op.Cancelled():
 			return d.c.cancelledOutcome()
 		case <-hold.C:
-			return operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's "+
-				"spec patched?", limit)
+			return operation.Failf(opsv1.ReasonHoldTimeout,
+				"kubelet has not stopped the container within %s: was the pod's "+
+					"spec patched?", limit)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -329,7 +335,8 @@ func (d *upgrader) rearm(ctx context.Context) error {
 
 func (r *Container) successor() string { return r.rec().Successor }
 
-// stopFor passes the point of no return: the incumbent is to be stopped within the grace, in seconds.
+// stopFor passes the point of no return: the incumbent is to be stopped within the grace, in
+// seconds.
 func (d *upgrader) stopFor(grace int64, accept func()) error {
 	if !d.c.op.PassPointOfNoReturn() {
 		return d.c.cancelledOutcome()
@@ -352,13 +359,14 @@ func (r *Container) hurry(ctx context.Context, grace time.Duration) {
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
 	r.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
-	if _, err := r.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
+	if _, err := r.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent,
+		Timeout: int64(grace / time.Second)}); err != nil {
 		r.log.WithError(err).Warn("container not stopped sooner")
 	}
 }
 
-// refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
-// kubelet does next decides in the end.
+// refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells;
+// empty if it may be. What kubelet does next decides in the end.
 func (d *upgrader) refusal(ctx context.Context) string {
 	return d.c.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
 		if pod.Images[d.c.spec.GetName()] != d.c.image.Image() {
@@ -373,8 +381,9 @@ func (d *upgrader) sure() {
 	d.c.handle.SetCertain()
 }
 
-// awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
-// successor has run nothing yet. ended says that nothing is left to do.
+// awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks
+// for, and waits for the request: the successor has run nothing yet. ended says that nothing is
+// left to do.
 func (d *upgrader) awaitRequest(ctx context.Context) (ended bool, err error) {
 	if err := d.rearm(ctx); err != nil {
 		return true, err
@@ -407,17 +416,20 @@ func (d *upgrader) awaitRequest(ctx context.Context) (ended bool, err error) {
 		case <-d.c.claim.Yielded():
 			return true, d.c.interrupted()
 		case <-patience.C:
-			return true, operation.Failf(opsv1.ReasonHoldTimeout, "kubelet has stopped the container and not asked for the "+
-				"new one within %s", limit)
+			return true, operation.Failf(opsv1.ReasonHoldTimeout,
+				"kubelet has stopped the container and not asked for the "+
+					"new one within %s", limit)
 		case <-ctx.Done():
 			return true, ctx.Err()
 		}
 	}
 }
 
-// leaveCreation lets kubelet make the container, because it asks for another one than the successor, which has this time to end.
+// leaveCreation lets kubelet make the container, because it asks for another one than the
+// successor, which has this time to end.
 func (d *upgrader) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
-	d.c.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
+	d.c.log.WithField("differing", differing).
+		Warn("kubelet asks for another container than was prepared: it makes its own")
 	if grace > 0 {
 		d.c.stager.stopWithin(ctx, d.c.successor(), grace)
 	}
@@ -427,7 +439,8 @@ func (d *upgrader) leaveCreation(ctx context.Context, differing []string, grace 
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
 	}
-	d.c.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
+	d.c.warn("kubelet made the container itself, because it asked for another one than was prepared: %s",
+		strings.Join(differing, ", "))
 	d.c.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
 		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
 	})
@@ -458,9 +471,9 @@ func (d *upgrader) showSuccessor(ctx context.Context) error {
 	return nil
 }
 
-// adoptPatience is how long kubelet may take from the stop of the old container to the creation of the new one: with
-// pull policy Always it asks the registry in between. If it does not come at all, because it was restarted in
-// between, it has found the successor running and has nothing to do.
+// adoptPatience is how long kubelet may take from the stop of the old container to the creation of
+// the new one: with pull policy Always it asks the registry in between. If it does not come at all,
+// because it was restarted in between, it has found the successor running and has nothing to do.
 const adoptPatience = 2 * time.Minute
 
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
@@ -473,7 +486,8 @@ func (d *upgrader) awaitAdoption(ctx context.Context) error {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
 	if d.c.rec().Asked && d.up.asked == nil {
-		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
+		// The process before this one was asked. If its answer was cut off, kubelet looks again,
+		// finds the successor, and asks no more.
 		return d.unasked(ctx)
 	}
 	patience := time.NewTimer(adoptPatience)
@@ -494,7 +508,8 @@ func (d *upgrader) awaitAdoption(ctx context.Context) error {
 			}
 		case <-d.c.claim.Yielded():
 			d.c.log.Info("the pod goes away, stopping the new container")
-			d.c.stager.stopWithin(ctx, d.c.successor(), time.Duration(min(max(d.c.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
+			d.c.stager.stopWithin(ctx, d.c.successor(),
+				time.Duration(min(max(d.c.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
 			return d.c.interrupted()
 		case <-patience.C:
 			return d.unasked(ctx)
@@ -506,9 +521,11 @@ func (d *upgrader) awaitAdoption(ctx context.Context) error {
 
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
 func (d *upgrader) unasked(ctx context.Context) error {
-	if _, err := d.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: d.c.successor()}); status.Code(err) == codes.NotFound {
-		return operation.Failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
-			"has the pod gone away?")
+	if _, err := d.c.node.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: d.c.successor()}); status.Code(err) == codes.NotFound {
+		return operation.Failf(opsv1.ReasonTakenBackByKubelet,
+			"the new container was removed before kubelet asked for it: "+
+				"has the pod gone away?")
 	}
 	d.c.revealer.logLink(ctx, d.c.successor())
 	return nil
@@ -521,7 +538,10 @@ func (d *upgrader) adopt(ctx context.Context, q created) (ended bool, err error)
 	if asked <= ours {
 		if differing = d.c.differs(ctx, q.req); len(differing) == 0 {
 			// Before anything else, for the next process.
-			if _, err := d.c.handle.Write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
+			if _, err := d.c.handle.Write(func(c *store.Container,
+				_ *opsv1.ContainerOperation) {
+				c.Asked = true
+			}); err != nil {
 				d.c.log.WithError(err).Warn("not written that kubelet has asked for the new container")
 			}
 		}
@@ -548,12 +568,14 @@ func (d *upgrader) adopt(ctx context.Context, q created) (ended bool, err error)
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
 func (d *upgrader) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(d.c.spec.GetName(), d.c.image.Image())
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(d.c.spec.GetName(),
+		d.c.image.Image())
 }
 
 func tookAnotherImage() *operation.Outcome {
-	return operation.Failf(opsv1.ReasonTakenBackByKubelet, "kubelet restarted the container with another image than the "+
-		"upgrade's: was the pod's spec patched?")
+	return operation.Failf(opsv1.ReasonTakenBackByKubelet,
+		"kubelet restarted the container with another image than the "+
+			"upgrade's: was the pod's spec patched?")
 }
 
 // podGrace is the grace of the pod's containers.
@@ -574,7 +596,8 @@ func (r *Container) differs(ctx context.Context, asked *runtimeapi.CreateContain
 	return criclone.Diff(criclone.AlignMounts(ours, asked), asked)
 }
 
-// matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
+// matchResources gives the successor the resources that kubelet asks for, if they have changed
+// since it was made.
 func (r *Container) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
 	if err := r.node.MatchResources(ctx, r.successor(), asked); err != nil {
 		r.warn("the new container did not take the resources that kubelet asked for: %v", err)

@@ -73,15 +73,22 @@ func TestUpgradeAdoption(t *testing.T) {
 		adopted     bool
 		says        string
 	}{
-		{name: "the same", image: "app:v2", attempt: 1, want: own, state: upgraded, method: opsv1.MethodPlain, adopted: true},
-		{name: "another setting", image: "app:v2", attempt: 1, edit: other, want: own, state: upgraded, method: opsv1.MethodKubelet, says: "envs.NEW"},
-		{name: "the old image", image: "app:v1", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet", state: upgraded, says: "was the pod's spec patched?"},
-		{name: "a third image", image: "app:v3", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet", state: upgraded},
-		{name: "the next attempt", image: "app:v2", attempt: 2, want: own, state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING", method: opsv1.MethodPlain},
+		{name: "the same", image: "app:v2", attempt: 1, want: own, state: upgraded, method: opsv1.MethodPlain,
+			adopted: true},
+		{name: "another setting", image: "app:v2", attempt: 1, edit: other, want: own, state: upgraded,
+			method: opsv1.MethodKubelet, says: "envs.NEW"},
+		{name: "the old image", image: "app:v1", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet",
+			state: upgraded, says: "was the pod's spec patched?"},
+		{name: "a third image", image: "app:v3", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet",
+			state: upgraded},
+		{name: "the next attempt", image: "app:v2", attempt: 2, want: own,
+			state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING", method: opsv1.MethodPlain},
 		{
-			// It has found the new container running, with a hash that is not that of its spec, and stopped it.
+			// It has found the new container running, with a hash that is not that of its spec, and
+			// stopped it.
 			name: "the next attempt, with the old image", image: "app:v1", attempt: 2,
-			want: "FAILED, app FAILED TakenBackByKubelet", state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING",
+			want:  "FAILED, app FAILED TakenBackByKubelet",
+			state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -105,7 +112,8 @@ func TestUpgradeAdoption(t *testing.T) {
 				if tc.method != "" && c.GetMethod() != tc.method {
 					t.Errorf("method is %s, want %s", c.GetMethod(), tc.method)
 				}
-				if said := strings.Join(append(c.GetWarnings(), c.GetMessage()), " "); !strings.Contains(said, tc.says) {
+				if said := strings.Join(append(c.GetWarnings(), c.GetMessage()), " "); !strings.Contains(said,
+					tc.says) {
 					t.Errorf("says %q, want %q", said, tc.says)
 				}
 				newest, err := n.newest(t.Context(), "app")
@@ -123,7 +131,8 @@ func TestUpgradeAdoption(t *testing.T) {
 	}
 }
 
-// The successor that kubelet does not want is asked to stop, for as long as kubelet's CreateContainer waits and no longer.
+// The successor that kubelet does not want is asked to stop, for as long as kubelet's
+// CreateContainer waits and no longer.
 func TestUpgradeMismatchIsAnsweredInTime(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.slowToStop()
@@ -154,7 +163,8 @@ func (n *upNode) successor() string {
 	return ""
 }
 
-// Kubelet stops the container, or the pod, at each state of an upgrade: it is answered in time, and nothing is left.
+// Kubelet stops the container, or the pod, at each state of an upgrade: it is answered in time, and
+// nothing is left.
 func TestUpgradeGivesWay(t *testing.T) {
 	const taken = "FAILED, app FAILED TakenBackByKubelet"
 	states := []struct {
@@ -170,7 +180,8 @@ func TestUpgradeGivesWay(t *testing.T) {
 		{"armed", func(n *upNode, edit func(*opsv1.PrepareUpgradeRequest)) { n.armed("op", edit) }},
 	}
 	for _, s := range states {
-		for order, edit := range map[string]func(*opsv1.PrepareUpgradeRequest){"stop first": first(func(*opsv1.ContainerUpgrade) {}), "start first": first(runBeside)} {
+		for order, edit := range map[string]func(*opsv1.PrepareUpgradeRequest){
+			"stop first": first(func(*opsv1.ContainerUpgrade) {}), "start first": first(runBeside)} {
 			if s.name == "running beside" && order == "stop first" {
 				continue
 			}
@@ -205,7 +216,8 @@ func TestUpgradeGivesWay(t *testing.T) {
 					n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 40))
 					n.must(n.kubeletStopsPod(t.Context()))
 					n.ends("op", taken, "app/0 EXITED, app/1 EXITED, web/0 EXITED")
-					if got := strings.Join(mutating(n.rt.takeCalls()), "; "); !strings.Contains(got, "StopContainer app/1 40s; kubelet:StopPodSandbox") {
+					if got := strings.Join(mutating(n.rt.takeCalls()), "; "); !strings.Contains(got,
+						"StopContainer app/1 40s; kubelet:StopPodSandbox") {
 						t.Errorf("calls are %s", got)
 					}
 				})
@@ -214,7 +226,8 @@ func TestUpgradeGivesWay(t *testing.T) {
 			run("container stopped", func(t *testing.T, n *upNode) {
 				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 40))
 				n.ends("op", taken, "app/0 EXITED, web/0 RUNNING")
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); s.name == "running beside" && !strings.Contains(got, "StopContainer app/1 40s") {
+				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); s.name == "running beside" &&
+					!strings.Contains(got, "StopContainer app/1 40s") {
 					t.Errorf("calls are %s", got)
 				}
 			})
@@ -233,9 +246,11 @@ func TestUpgradeAsksKubelet(t *testing.T) {
 		want string // empty: goes on
 	}{
 		{name: "patched", pod: &podsapi.Pod{Images: v2}},
-		{name: "not patched", pod: &podsapi.Pod{Images: map[string]string{"app": "app:v1"}}, want: "TakenBackByKubelet"},
+		{name: "not patched", pod: &podsapi.Pod{Images: map[string]string{"app": "app:v1"}},
+			want: "TakenBackByKubelet"},
 		{name: "deleted", pod: &podsapi.Pod{Images: v2, Deleting: true}, want: "TakenBackByKubelet"},
-		{name: "evicted", pod: &podsapi.Pod{Images: v2, Phase: "Failed", Reason: "Evicted"}, want: "TakenBackByKubelet"},
+		{name: "evicted", pod: &podsapi.Pod{Images: v2, Phase: "Failed", Reason: "Evicted"},
+			want: "TakenBackByKubelet"},
 		{name: "gone", err: podsapi.ErrNotFound, want: "TakenBackByKubelet"},
 		{name: "does not tell", err: errors.New("no such socket")},
 		{name: "hangs", hang: true},
@@ -270,7 +285,8 @@ type podsFunc func(ctx context.Context) (*podsapi.Pod, error)
 
 func (f podsFunc) Pod(ctx context.Context, _ string) (*podsapi.Pod, error) { return f(ctx) }
 
-// An upgrade that takes long to take back what it has prepared does not keep kubelet from stopping the container.
+// An upgrade that takes long to take back what it has prepared does not keep kubelet from stopping
+// the container.
 func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 	t.Run("the successor cannot be removed", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
@@ -287,7 +303,8 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 			time.Sleep(2 * time.Minute) // the hold is over
 			n.rt.takeCalls()
 			began := time.Now()
-			stopped := n.inBackground(func(ctx context.Context) error { return n.kubeletStops(ctx, n.rt.idOf(t, "app/0"), 30) })
+			stopped := n.inBackground(
+				func(ctx context.Context) error { return n.kubeletStops(ctx, n.rt.idOf(t, "app/0"), 30) })
 			synctest.Wait()
 			if calls := mutating(n.rt.takeCalls()); len(calls) == 0 || calls[0] != "kubelet:StopContainer app/0 30s" {
 				t.Errorf("calls are %q", calls)
@@ -323,7 +340,8 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 	})
 }
 
-// A stop of kubelet's with less time than the one under way gets what it asks for, as with the runtime alone.
+// A stop of kubelet's with less time than the one under way gets what it asks for, as with the
+// runtime alone.
 func TestShorterStopDuringUpgrade(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.armed("op")
@@ -381,7 +399,8 @@ func TestKubeletRestartsDuringUpgrade(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
 			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
-			_, err := n.rt.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: n.sandbox}) // behind the proxy
+			// behind the proxy
+			_, err := n.rt.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: n.sandbox})
 			n.must(err)
 			n.ends("op", "FAILED, app FAILED TakenBackByKubelet", "")
 		})
@@ -422,8 +441,8 @@ func TestLastAnswerIsNotLost(t *testing.T) {
 	}
 }
 
-// The process dies while it answers kubelet's CreateContainer with the successor. Kubelet finds that running, and the next process does not
-// wait to be asked once more.
+// The process dies while it answers kubelet's CreateContainer with the successor. Kubelet finds
+// that running, and the next process does not wait to be asked once more.
 func TestUpgradeEndsAfterTheCreateWasCutOff(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.armed("op")
@@ -453,9 +472,11 @@ func TestUpgradeEndsAfterTheCreateWasCutOff(t *testing.T) {
 	})
 }
 
-// What kubelet sets on the container while the upgrade waits is set on both, and what it asks for in the end counts.
+// What kubelet sets on the container while the upgrade waits is set on both, and what it asks for
+// in the end counts.
 func TestResourcesDuringUpgrade(t *testing.T) {
-	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
+	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}),
+		first(runBeside)} {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", edit)
 			_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
@@ -467,7 +488,8 @@ func TestResourcesDuringUpgrade(t *testing.T) {
 					t.Errorf("%s has cpus %s", name, got)
 				}
 			}
-			n.must(n.sync(t.Context(), "app", "app:v2", func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpusetCpus = "3" }))
+			n.must(n.sync(t.Context(), "app", "app:v2",
+				func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpusetCpus = "3" }))
 			n.ends("op", succeeded, upgraded)
 			if got := n.rt.get(t, "app/1").status.GetResources().GetLinux().GetCpusetCpus(); got != "3" {
 				t.Errorf("the new container has cpus %s", got)

@@ -16,15 +16,16 @@ import (
 // upgrade is what a restart that is an upgrade has beyond that.
 type upgrade struct {
 	kubelet
-	// pending are kubelet's stops that wait for the successor, and asked its creation that has come before that.
+	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
+	// before that.
 	pending []stopped
 	asked   *created
 	// revealed is set once kubelet may have seen the successor.
 	revealed bool
 }
 
-// driveUpgrade is drive for an upgrade: everything that takes time is done before kubelet is involved, and what
-// stops the incumbent is kubelet's own StopContainer.
+// driveUpgrade is drive for an upgrade: everything that takes time is done before kubelet is
+// involved, and what stops the incumbent is kubelet's own StopContainer.
 func (d *upgrader) Drive(ctx context.Context) error {
 	defer d.leaveSlot()
 	if d.c.claim != nil {
@@ -34,7 +35,8 @@ func (d *upgrader) Drive(ctx context.Context) error {
 			return err
 		}
 		if d.c.rec().Step == store.StepNone {
-			// Nothing is staged any more. The image comes first again, which may take long: not while kubelet waits for the slot.
+			// Nothing is staged any more. The image comes first again, which may take long: not
+			// while kubelet waits for the slot.
 			d.dropSlot()
 		}
 	}
@@ -80,8 +82,10 @@ func (d *upgrader) drives() {
 	case store.StepArmed, store.StepStop, store.StepAsk, store.StepStarted, store.StepReveal:
 		d.up.listen(true)
 	}
-	// What waited at its gate in the process before this one waits still, and needs no time to stop.
-	if s := d.c.rec().Step; d.c.rec().Method == opsv1.MethodGate && (s == store.StepArm || s == store.StepArmed || s == store.StepAsk) {
+	// What waited at its gate in the process before this one waits still, and needs no time to
+	// stop.
+	if s := d.c.rec().Step; d.c.rec().Method == opsv1.MethodGate && (s == store.StepArm || s == store.StepArmed ||
+		s == store.StepAsk) {
 		d.c.switcher.held = true
 	}
 	if rec := d.c.rec(); rec.Step == store.StepStop {
@@ -145,7 +149,8 @@ func (d *upgrader) leaveToKubelet(ctx context.Context) error {
 	return nil
 }
 
-// endOthers takes the rest of the upgrade back: a pod with one of two images new is what nobody asked for.
+// endOthers takes the rest of the upgrade back: a pod with one of two images new is what nobody
+// asked for.
 func (d *upgrader) endOthers() {
 	c := d.c.status()
 	if c.GetReason() == opsv1.ReasonCancelled {

@@ -21,7 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -46,7 +46,8 @@ func TestUpgradeFailures(t *testing.T) {
 			name: "pull fails", want: failed(opsv1.ReasonPullFailed), says: "no such tag",
 			script: func(n *upNode) {
 				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
-					return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FAILED, Reason: "NotFound", Message: "no such tag"}, nil
+					return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FAILED, Reason: "NotFound",
+						Message: "no such tag"}, nil
 				}
 			},
 		},
@@ -67,13 +68,22 @@ func TestUpgradeFailures(t *testing.T) {
 			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout), after: defaultPrepare,
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
-		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }), want: failed(opsv1.ReasonImageUnchanged), says: "restart it instead"},
+		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }),
+			want: failed(opsv1.ReasonImageUnchanged), says: "restart it instead"},
 		{
-			name: "the same image, pulled again", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
+			name: "the same image, pulled again",
+			edit: first(func(c *opsv1.ContainerUpgrade) {
+				c.Image, c.PullPolicy = "app:v1",
+					opsv1.PullPolicy_PULL_POLICY_ALWAYS
+			}),
 			want: "CANCELLED, app CANCELLED " + opsv1.ReasonImageUnchanged, says: "runs what that names now",
 		},
 		{
-			name: "the same tag, which has moved", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
+			name: "the same tag, which has moved",
+			edit: first(func(c *opsv1.ContainerUpgrade) {
+				c.Image, c.PullPolicy = "app:v1",
+					opsv1.PullPolicy_PULL_POLICY_ALWAYS
+			}),
 			want: "CANCELLED, app CANCELLED " + opsv1.ReasonImageMoved, says: "a restart starts it",
 			script: func(n *upNode) {
 				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
@@ -87,14 +97,17 @@ func TestUpgradeFailures(t *testing.T) {
 			want: failed(opsv1.ReasonPullFailed), says: "was it removed meanwhile?",
 		},
 		{
-			name: "would run as root", edit: first(func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }), want: failed(opsv1.ReasonImageUnfit), says: "run as root",
+			name: "would run as root", edit: first(func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }),
+			want: failed(opsv1.ReasonImageUnfit), says: "run as root",
 		},
 		{
 			name: "cannot be created", want: failed(opsv1.ReasonCreateFailed), says: "no space left",
 			script: func(n *upNode) { n.refuse("CreateContainer app/1", status.Error(codes.Unknown, "no space left")) },
 		},
 		{
-			name: "another container by then", edit: first(func(c *opsv1.ContainerUpgrade) { c.ExpectedContainerId = "containerd://other" }), want: "refused", says: "ask again without an expected ID",
+			name: "another container by then",
+			edit: first(func(c *opsv1.ContainerUpgrade) { c.ExpectedContainerId = "containerd://other" }),
+			want: "refused", says: "ask again without an expected ID",
 		},
 		{
 			name: "not committed", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) },
@@ -102,22 +115,26 @@ func TestUpgradeFailures(t *testing.T) {
 		},
 		{name: "not committed by default", want: failed(opsv1.ReasonHoldTimeout), after: defaultHold},
 		{
-			name: "not stopped", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) }, commit: true,
-			want: failed(opsv1.ReasonHoldTimeout), says: "was the pod's spec patched?", after: time.Minute,
+			name: "not stopped", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) },
+			commit: true,
+			want:   failed(opsv1.ReasonHoldTimeout), says: "was the pod's spec patched?", after: time.Minute,
 		},
 		{
-			name: "ends before the commit", want: failed(opsv1.ReasonContainerNotRunning), commit: true, says: "exit code 3",
-			do: func(n *upNode) { n.rt.exit(n.t, "app/0", 3) },
+			name: "ends before the commit", want: failed(opsv1.ReasonContainerNotRunning), commit: true,
+			says: "exit code 3",
+			do:   func(n *upNode) { n.rt.exit(n.t, "app/0", 3) },
 		},
 		{
 			name: "aborted when prepared", want: "CANCELLED, app CANCELLED Cancelled", says: "enough", do: abort,
 		},
 		{
-			name: "cannot start", edit: first(runBeside), commit: true, want: failed(opsv1.ReasonStartFailed), says: "no such file",
+			name: "cannot start", edit: first(runBeside), commit: true, want: failed(opsv1.ReasonStartFailed),
+			says:   "no such file",
 			script: func(n *upNode) { n.rt.set(func(f *fakeRuntime) { failStarts(f, 100) }) },
 		},
 		{
-			name: "exits before it is ready", edit: first(func(c *opsv1.ContainerUpgrade) { runBeside(c); c.MinReadySeconds = 60 }), commit: true,
+			name: "exits before it is ready",
+			edit: first(func(c *opsv1.ContainerUpgrade) { runBeside(c); c.MinReadySeconds = 60 }), commit: true,
 			want: failed(opsv1.ReasonNewContainerExited), says: "exit code 7",
 			script: func(n *upNode) {
 				n.after("StartContainer app/1", func() {
@@ -165,13 +182,15 @@ func TestUpgradeFailures(t *testing.T) {
 				if said := op.GetMessage(); !strings.Contains(said, tc.says) {
 					t.Errorf("says %q, want %q", said, tc.says)
 				}
-				if took := op.GetFinishTime().AsTime().Sub(began); tc.after > 0 && (took < tc.after || took > tc.after+5*time.Second) {
+				if took := op.GetFinishTime().AsTime().
+					Sub(began); tc.after > 0 && (took < tc.after || took > tc.after+5*time.Second) {
 					t.Errorf("ended after %s, want %s", took, tc.after)
 				}
 				if calledStop(n.rt.takeCalls()) {
 					t.Error("the container has been stopped")
 				}
-				if _, err := n.api.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: "op"}); !tc.commit && status.Code(err) != codes.FailedPrecondition {
+				if _, err := n.api.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: "op"}); !tc.commit &&
+					status.Code(err) != codes.FailedPrecondition {
 					t.Errorf("commit of what has ended: %v", err)
 				}
 				n.rt.set(func(f *fakeRuntime) { f.before, f.after, f.start = nil, nil, nil })
@@ -198,8 +217,11 @@ func TestUpgradeWaitsForTheSlot(t *testing.T) {
 			t.Errorf("says %q, want %q", op.GetMessage(), says)
 		}
 		n.armed("next")
-		n.begin("late", first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v3" }), func(r *opsv1.PrepareUpgradeRequest) { r.PrepareTimeout = seconds(10) })
-		if op, says := n.until("late"), "not ready within 10s, waiting for the container, which operation next has"; !strings.Contains(op.GetMessage(), says) {
+		n.begin("late", first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v3" }),
+			func(r *opsv1.PrepareUpgradeRequest) { r.PrepareTimeout = seconds(10) })
+		if op, says := n.until("late"),
+			"not ready within 10s, waiting for the container, which operation next "+
+				"has"; !strings.Contains(op.GetMessage(), says) {
 			t.Errorf("says %q, want %q", op.GetMessage(), says)
 		}
 		n.must(n.sync(t.Context(), "app", "app:v2"))
@@ -245,10 +267,12 @@ func (n *upNode) after(prefix string, f func()) {
 	})
 }
 
-// An upgrade is aborted at each state before kubelet has begun to stop the container, and not after that.
+// An upgrade is aborted at each state before kubelet has begun to stop the container, and not after
+// that.
 func TestUpgradeAborted(t *testing.T) {
 	const cancelled = "CANCELLED, app CANCELLED Cancelled"
-	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
+	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}),
+		first(runBeside)} {
 		order := upgradeRequest("", edit).GetContainers()[0].GetOrder().String()
 		t.Run(order+", pulling", func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
@@ -299,7 +323,8 @@ func TestUpgradeAborted(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.armed("op", edit)
 				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
-				if _, err := n.api.AbortUpgrade(t.Context(), &opsv1.AbortUpgradeRequest{Uid: "op"}); status.Code(err) != codes.FailedPrecondition {
+				if _, err := n.api.AbortUpgrade(t.Context(), &opsv1.AbortUpgradeRequest{Uid: "op"}); status.Code(
+					err) != codes.FailedPrecondition {
 					t.Errorf("got %v", err)
 				}
 				n.must(n.sync(t.Context(), "app", "app:v2"))
@@ -324,7 +349,7 @@ func TestSuccessorDiesWhileArmed(t *testing.T) {
 			n.rt.exit(t, "app/1", 7)
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			n.ends("op", "FAILED, app FAILED NewContainerExited", upgraded)
-			if st := n.rt.get(t, "app/1").status; st.GetAnnotations()[interceptors.StagedAnnotation] != "" {
+			if st := n.rt.get(t, "app/1").status; st.GetAnnotations()[view.StagedAnnotation] != "" {
 				t.Error("kubelet has got the one that died")
 			}
 		})
@@ -365,7 +390,8 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 				t.Errorf("operation: %v", op)
 			}
 			n.must(n.sync(t.Context(), "app", "app:v2"))
-			n.ends("op", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING")
+			n.ends("op", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
+				"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING")
 		})
 	})
 	t.Run("one cannot be pulled", func(t *testing.T) {
@@ -414,7 +440,8 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "web/0"), 30))
 			n.rt.exit(t, "app/1", 7)
 			n.must(n.sync(t.Context(), "web", "web:v2"))
-			n.ends("op", "FAILED, app FAILED NewContainerExited, web SUCCEEDED", "app/0 RUNNING, web/0 EXITED, web/1 RUNNING")
+			n.ends("op", "FAILED, app FAILED NewContainerExited, web SUCCEEDED",
+				"app/0 RUNNING, web/0 EXITED, web/1 RUNNING")
 		})
 	})
 	t.Run("the process dies before the rest is taken back", func(t *testing.T) {
@@ -426,7 +453,8 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 				c.Reason, c.Message = opsv1.ReasonNewContainerExited, "it ended"
 			})
 			n.must(err)
-			_, err = n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(t, "app/1")})
+			_, err = n.rt.RemoveContainer(t.Context(),
+				&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(t, "app/1")})
 			n.must(err)
 			n.reboot(n.crash())
 			began := time.Now()
@@ -480,7 +508,8 @@ func olderKubelet(t *testing.T, n *upNode) {
 	n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), raw)
 }
 
-// A container that kubelet must make itself: the image is put ready, and the commit is all that is waited for.
+// A container that kubelet must make itself: the image is put ready, and the commit is all that is
+// waited for.
 func TestUpgradeLeftToKubelet(t *testing.T) {
 	t.Run("committed", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
@@ -520,8 +549,8 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 	})
 }
 
-// What an owner has had prepared and not committed does not stand in the way of what it wants now. What somebody else wants, or what is
-// committed, is waited for.
+// What an owner has had prepared and not committed does not stand in the way of what it wants now.
+// What somebody else wants, or what is committed, is waited for.
 func TestUpgradeSuperseded(t *testing.T) {
 	by := func(owner, image string) func(*opsv1.PrepareUpgradeRequest) {
 		return func(r *opsv1.PrepareUpgradeRequest) {
@@ -535,7 +564,8 @@ func TestUpgradeSuperseded(t *testing.T) {
 	}{
 		{"prepared", func(n *upNode) { n.prepared("one", by("rollout", "app:v2")) }, true},
 		{"being prepared", func(n *upNode) { n.begin("one", by("rollout", "app:v2")) }, true},
-		{"found by the next process", func(n *upNode) { n.prepared("one", by("rollout", "app:v2")); n.reboot(n.crash()) }, true},
+		{"found by the next process",
+			func(n *upNode) { n.prepared("one", by("rollout", "app:v2")); n.reboot(n.crash()) }, true},
 		{"committed", func(n *upNode) { n.armed("one", by("rollout", "app:v2")) }, false},
 		{"of another owner", func(n *upNode) { n.prepared("one", by("other", "app:v2")) }, false},
 		{"of nobody", func(n *upNode) { n.prepared("one", by("", "app:v2")) }, false},
@@ -547,7 +577,8 @@ func TestUpgradeSuperseded(t *testing.T) {
 				n.begin("two", by("rollout", "app:v3"))
 				n.until("one", opsv1.Phase_PHASE_CANCELLED, opsv1.Phase_PHASE_FAILED)
 				took := time.Since(began)
-				if got := verdict(n.until("one")); tc.over != (took < time.Minute) || tc.over != strings.HasPrefix(got, "CANCELLED") {
+				if got := verdict(n.until("one")); tc.over != (took < time.Minute) ||
+					tc.over != strings.HasPrefix(got, "CANCELLED") {
 					t.Errorf("the first one ended %s after %s", got, took)
 				}
 				n.until("two", opsv1.Phase_PHASE_PREPARED)
@@ -560,7 +591,10 @@ func TestUpgradeSuperseded(t *testing.T) {
 // The time for which an upgrade waits is one, however many processes wait.
 func TestUpgradeHoldOutlivesProcesses(t *testing.T) {
 	for name, wait := range map[string]func(*testing.T, *upNode, func(*opsv1.PrepareUpgradeRequest)){
-		"for the commit": func(_ *testing.T, n *upNode, hold func(*opsv1.PrepareUpgradeRequest)) { n.prepared("op", hold) },
+		"for the commit": func(_ *testing.T, n *upNode,
+			hold func(*opsv1.PrepareUpgradeRequest)) {
+			n.prepared("op", hold)
+		},
 		"for kubelet": func(_ *testing.T, n *upNode, hold func(*opsv1.PrepareUpgradeRequest)) {
 			n.prepared("op", hold)
 			time.Sleep(4 * time.Minute) // of another wait
@@ -580,7 +614,8 @@ func TestUpgradeHoldOutlivesProcesses(t *testing.T) {
 				within time.Duration
 			}{
 				{name: "some is left", lives: []time.Duration{2 * time.Minute, time.Minute}, within: 2 * time.Minute},
-				{name: "just over while nobody was there", lives: []time.Duration{299 * time.Second}, within: holdLeast},
+				{name: "just over while nobody was there", lives: []time.Duration{299 * time.Second},
+					within: holdLeast},
 			} {
 				t.Run(tc.name, func(t *testing.T) {
 					inUpNode(t, func(t *testing.T, n *upNode) {
@@ -667,7 +702,8 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 	})
 }
 
-// A process that died while it staged leaves the slot to kubelet until the image is there again, which may take long.
+// A process that died while it staged leaves the slot to kubelet until the image is there again,
+// which may take long.
 func TestSlotIsFreeWhileTheImageIsPulledAgain(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		crashed := make(chan string, 1)
@@ -696,9 +732,11 @@ func TestSlotIsFreeWhileTheImageIsPulledAgain(t *testing.T) {
 	})
 }
 
-// A journal that cannot be written, on a full disk for example, does not keep kubelet from replacing the container.
+// A journal that cannot be written, on a full disk for example, does not keep kubelet from
+// replacing the container.
 func TestUpgradeWithoutAJournal(t *testing.T) {
-	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
+	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}),
+		first(runBeside)} {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", edit, webToo)
 			n.must(n.engine.disk.Journal.Close())

@@ -78,7 +78,8 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container name %.260q is not a Kubernetes name", name)
 		case seen[name]:
 			return invalid("container %q is named twice", name)
-		case c.GracePeriodSeconds != nil && (c.GetGracePeriodSeconds() < 0 || c.GetGracePeriodSeconds() > maxGraceSecond):
+		case c.GracePeriodSeconds != nil && (c.GetGracePeriodSeconds() < 0 ||
+			c.GetGracePeriodSeconds() > maxGraceSecond):
 			return invalid("container %q: grace_period_seconds must be between 0 and %d", name, maxGraceSecond)
 		case opsv1.Order_name[int32(c.GetOrder())] == "":
 			return invalid("container %q: unknown order %d", name, c.GetOrder())

@@ -19,11 +19,12 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// foreignRecord makes the record of the operation in the state directory one that this version does not understand, and returns it.
+// foreignRecord makes the record of the operation in the state directory one that this version does
+// not understand, and returns it.
 func foreignRecord(t *testing.T, state, uid string, change func(record map[string]any)) []byte {
 	t.Helper()
 	var out []byte
@@ -58,7 +59,8 @@ var foreigners = map[string]func(record map[string]any){
 	},
 }
 
-// An operation of another version is neither undone nor forgotten, and what it has left is shown unless that would do harm.
+// An operation of another version is neither undone nor forgotten, and what it has left is shown
+// unless that would do harm.
 func TestForeignOperationsAreLeftAlone(t *testing.T) {
 	for _, tc := range []struct {
 		at          string // the call that the process dies at
@@ -66,9 +68,11 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 		sees, there string
 	}{
 		{"CreateContainer app/1", true, "app/0 RUNNING, web/0 RUNNING", "app/0 RUNNING, app/1 CREATED, web/0 RUNNING"},
-		{"StopContainer app/0 30s", false, "app/0 RUNNING, web/0 RUNNING", "app/0 RUNNING, app/1 RUNNING, web/0 RUNNING"},
+		{"StopContainer app/0 30s", false, "app/0 RUNNING, web/0 RUNNING",
+			"app/0 RUNNING, app/1 RUNNING, web/0 RUNNING"},
 		// The only one that runs was removed when the step was not known.
-		{"StopContainer app/0 30s", true, "app/0 EXITED, app/1 RUNNING, web/0 RUNNING", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{"StopContainer app/0 30s", true, "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
+			"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	} {
 		for name, change := range foreigners {
 			when := "before "
@@ -102,7 +106,8 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 				}
 				n.engine.lateCreate = 1
 				n.run()
-				for late := time.Now().Add(waitLong); n.view.Guarded(); time.Sleep(time.Millisecond) { // until all has been tidied up
+				// until all has been tidied up
+				for late := time.Now().Add(waitLong); n.view.Guarded(); time.Sleep(time.Millisecond) {
 					if time.Now().After(late) {
 						t.Fatal("still guarded")
 					}
@@ -111,12 +116,14 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 					t.Errorf("kubelet sees %s, want %s; there is %s, want %s", got, tc.sees, n.rt.state(), tc.there)
 				}
 				op, err := n.api.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: "op"})
-				if err != nil || op.GetPhase() != opsv1.Phase_PHASE_FAILED || !strings.Contains(op.GetMessage(), "left alone") {
+				if err != nil || op.GetPhase() != opsv1.Phase_PHASE_FAILED ||
+					!strings.Contains(op.GetMessage(), "left alone") {
 					t.Errorf("it is told of as %v, %v", op, err)
 				}
 				again := restartRequest("op2")
 				_, err = n.api.Restart(t.Context(), again)
-				if hidden := tc.sees != tc.there; hidden && (status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "install that version again")) {
+				if hidden := tc.sees != tc.there; hidden && (status.Code(err) != codes.FailedPrecondition ||
+					!strings.Contains(err.Error(), "install that version again")) {
 					t.Errorf("another restart: %v", err)
 				} else if !hidden && err != nil {
 					t.Errorf("another restart: %v", err)
@@ -125,12 +132,14 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 					// kubelet's policy goes before: the name is free when it makes the next one.
 					n.rt.exit(t, "app/0", 1)
 					n.makeNextAt(t, 1)
-					if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.state() != want {
+					if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want ||
+						n.rt.state() != want {
 						t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
 					}
 				}
 				err = n.engine.disk.Journal.View(func(tx *bolt.Tx) error {
-					if !bytes.Equal(tx.Bucket(bucketOperations).Get([]byte("op")), raw) || tx.Bucket(bucketUnreadable) != nil {
+					if !bytes.Equal(tx.Bucket(bucketOperations).Get([]byte("op")), raw) ||
+						tx.Bucket(bucketUnreadable) != nil {
 						t.Error("the record has been changed")
 					}
 					return nil
@@ -148,12 +157,13 @@ func (n *node) makeNextAt(t *testing.T, attempt uint32) {
 		PodSandboxId: n.sandbox, Config: n.containerConfig("app", attempt), SandboxConfig: n.sandboxConfig(),
 	})
 	n.must(err)
-	_, err = n.kubelet.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+	_, err = n.kubelet.StartContainer(t.Context(),
+		&runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
 	n.must(err)
 }
 
-// What an older cri-proxy has left of an operation, at any step, is taken up. The records are those of
-// package store.
+// What an older cri-proxy has left of an operation, at any step, is taken up. The records are those
+// of package store.
 func TestOpenTakesUpGoldenRecords(t *testing.T) {
 	files, err := filepath.Glob("store/testdata/journal/*-*.json")
 	if err != nil || len(files) != 26 {
@@ -174,7 +184,7 @@ func TestOpenTakesUpGoldenRecords(t *testing.T) {
 			if err := errors.Join(err, j.Close()); err != nil {
 				t.Fatal(err)
 			}
-			v := interceptors.NewView()
+			v := view.New()
 			e, err := openEngine(dir, v)
 			if err != nil {
 				t.Fatal(err)
@@ -187,7 +197,8 @@ func TestOpenTakesUpGoldenRecords(t *testing.T) {
 			if claimed, want := v.Claimed(appSlot), at != store.StepNone && at != store.StepDone; claimed != want {
 				t.Errorf("the slot is claimed: %t, want %t", claimed, want)
 			}
-			if active, want := v.Active(), at != store.StepNone && at != store.StepDone && at != store.StepReveal; active != want {
+			if active, want := v.Active(), at != store.StepNone && at != store.StepDone &&
+				at != store.StepReveal; active != want {
 				t.Errorf("the view is active: %t, want %t", active, want)
 			}
 			if err := e.Close(); err != nil {

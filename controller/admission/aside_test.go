@@ -22,9 +22,10 @@ func TestAside(t *testing.T) {
 	for _, path := range []string{PathDefaultRecreate, PathValidateRecreate, PathValidateJob, PathValidateList,
 		PathValidateRollout} {
 		a.Register(path,
-			&admission.Webhook{Handler: admission.HandlerFunc(func(context.Context, admission.Request) admission.Response {
-				return admission.Denied("wrong")
-			})})
+			&admission.Webhook{
+				Handler: admission.HandlerFunc(func(context.Context, admission.Request) admission.Response {
+					return admission.Denied("wrong")
+				})})
 	}
 	for _, there = range []bool{false, true} {
 		for path, hook := range served {

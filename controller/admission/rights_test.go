@@ -57,9 +57,11 @@ func TestRightsAreLookedFor(t *testing.T) {
 	}{
 		{name: "as in the manifests", change: func(client.Object) bool { return true }},
 		{name: "none", change: func(client.Object) bool { return false }, count: 3,
-			says: "whoever may create InPlaceRollouts, ContainerRecreateRequests, ImagePullJobs and ImageListPullJobs in a " +
+			says: "whoever may create InPlaceRollouts, ContainerRecreateRequests, ImagePullJobs and " +
+				"ImageListPullJobs in a " +
 				"namespace has the controller's rights there: there is no ValidatingAdmissionPolicy " + rollouts},
-		{name: "a policy without its binding", count: 1, says: "there is no ValidatingAdmissionPolicyBinding " + rollouts,
+		{name: "a policy without its binding", count: 1, says: "there is no ValidatingAdmissionPolicyBinding " +
+			rollouts,
 			change: func(o client.Object) bool {
 				_, binding := o.(*admissionv1.ValidatingAdmissionPolicyBinding)
 				return !binding || o.GetName() != rollouts
@@ -130,7 +132,8 @@ func TestRightsUnknown(t *testing.T) {
 	}
 	fails = apierrors.NewForbidden(admissionv1.Resource("validatingadmissionpolicies"), "x", nil)
 	r.look(t.Context())
-	if e := hook.LastEntry(); e == nil || e.Message != "it is not known whether users are asked for rights of their own" ||
+	if e := hook.LastEntry(); e == nil ||
+		e.Message != "it is not known whether users are asked for rights of their own" ||
 		testutil.ToFloat64(r.gauge) != 0 {
 		t.Errorf("%v", e)
 	}

@@ -73,7 +73,8 @@ func (w *webhooks) guard(path string, h admission.Handler) admission.Handler {
 				w.log.WithFields(logrus.Fields{"path": path, "object": req.Namespace + "/" + req.Name}).
 					Errorf("a check panicked: %v", why)
 				resp = admission.Allowed("").
-					WithWarnings("not checked because of an error in cri-controller; the object's status will say whether it " +
+					WithWarnings("not checked because of an error in cri-controller; the object's status will say " +
+						"whether it " +
 						"can be carried out")
 			}
 		}()
@@ -196,9 +197,10 @@ func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreat
 }
 
 func (w *webhooks) job() admission.Validator[*v1beta1.ImagePullJob] {
-	return &validator[*v1beta1.ImagePullJob]{w, func(_ context.Context, _, job *v1beta1.ImagePullJob) ([]string, error) {
-		return spec.Check(job)
-	}}
+	return &validator[*v1beta1.ImagePullJob]{w,
+		func(_ context.Context, _, job *v1beta1.ImagePullJob) ([]string, error) {
+			return spec.Check(job)
+		}}
 }
 
 func (w *webhooks) list() admission.Validator[*v1beta1.ImageListPullJob] {
@@ -254,15 +256,17 @@ func (v *validator[T]) answer(ctx context.Context, before, after T) (admission.W
 	var why *apierror.SpecError
 	switch {
 	case errors.As(err, &why) && why.Immutable:
-		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden,
+		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure,
+			Code:   http.StatusForbidden,
 			Reason: metav1.StatusReasonForbidden, Message: why.Message}}
 	case errors.As(err, &why):
 		return nil, apierrors.NewBadRequest(why.Message)
 	case err != nil:
 		v.log.WithError(err).WithField("object", client.ObjectKeyFromObject(after).String()).
 			Warn("a new object could not be checked")
-		return append(warnings, fmt.Sprintf("not checked (%v); the object's status will say whether it can be carried out",
-			err)), nil
+		return append(warnings,
+			fmt.Sprintf("not checked (%v); the object's status will say whether it can be carried out",
+				err)), nil
 	}
 	return warnings, nil
 }

@@ -215,7 +215,8 @@ spec: {podName: web-0, containers: [{name: app}]}
 
 // active is a rollout at work.
 func active(name, target, container string) string {
-	return ipr + "metadata: {namespace: ns, name: " + name + "}\nspec: {target: {" + target + "}, containers: [{name: " +
+	return ipr + "metadata: {namespace: ns, name: " + name + "}\nspec: {target: {" + target +
+		"}, containers: [{name: " +
 		container + ", image: 'a:1'}]}"
 }
 
@@ -255,18 +256,21 @@ func TestWebhooks(t *testing.T) {
 		{name: "a pod that has ended", path: PathValidateRecreate,
 			manifest: request("podName: ended, containers: [{name: app}]"),
 			wrong:    "pod ns/ended has ended (phase Succeeded): only containers of an active pod can be recreated"},
-		{name: "a pod that goes", path: PathValidateRecreate, manifest: request("podName: going, containers: [{name: app}]"),
-			wrong: "pod ns/going is being deleted: its containers are not recreated"},
+		{name: "a pod that goes", path: PathValidateRecreate,
+			manifest: request("podName: going, containers: [{name: app}]"),
+			wrong:    "pod ns/going is being deleted: its containers are not recreated"},
 		{name: "a pod on no node", path: PathValidateRecreate,
 			manifest: request("podName: waiting, containers: [{name: app}]"),
 			wrong:    "pod ns/waiting is not on a node yet (phase Pending): create the request once it runs"},
 		{name: "a node that is not there", path: PathValidateRecreate,
-			manifest: request("podName: lost, containers: [{name: app}]"), wrong: "node n9 of pod ns/lost does not exist"},
+			manifest: request("podName: lost, containers: [{name: app}]"),
+			wrong:    "node n9 of pod ns/lost does not exist"},
 		{name: "a container twice", path: PathValidateRecreate,
 			manifest: request("podName: web-0, containers: [{name: app}, {name: app}]"),
 			wrong:    "container app is listed twice: list it once"},
-		{name: "no such container", path: PathValidateRecreate, manifest: request("podName: web-0, containers: [{name: ap}]"),
-			wrong: "pod web-0 has no container ap; it has app, logs, mesh"},
+		{name: "no such container", path: PathValidateRecreate,
+			manifest: request("podName: web-0, containers: [{name: ap}]"),
+			wrong:    "pod web-0 has no container ap; it has app, logs, mesh"},
 		{name: "an init container", path: PathValidateRecreate,
 			manifest: request("podName: web-0, containers: [{name: setup}]"),
 			wrong:    "container setup is an init container that runs to its end"},
@@ -284,7 +288,8 @@ func TestWebhooks(t *testing.T) {
 			manifest: request("podName: web-0, containers: [{name: ap}, {name: setup}]"),
 			wrong:    "it has app, logs, mesh; container setup is an init"},
 		{name: "an unknown order", path: PathValidateRecreate,
-			manifest: crr + "metadata: {namespace: ns, name: x, annotations: {cri-proxy.io/restart-order: Both}}\nspec: " +
+			manifest: crr + "metadata: {namespace: ns, name: x, annotations: {cri-proxy.io/restart-order: " +
+				"Both}}\nspec: " +
 				"{podName: web-0, containers: [{name: app}]}",
 			wrong: `annotation cri-proxy.io/restart-order is "Both": it must be StopFirst or StartFirst, or left out`},
 		{name: "parallel or not", path: PathValidateRecreate,
@@ -292,7 +297,8 @@ func TestWebhooks(t *testing.T) {
 				"\"yes\"}}\nspec: {podName: web-0, containers: [{name: app}]}",
 			wrong: `annotation cri-proxy.io/parallel-recreate is "yes": it must be "true" or "false", or left out`},
 		{name: "StartFirst for too long", path: PathValidateRecreate,
-			manifest: crr + "metadata: {namespace: ns, name: x, annotations: {cri-proxy.io/restart-order: StartFirst}}\nspec: " +
+			manifest: crr + "metadata: {namespace: ns, name: x, annotations: {cri-proxy.io/restart-order: " +
+				"StartFirst}}\nspec: " +
 				"{podName: web-0, containers: [{name: app}], strategy: {minStartedSeconds: 3601}}",
 			wrong: "minStartedSeconds is 3601, and at most 3600"},
 
@@ -323,7 +329,8 @@ func TestWebhooks(t *testing.T) {
 			code:  403},
 		{name: "another order", path: PathValidateRecreate, before: accepted,
 			manifest: strings.Replace(accepted, "order: StartFirst", "order: StopFirst", 1),
-			wrong: "annotation cri-proxy.io/restart-order is immutable: it was read when the request was accepted; leave it " +
+			wrong: "annotation cri-proxy.io/restart-order is immutable: it was read when the request was accepted; " +
+				"leave it " +
 				"as it was, or create another ContainerRecreateRequest", code: 403},
 		{name: "the time of the drain", path: PathValidateRecreate, before: accepted,
 			manifest: strings.Replace(accepted, "2026-01-01T", "2027-01-01T", 1),
@@ -331,7 +338,8 @@ func TestWebhooks(t *testing.T) {
 
 		{name: "an image", path: PathValidateJob, manifest: pull("image: 'nginx:1.29'")},
 		{name: "every way to choose", path: PathValidateJob,
-			manifest: pull("image: a, selector: {}, podSelector: {matchExpressions: [{key: app, operator: In, values: [a]}]}")},
+			manifest: pull("image: a, selector: {}, podSelector: {matchExpressions: [{key: app, operator: In, " +
+				"values: [a]}]}")},
 		{name: "an image that is none", path: PathValidateJob, manifest: pull("image: Nginx"),
 			wrong: `image "Nginx" is no image reference`},
 		{name: "an image like a digest", path: PathValidateJob, manifest: pull("image: " + strings.Repeat("a", 64)),
@@ -348,9 +356,11 @@ func TestWebhooks(t *testing.T) {
 			manifest: pull("image: a, selector: {matchExpressions: [{key: a, operator: Is, values: [b]}]}"),
 			wrong:    `spec.selector: "Is" is not a valid label selector operator`},
 		{name: "an operator without values", path: PathValidateJob,
-			manifest: pull("image: a, podSelector: {matchExpressions: [{key: a, operator: In}]}"), wrong: "spec.podSelector: "},
-		{name: "a label that is none", path: PathValidateJob, manifest: pull("image: a, selector: {matchLabels: {a: 'b c'}}"),
-			wrong: "spec.selector: "},
+			manifest: pull("image: a, podSelector: {matchExpressions: [{key: a, operator: In}]}"),
+			wrong:    "spec.podSelector: "},
+		{name: "a label that is none", path: PathValidateJob,
+			manifest: pull("image: a, selector: {matchLabels: {a: 'b c'}}"),
+			wrong:    "spec.selector: "},
 		{name: "a policy that is none", path: PathValidateJob, manifest: pull("image: a, imagePullPolicy: Never"),
 			warning: `spec.imagePullPolicy "Never" is taken for Always`},
 		{name: "a negative number of attempts", path: PathValidateJob,
@@ -363,30 +373,35 @@ func TestWebhooks(t *testing.T) {
 
 		{name: "images", path: PathValidateList, manifest: pulls("images: [a, 'b:1']")},
 		{name: "two images that are none", path: PathValidateList, manifest: pulls("images: [a, Bb, Cc]"),
-			wrong: "image \"Bb\" is no image reference (invalid reference format: repository name (library/Bb) must be " +
+			wrong: "image \"Bb\" is no image reference (invalid reference format: repository name (library/Bb) " +
+				"must be " +
 				"lowercase): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod\nimage \"Cc\""},
 		{name: "one image by two names", path: PathValidateList,
 			manifest: pulls("images: [nginx, 'docker.io/library/nginx:latest']"),
 			warning:  "nginx and docker.io/library/nginx:latest are the same image"},
 		{name: "an annotation for all", path: PathValidateList,
-			manifest: strings.Replace(pulls("images: [a, b]"), "uid: x-uid", "annotations: {cri-proxy.io/pin-for: x}", 1),
-			wrong:    "annotation cri-proxy.io/pin-for"},
-		{name: "a policy for all", path: PathValidateList, manifest: pulls("images: [a, b], imagePullPolicy: Sometimes"),
-			warning: "is taken for Always"},
+			manifest: strings.Replace(pulls("images: [a, b]"), "uid: x-uid", "annotations: {cri-proxy.io/pin-for: x}",
+				1),
+			wrong: "annotation cri-proxy.io/pin-for"},
+		{name: "a policy for all", path: PathValidateList,
+			manifest: pulls("images: [a, b], imagePullPolicy: Sometimes"),
+			warning:  "is taken for Always"},
 		{name: "a selector for all", path: PathValidateList,
 			manifest: pulls("images: [a], selector: {matchLabels: {'a b': c}}"), wrong: "spec.selector: "},
 
 		{name: "a pod", path: PathValidateRollout, manifest: roll("podName: web-0")},
 		{name: "a StatefulSet", path: PathValidateRollout, manifest: roll(web, ", {name: mesh}")},
-		{name: "a Deployment", path: PathValidateRollout, manifest: roll("workloadRef: {kind: Deployment, name: front}")},
+		{name: "a Deployment", path: PathValidateRollout,
+			manifest: roll("workloadRef: {kind: Deployment, name: front}")},
 		{name: "a selector", path: PathValidateRollout, manifest: roll("selector: {matchLabels: {app: web}}")},
 		{name: "a pod that comes later", path: PathValidateRollout, manifest: roll("podName: later"),
 			warning: "there is no pod later in namespace ns: the rollout waits for it"},
 		{name: "a workload that comes later", path: PathValidateRollout,
 			manifest: roll("workloadRef: {kind: StatefulSet, name: later}"),
 			warning:  "there is no StatefulSet later in namespace ns: the rollout waits for it"},
-		{name: "pods that come later", path: PathValidateRollout, manifest: roll("selector: {matchLabels: {app: later}}"),
-			warning: "no pod in namespace ns has labels app=later: the rollout waits for one"},
+		{name: "pods that come later", path: PathValidateRollout,
+			manifest: roll("selector: {matchLabels: {app: later}}"),
+			warning:  "no pod in namespace ns has labels app=later: the rollout waits for one"},
 		{name: "an image of a rollout that is none", path: PathValidateRollout,
 			manifest: strings.Replace(roll("podName: web-0"), "app:2", "App", 1),
 			wrong:    `container app: image "App" is no image reference`},
@@ -395,10 +410,12 @@ func TestWebhooks(t *testing.T) {
 		{name: "a pod that is going", path: PathValidateRollout, manifest: roll("podName: going"),
 			wrong: "pod going is being deleted"},
 		{name: "a static pod", path: PathValidateRollout, manifest: roll("podName: static"),
-			wrong: "pod static is a static pod, which is changed on its node only: for another image change its manifest on " +
+			wrong: "pod static is a static pod, which is changed on its node only: for another image change its " +
+				"manifest on " +
 				"node n1, to restart its containers make a ContainerRecreateRequest for it"},
-		{name: "a static pod by label", path: PathValidateRollout, manifest: roll("selector: {matchLabels: {static: 'yes'}}"),
-			warning: "1 static pod is left out"},
+		{name: "a static pod by label", path: PathValidateRollout,
+			manifest: roll("selector: {matchLabels: {static: 'yes'}}"),
+			warning:  "1 static pod is left out"},
 		{name: "a static pod among those of another", path: PathValidateRollout,
 			others:   []string{active("o", "selector: {matchLabels: {static: 'yes'}}", "app")},
 			manifest: roll("selector: {matchExpressions: [{key: static, operator: Exists}]}"),
@@ -416,10 +433,12 @@ func TestWebhooks(t *testing.T) {
 			wrong: "the template of StatefulSet web has no container apps that can be changed in place; " +
 				"it has app, logs, mesh"},
 		{name: "a selector that is none", path: PathValidateRollout,
-			manifest: roll("selector: {matchExpressions: [{key: app, operator: In}]}"), wrong: "spec.target.selector: "},
+			manifest: roll("selector: {matchExpressions: [{key: app, operator: In}]}"),
+			wrong:    "spec.target.selector: "},
 		{name: "a StatefulSet that rolls by itself", path: PathValidateRollout,
 			manifest: roll("workloadRef: {kind: StatefulSet, name: rolling}"),
-			wrong: "StatefulSet rolling has updateStrategy RollingUpdate, with which its controller replaces the pods: set " +
+			wrong: "StatefulSet rolling has updateStrategy RollingUpdate, with which its controller replaces the " +
+				"pods: set " +
 				"updateStrategy.type to OnDelete"},
 		{name: "a DaemonSet that rolls by itself", path: PathValidateRollout,
 			manifest: roll("workloadRef: {kind: DaemonSet, name: rolling}"),
@@ -428,16 +447,20 @@ func TestWebhooks(t *testing.T) {
 			manifest: roll("workloadRef: {kind: DaemonSet, name: going}"), wrong: "DaemonSet going is being deleted"},
 		{name: "a drain without a gate", path: PathValidateRollout,
 			manifest: strings.Replace(roll(web), "spec: {", "spec: {strategy: {drainSeconds: 5}, ", 1),
-			warning: "spec.strategy.drainSeconds has no effect: the template of StatefulSet web has no readiness gate " +
+			warning: "spec.strategy.drainSeconds has no effect: the template of StatefulSet web has no " +
+				"readiness gate " +
 				"cri-proxy.io/in-place-ready"},
 		{name: "a drain with a gate", path: PathValidateRollout,
-			manifest: strings.Replace(roll("podName: front-5d9c-x"), "spec: {", "spec: {strategy: {drainSeconds: 5}, ", 1)},
+			manifest: strings.Replace(roll("podName: front-5d9c-x"), "spec: {", "spec: {strategy: {drainSeconds: 5}, ",
+				1)},
 
-		{name: "the same workload", path: PathValidateRollout, others: []string{active("o", web, "app")}, manifest: roll(web),
+		{name: "the same workload", path: PathValidateRollout, others: []string{active("o", web, "app")},
+			manifest: roll(web),
 			wrong: "InPlaceRollout o is at work on container app of StatefulSet web: wait for its end (kubectl wait " +
 				"--for=condition=Complete ipr/o), change that one instead, or delete it"},
 		{name: "another container", path: PathValidateRollout, others: []string{active("o", web, "logs")},
-			manifest: roll(web), warning: "InPlaceRollout o is at work on StatefulSet web: the rollout waits for its end"},
+			manifest: roll(web),
+			warning:  "InPlaceRollout o is at work on StatefulSet web: the rollout waits for its end"},
 		{name: "another workload", path: PathValidateRollout,
 			others: []string{active("o", "workloadRef: {kind: DaemonSet, name: web}", "app")}, manifest: roll(web)},
 		{name: "the same pod", path: PathValidateRollout, others: []string{active("o", "podName: later", "app")},
@@ -446,7 +469,8 @@ func TestWebhooks(t *testing.T) {
 			manifest: roll("podName: web-0")},
 		{name: "a pod of a workload", path: PathValidateRollout, others: []string{active("o", web, "app")},
 			manifest: roll("podName: web-0"), wrong: "o is at work on container app of pod web-0"},
-		{name: "the workload of a pod", path: PathValidateRollout, others: []string{active("o", "podName: web-0", "app")},
+		{name: "the workload of a pod", path: PathValidateRollout,
+			others:   []string{active("o", "podName: web-0", "app")},
 			manifest: roll(web), wrong: "o is at work on container app of pod web-0"},
 		{name: "a pod of a Deployment", path: PathValidateRollout,
 			others:   []string{active("o", "workloadRef: {kind: Deployment, name: front}", "app")},
@@ -455,8 +479,9 @@ func TestWebhooks(t *testing.T) {
 			others:   []string{active("o", "workloadRef: {kind: Deployment, name: fron}", "app")},
 			manifest: roll("podName: front-5d9c-x")},
 		{name: "a pod that is chosen", path: PathValidateRollout,
-			others: []string{active("o", "selector: {matchLabels: {app: web}}", "app")}, manifest: roll("podName: web-0"),
-			wrong: "o is at work on container app of pod web-0"},
+			others:   []string{active("o", "selector: {matchLabels: {app: web}}", "app")},
+			manifest: roll("podName: web-0"),
+			wrong:    "o is at work on container app of pod web-0"},
 		{name: "a workload whose pods are chosen", path: PathValidateRollout,
 			others:   []string{active("o", "selector: {matchLabels: {app: front}}", "app")},
 			manifest: roll("workloadRef: {kind: Deployment, name: front}"),
@@ -481,8 +506,9 @@ func TestWebhooks(t *testing.T) {
 			others: []string{active("o", web, "app")}, before: roll(web),
 			manifest: strings.Replace(roll(web), "app:2", "app:3", 1), wrong: "o is at work"},
 		{name: "a retry while another is at work", path: PathValidateRollout, others: []string{active("o", web, "app")},
-			before: roll(web), manifest: strings.Replace(roll(web), "uid: x-uid", "annotations: {cri-proxy.io/retry: again}", 1),
-			wrong: "o is at work"},
+			before:   roll(web),
+			manifest: strings.Replace(roll(web), "uid: x-uid", "annotations: {cri-proxy.io/retry: again}", 1),
+			wrong:    "o is at work"},
 		{name: "other labels", path: PathValidateRollout, before: roll("selector: {matchLabels: {app: web}}"),
 			manifest: roll("selector: {matchLabels: {app: front}}"),
 			wrong:    "the target is immutable: create another InPlaceRollout", code: 403},
@@ -550,27 +576,29 @@ func TestFill(t *testing.T) {
 		name, manifest string
 		want           map[string]string // by path; "" is any
 	}{
-		{"a pod on a node", crr + meta + "spec: {podName: web-0, containers: [{name: app}, {name: mesh}]}", map[string]string{
-			"/metadata/labels":                 labels,
-			"/spec/containers/0/statusContext": `{"containerID":"containerd://a","restartCount":0}`,
-			"/spec/containers/1/statusContext": `{"containerID":"containerd://m","restartCount":0}`,
-		}},
+		{"a pod on a node", crr + meta + "spec: {podName: web-0, containers: [{name: app}, {name: mesh}]}",
+			map[string]string{
+				"/metadata/labels":                 labels,
+				"/spec/containers/0/statusContext": `{"containerID":"containerd://a","restartCount":0}`,
+				"/spec/containers/1/statusContext": `{"containerID":"containerd://m","restartCount":0}`,
+			}},
 		{"a copied manifest", strings.Replace(accepted, "pod-uid: web-0-uid", "pod-uid: other", 1), map[string]string{
 			"/metadata/labels/crr.apps.kruise.io~1pod-uid": `"web-0-uid"`,
 			"/spec/containers/0/statusContext":             `{"containerID":"containerd://a","restartCount":0}`,
 		}},
-		{"hooks, ports and grace", crr + meta + "spec: {podName: full, containers: [{name: web}, {name: exec, strategy: " +
-			"{}}, {name: sleeper}, {name: plain}]}", map[string]string{
-			"/metadata/labels":                 strings.Replace(labels, "web-0", "full", 1),
-			"/spec/containers/0/statusContext": `{"containerID":"containerd://w","restartCount":3}`,
-			"/spec/containers/0/preStop":       `{"httpGet":{"path":"/bye","port":"bye","scheme":"HTTP"}}`,
-			"/spec/containers/0/ports":         `[{"containerPort":8080,"name":"bye","protocol":"TCP"}]`,
-			"/spec/containers/1/statusContext": `{"containerID":"containerd://e","restartCount":0}`,
-			"/spec/containers/1/preStop":       `{"exec":{"command":["bye"]}}`,
-			"/spec/containers/2/statusContext": `{"containerID":"containerd://s","restartCount":0}`,
-			"/spec/containers/3/statusContext": `{"containerID":"containerd://p","restartCount":0}`,
-			"/spec/strategy":                   `{"terminationGracePeriodSeconds":45}`,
-		}},
+		{"hooks, ports and grace",
+			crr + meta + "spec: {podName: full, containers: [{name: web}, {name: exec, strategy: " +
+				"{}}, {name: sleeper}, {name: plain}]}", map[string]string{
+				"/metadata/labels":                 strings.Replace(labels, "web-0", "full", 1),
+				"/spec/containers/0/statusContext": `{"containerID":"containerd://w","restartCount":3}`,
+				"/spec/containers/0/preStop":       `{"httpGet":{"path":"/bye","port":"bye","scheme":"HTTP"}}`,
+				"/spec/containers/0/ports":         `[{"containerPort":8080,"name":"bye","protocol":"TCP"}]`,
+				"/spec/containers/1/statusContext": `{"containerID":"containerd://e","restartCount":0}`,
+				"/spec/containers/1/preStop":       `{"exec":{"command":["bye"]}}`,
+				"/spec/containers/2/statusContext": `{"containerID":"containerd://s","restartCount":0}`,
+				"/spec/containers/3/statusContext": `{"containerID":"containerd://p","restartCount":0}`,
+				"/spec/strategy":                   `{"terminationGracePeriodSeconds":45}`,
+			}},
 		{"a grace and a strategy of the user's own",
 			crr + meta + "spec: {podName: full, containers: [{name: plain}], strategy: {failurePolicy: Fail, " +
 				"terminationGracePeriodSeconds: 0}}", map[string]string{
@@ -686,22 +714,25 @@ spec:
 		{"the same manifest", before, manifest, with(grace)},
 		{"the object as it is", before, before, nil},
 		{"a note on it", before, strings.Replace(before, "mine: x", "mine: y", 2), nil},
-		{"a completed one", before + "status: {completionTime: \"2026-01-01T00:00:00Z\"}\n", manifest, with(map[string]string{
-			"/spec/strategy/terminationGracePeriodSeconds": "45", "/metadata/annotations": annotations,
-			"/metadata/labels": `{"crr.apps.kruise.io/node-name":"n1","crr.apps.kruise.io/pod-uid":"full-uid"}`,
-		})},
+		{"a completed one", before + "status: {completionTime: \"2026-01-01T00:00:00Z\"}\n", manifest,
+			with(map[string]string{
+				"/spec/strategy/terminationGracePeriodSeconds": "45", "/metadata/annotations": annotations,
+				"/metadata/labels": `{"crr.apps.kruise.io/node-name":"n1","crr.apps.kruise.io/pod-uid":"full-uid"}`,
+			})},
 		{"a grace of the user's own taken away", strings.Replace(before, "Seconds: 45", "Seconds: 44", 1), manifest,
 			with(map[string]string{
 				"/metadata/labels": filled, "/metadata/annotations": annotations,
 			})},
-		{"a grace of the pod before this one", strings.ReplaceAll(strings.Replace(before, "Seconds: 45", "Seconds: 44", 1),
-			"full-uid", "other-uid"), manifest, with(map[string]string{
-			"/spec/strategy/terminationGracePeriodSeconds": "44",
-			"/metadata/labels":      strings.Replace(filled, "full-uid", "other-uid", 1),
-			"/metadata/annotations": strings.Replace(annotations, "full-uid", "other-uid", 1),
-		})},
+		{"a grace of the pod before this one",
+			strings.ReplaceAll(strings.Replace(before, "Seconds: 45", "Seconds: 44", 1),
+				"full-uid", "other-uid"), manifest, with(map[string]string{
+				"/spec/strategy/terminationGracePeriodSeconds": "44",
+				"/metadata/labels":      strings.Replace(filled, "full-uid", "other-uid", 1),
+				"/metadata/annotations": strings.Replace(annotations, "full-uid", "other-uid", 1),
+			})},
 		{"another container", before, strings.Replace(manifest, "name: web", "name: plain", 1), grace},
-		{"other values", before, strings.NewReplacer("pod-uid: full-uid", "pod-uid: y", "containerd://w", "containerd://y",
+		{"other values", before, strings.NewReplacer("pod-uid: full-uid", "pod-uid: y", "containerd://w",
+			"containerd://y",
 			"Seconds: 45", "Seconds: 1").Replace(before), nil},
 		{"one made without webhooks", manifest, manifest, nil},
 	}
@@ -741,7 +772,8 @@ func TestNothingDependsOnThem(t *testing.T) {
 					t.Errorf("%+v", resp)
 				}
 				if path != PathDefaultRecreate &&
-					(len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "status will say whether it can be carried out")) {
+					(len(resp.Warnings) != 1 ||
+						!strings.Contains(resp.Warnings[0], "status will say whether it can be carried out")) {
 					t.Errorf("warnings %q", resp.Warnings)
 				}
 			})
@@ -770,7 +802,8 @@ func TestConfigurations(t *testing.T) {
 			if hooks[path] == nil {
 				t.Errorf("%v: nothing is served at %s", hook["name"], path)
 			}
-			if hook["failurePolicy"] != "Ignore" || hook["sideEffects"] != "None" || hook["matchPolicy"] != "Equivalent" {
+			if hook["failurePolicy"] != "Ignore" || hook["sideEffects"] != "None" ||
+				hook["matchPolicy"] != "Equivalent" {
 				t.Errorf("%v: %v", hook["name"], hook)
 			}
 			rules, _, _ := unstructured.NestedSlice(hook, "rules")

@@ -87,7 +87,8 @@ func (t *teller) Reconcile(ctx context.Context, request reconcile.Request) (reco
 		object := t.newObject()
 		if t.reader.Get(ctx, request.NamespacedName, object) == nil {
 			note := fmt.Sprintf("the API server has said no %d times, and is asked again: %v", Tries, err)
-			objects.Announce(t.recorder, object, corev1.EventTypeWarning, inplace.ReasonAPIError, inplace.ReasonAPIError, note)
+			objects.Announce(t.recorder, object, corev1.EventTypeWarning, inplace.ReasonAPIError,
+				inplace.ReasonAPIError, note)
 		}
 	}
 	return result, err

@@ -35,8 +35,8 @@ const (
 	// RotateAnnotation on the Secret asks for a new CA when its value changes.
 	RotateAnnotation = "cri-proxy.io/rotate"
 
-	// maintainEvery is how often the controller reads the Secret. So it notices within that time that
-	// somebody has deleted the Secret or has asked for a rotation.
+	// maintainEvery is how often the controller reads the Secret. So it notices within that time
+	// that somebody has deleted the Secret or has asked for a rotation.
 	maintainEvery = 5 * time.Second
 	// maintainRetry is the interval after a failure, or after somebody else has written first.
 	maintainRetry = 2 * time.Second
@@ -118,7 +118,8 @@ func (a *Authority) maintain(ctx context.Context, now time.Time) error {
 	default:
 		asked = secret.Annotations[RotateAnnotation]
 		if k, err = parseKeys(secret.Data); err != nil {
-			return fmt.Errorf("the Secret %s/%s holds no CA, and is left as it is (with its deletion a new one begins, and "+
+			return fmt.Errorf("the Secret %s/%s holds no CA, and is left as it is (with its deletion a new one "+
+				"begins, and "+
 				"all nodes enrol anew): %w", a.Namespace, SecretName, err)
 		}
 		// Publish first: the controller signs nothing with a CA that has not been published.
@@ -270,7 +271,8 @@ func (a *Authority) Server(ctx context.Context, name string, certificate *x509.C
 		return nil
 	}
 	if uid := identity.NodeUID(certificate); uid != "" && uid != string(n.UID) {
-		return fmt.Errorf("the certificate is that of an earlier node %s: the one of now asks for its own as soon as it "+
+		return fmt.Errorf("the certificate is that of an earlier node %s: the one of now asks for its own as "+
+			"soon as it "+
 			"notices, within %s", name, noticedIn)
 	}
 	return nil

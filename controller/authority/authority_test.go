@@ -289,7 +289,8 @@ func TestServer(t *testing.T) {
 	if err := a.Server(t.Context(), "node-1", nil); err != nil {
 		t.Error(err)
 	}
-	if err := a.Server(t.Context(), "removed", nil); err == nil || !strings.Contains(err.Error(), "not in the cluster") {
+	if err := a.Server(t.Context(), "removed", nil); err == nil ||
+		!strings.Contains(err.Error(), "not in the cluster") {
 		t.Error(err)
 	}
 	for cn, ok := range map[string]bool{"node-1": true, "node-2": false, "": false} {
@@ -365,7 +366,8 @@ func TestSigner(t *testing.T) {
 			recorder := events.NewFakeRecorder(10)
 			s := &Signer{Authority: a, Recorder: recorder}
 			request := ctrl.Request{NamespacedName: client.ObjectKeyFromObject(r)}
-			if result, err := s.Reconcile(t.Context(), request); err != nil || tt.want != "" && result.RequeueAfter == 0 {
+			if result, err := s.Reconcile(t.Context(), request); err != nil ||
+				tt.want != "" && result.RequeueAfter == 0 {
 				t.Fatalf("before there is a CA: %+v %v", result, err)
 			}
 			maintain(t, a, time.Now())
@@ -384,7 +386,8 @@ func TestSigner(t *testing.T) {
 			if got := strings.Join(conditions, ","); got != tt.want {
 				t.Errorf("%s, want %s", got, tt.want)
 			}
-			if signed := len(r.Status.Certificate) > 0; signed != (strings.HasPrefix(tt.want, "Approved") && tt.event == "") {
+			if signed := len(r.Status.Certificate) > 0; signed != (strings.HasPrefix(tt.want, "Approved") &&
+				tt.event == "") {
 				t.Errorf("signed: %t", signed)
 			} else if signed {
 				certs, err := parseCerts(r.Status.Certificate)
@@ -408,7 +411,8 @@ func TestSigner(t *testing.T) {
 			}
 			denied := false
 			for _, e := range hook.AllEntries() {
-				denied = denied || e.Level == logrus.WarnLevel && strings.HasPrefix(e.Message, "node certificate denied")
+				denied = denied ||
+					e.Level == logrus.WarnLevel && strings.HasPrefix(e.Message, "node certificate denied")
 			}
 			if denied != (tt.event != "") {
 				t.Errorf("denial logged: %t", denied)

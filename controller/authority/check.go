@@ -44,8 +44,9 @@ const (
 func requesterOf(r *certificatesv1.CertificateSigningRequest) (string, *refusal) {
 	name, isNode := strings.CutPrefix(r.Spec.Username, nodeUser)
 	if !isNode || name == "" || !slices.Contains(r.Spec.Groups, nodesGroup) {
-		return "", refuse("NotANode", "the requester is %q and not a node: nodes ask with kubelet's credentials, as %sNAME "+
-			"of group %s", r.Spec.Username, nodeUser, nodesGroup)
+		return "", refuse("NotANode",
+			"the requester is %q and not a node: nodes ask with kubelet's credentials, as %sNAME "+
+				"of group %s", r.Spec.Username, nodeUser, nodesGroup)
 	}
 	return name, nil
 }
@@ -76,11 +77,13 @@ func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.C
 	switch key := csr.PublicKey.(type) {
 	case *ecdsa.PublicKey:
 		if bits := key.Curve.Params().BitSize; bits != 256 && bits != 384 {
-			return nil, nil, refuse("WrongKey", "an ECDSA key with %d bits; P-256, P-384 and Ed25519 are accepted", bits)
+			return nil, nil, refuse("WrongKey", "an ECDSA key with %d bits; P-256, P-384 and Ed25519 are accepted",
+				bits)
 		}
 	case ed25519.PublicKey:
 	default:
-		return nil, nil, refuse("WrongKey", "a key of type %s; P-256, P-384 and Ed25519 are accepted", csr.PublicKeyAlgorithm)
+		return nil, nil, refuse("WrongKey", "a key of type %s; P-256, P-384 and Ed25519 are accepted",
+			csr.PublicKeyAlgorithm)
 	}
 
 	if csr.Subject.CommonName != n.Name || len(csr.Subject.Names) != 1 {
@@ -97,17 +100,20 @@ func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.C
 			csr.DNSNames, n.Name, names)
 	}
 	if len(csr.EmailAddresses) > 0 || len(csr.URIs) > 0 {
-		return nil, nil, refuse("WrongName", "e-mail addresses %q, URIs %q; a node gets none", csr.EmailAddresses, csr.URIs)
+		return nil, nil, refuse("WrongName", "e-mail addresses %q, URIs %q; a node gets none",
+			csr.EmailAddresses, csr.URIs)
 	}
 	for _, e := range csr.Extensions {
 		if oid := e.Id.String(); oid != subjectAltName {
-			return nil, nil, refuse("BadRequest", "it asks for extension %s; a node gets its names and addresses only", oid)
+			return nil, nil, refuse("BadRequest", "it asks for extension %s; a node gets its names and addresses only",
+				oid)
 		}
 	}
 	allowed := addresses(n)
 	for _, ip := range csr.IPAddresses {
 		if !ip.Equal(own) && !slices.ContainsFunc(allowed, ip.Equal) {
-			return nil, nil, refuse("WrongAddress", "address %s is not one of node %s, which has %v", ip, n.Name, allowed)
+			return nil, nil, refuse("WrongAddress", "address %s is not one of node %s, which has %v", ip, n.Name,
+				allowed)
 		}
 	}
 	if own != nil && !slices.ContainsFunc(csr.IPAddresses, own.Equal) {
@@ -129,7 +135,8 @@ const subjectAltName = "2.5.29.17"
 // addresses are the IP addresses of a node.
 func addresses(n *corev1.Node) (all []net.IP) {
 	for _, a := range n.Status.Addresses {
-		if ip := net.ParseIP(a.Address); ip != nil && (a.Type == corev1.NodeInternalIP || a.Type == corev1.NodeExternalIP) {
+		if ip := net.ParseIP(a.Address); ip != nil && (a.Type == corev1.NodeInternalIP ||
+			a.Type == corev1.NodeExternalIP) {
 			all = append(all, ip)
 		}
 	}

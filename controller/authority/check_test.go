@@ -84,8 +84,9 @@ func TestRequester(t *testing.T) {
 		{"system:serviceaccount:kube-system:node-1", []string{"system:nodes"}, ""},
 		{"admin", []string{"system:masters"}, ""},
 	} {
-		r := &certificatesv1.CertificateSigningRequest{Spec: certificatesv1.CertificateSigningRequestSpec{Username: tt.user,
-			Groups: tt.groups}}
+		r := &certificatesv1.CertificateSigningRequest{
+			Spec: certificatesv1.CertificateSigningRequestSpec{Username: tt.user,
+				Groups: tt.groups}}
 		if name, no := requesterOf(r); name != tt.want || (no == nil) != (tt.want != "") {
 			t.Errorf("%s %v: %q %v", tt.user, tt.groups, name, no)
 		}
@@ -116,7 +117,8 @@ func TestCheck(t *testing.T) {
 		{name: "P-384", key: ecKey(t, elliptic.P384())},
 		{name: "Ed25519", key: ed},
 		{name: "without addresses", csr: func(c *csr) { c.IPAddresses = nil }},
-		{name: "external address", csr: func(c *csr) { c.IPAddresses = append(c.IPAddresses, net.ParseIP("203.0.113.7")) }},
+		{name: "external address",
+			csr: func(c *csr) { c.IPAddresses = append(c.IPAddresses, net.ParseIP("203.0.113.7")) }},
 		{name: "node named by its address", node: "192.0.2.9",
 			csr: func(c *csr) { c.DNSNames, c.IPAddresses = nil, []net.IP{net.ParseIP("192.0.2.9")} }},
 
@@ -131,17 +133,20 @@ func TestCheck(t *testing.T) {
 		{name: "an organization", csr: func(c *csr) { c.Subject.Organization = []string{"system:masters"} },
 			reason: "WrongName", says: "system:masters"},
 		{name: "two common names", csr: func(c *csr) {
-			c.Subject.ExtraNames = []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-2"},
+			c.Subject.ExtraNames = []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{2, 5, 4, 3},
+				Value: "node-2"},
 				{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-1"}}
 		}, reason: "WrongName"},
-		{name: "another node's name among the DNS names", csr: func(c *csr) { c.DNSNames = append(c.DNSNames, "node-2") },
+		{name: "another node's name among the DNS names",
+			csr:    func(c *csr) { c.DNSNames = append(c.DNSNames, "node-2") },
 			reason: "WrongName"},
 		{name: "another node's name, which its own Node has as host name",
 			csr: func(c *csr) { c.DNSNames = []string{"node-2"} }, reason: "WrongName"},
 		{name: "a wildcard", csr: func(c *csr) { c.DNSNames = []string{"*"} }, reason: "WrongName"},
 		{name: "no DNS name", csr: func(c *csr) { c.DNSNames = nil }, reason: "WrongName"},
 		{name: "a URI", csr: func(c *csr) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "x"}} }, reason: "WrongName"},
-		{name: "an e-mail address", csr: func(c *csr) { c.EmailAddresses = []string{"a@b.example"} }, reason: "WrongName"},
+		{name: "an e-mail address", csr: func(c *csr) { c.EmailAddresses = []string{"a@b.example"} },
+			reason: "WrongName"},
 		{name: "an address of somebody else", csr: func(c *csr) { c.IPAddresses = []net.IP{net.ParseIP("192.0.2.8")} },
 			reason: "WrongAddress", says: "192.0.2.8 is not one of node node-1, which has [192.0.2.7 203.0.113.7]"},
 		{name: "node named by its address, without it", node: "192.0.2.9",
@@ -195,7 +200,8 @@ func TestCheck(t *testing.T) {
 			}
 			template, public, no := check(r, nodeOf(tt.node))
 			if tt.reason != "" {
-				if no == nil || no.reason != tt.reason || !strings.Contains(no.message, tt.says) || len(no.message) > 1000 {
+				if no == nil || no.reason != tt.reason || !strings.Contains(no.message, tt.says) ||
+					len(no.message) > 1000 {
 					t.Fatalf("%+v, want %s %q", no, tt.reason, tt.says)
 				}
 				return

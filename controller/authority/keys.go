@@ -26,8 +26,8 @@ const (
 	dataNextCert  = "next.crt" // is published, and will sign
 	dataNextKey   = "next.key"
 	dataNextSince = "next-since"
-	// dataPrevious signed before. It is trusted until everything that it has signed has expired; its
-	// key is gone.
+	// dataPrevious signed before. It is trusted until everything that it has signed has expired;
+	// its key is gone.
 	dataPrevious      = "previous.crt"
 	dataPreviousUntil = "previous-until"
 	dataLongest       = "longest-life" // that it was told to give to a certificate
@@ -35,8 +35,8 @@ const (
 )
 
 const (
-	// announceMost is the longest time for which a new CA is published before it signs: six times as
-	// long as nodes take to read it.
+	// announceMost is the longest time for which a new CA is published before it signs: six times
+	// as long as nodes take to read it.
 	announceMost = time.Hour
 	// backdateMost is how far clocks may differ. Certificates with a short life are backdated by a
 	// tenth of that life.
@@ -59,7 +59,8 @@ func (s Settings) Validate() error {
 	case s.Life < time.Minute:
 		return fmt.Errorf("the life of certificates must be at least a minute, not %s", s.Life)
 	case s.CALife < 10*s.Life:
-		return fmt.Errorf("the CA's life must be at least ten times that of the certificates, which is %s, not %s", s.Life,
+		return fmt.Errorf("the CA's life must be at least ten times that of the certificates, which is %s, not %s",
+			s.Life,
 			s.CALife)
 	}
 	return nil
@@ -94,8 +95,8 @@ func newPair(now time.Time, life time.Duration) (*pair, error) {
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial,
-		// The time tells the CAs apart: for people, and for TLS libraries that find an issuer by its
-		// name.
+		// The time tells the CAs apart: for people, and for TLS libraries that find an issuer by
+		// its name.
 		Subject:               pkix.Name{CommonName: "cri-proxy " + now.UTC().Format("2006-01-02T15:04:05.000Z")},
 		NotBefore:             now.Add(-backdateMost),
 		NotAfter:              now.Add(life),

@@ -76,14 +76,16 @@ func TestRotation(t *testing.T) {
 				}
 				if seen != nil {
 					if err := valid(own, seen, now); err != nil {
-						t.Fatalf("%s: a node that read the CAs %s ago does not trust the controller: %v", now.Sub(start), step, err)
+						t.Fatalf("%s: a node that read the CAs %s ago does not trust the controller: %v",
+							now.Sub(start), step, err)
 					}
 				}
 				if node == nil || now.After(node.NotBefore.Add(s.Life*4/5)) {
 					node = issue(k, now)
 				}
 				if err := valid(node, k, now); err != nil {
-					t.Fatalf("%s: the controller does not trust a node whose certificate is from %s: %v", now.Sub(start),
+					t.Fatalf("%s: the controller does not trust a node whose certificate is from %s: %v",
+						now.Sub(start),
 						node.NotBefore.Sub(start), err)
 				}
 			}
@@ -127,8 +129,8 @@ func TestKeysAreForgotten(t *testing.T) {
 
 func TestAnnouncementOutlastsTheNodesInterval(t *testing.T) {
 	for _, life := range []time.Duration{2 * time.Minute, time.Hour, 24 * time.Hour, 72 * time.Hour, 168 * time.Hour} {
-		// ops/enrol: every sixteenth of the certificate's life, at least every 10 minutes, a fifth more
-		// or less.
+		// ops/enrol: every sixteenth of the certificate's life, at least every 10 minutes, a fifth
+		// more or less.
 		interval := min(10*time.Minute, (life+life/10)/16) * 6 / 5
 		if k := (&keys{longest: life}); k.announce() < 2*interval {
 			t.Errorf("life %s: announced for %s, read every %s", life, k.announce(), interval)

@@ -24,11 +24,13 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 		}, []string{"result"}),
 		ca: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "criproxy_controller_ca_expiry_timestamp_seconds",
-			Help: "When the CA that signs node certificates ends, in seconds since 1970; 0 where this replica does not lead.",
+			Help: "When the CA that signs node certificates ends, in seconds since 1970; 0 where this replica does " +
+				"not lead.",
 		}),
 		own: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "criproxy_controller_certificate_expiry_timestamp_seconds",
-			Help: "When the controller's own certificate ends, in seconds since 1970; 0 where this replica does not lead.",
+			Help: "When the controller's own certificate ends, in seconds since 1970; 0 where this replica does " +
+				"not lead.",
 		}),
 	}
 	for _, c := range []prometheus.Collector{m.requests, m.ca, m.own} {

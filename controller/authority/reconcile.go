@@ -152,10 +152,12 @@ func (s *Signer) refuse(
 	a := s.Authority
 	var err error
 	if has(r, certificatesv1.CertificateApproved) {
-		r.Status.Conditions = append(r.Status.Conditions, condition(certificatesv1.CertificateFailed, no.reason, no.message))
+		r.Status.Conditions = append(r.Status.Conditions,
+			condition(certificatesv1.CertificateFailed, no.reason, no.message))
 		err = a.Client.Status().Update(ctx, r)
 	} else {
-		r.Status.Conditions = append(r.Status.Conditions, condition(certificatesv1.CertificateDenied, no.reason, no.message))
+		r.Status.Conditions = append(r.Status.Conditions,
+			condition(certificatesv1.CertificateDenied, no.reason, no.message))
 		err = a.Client.SubResource("approval").Update(ctx, r)
 	}
 	if err != nil {

@@ -190,8 +190,9 @@ func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath
 		return "", "", nil
 	}
 	if mirrorpod.Is(r.pod) {
-		return "", "", missing{fmt.Errorf("persistentvolumeclaim %q is not read for a static pod, which its node has made",
-			claim)}
+		return "", "", missing{
+			fmt.Errorf("persistentvolumeclaim %q is not read for a static pod, which its node has made",
+				claim)}
 	}
 	var c corev1.PersistentVolumeClaim
 	if err := r.from.Get(ctx, client.ObjectKey{Namespace: r.pod.Namespace, Name: claim}, &c); err != nil {
@@ -297,7 +298,8 @@ func (r *Reader) variable(ctx context.Context, c *corev1.Container, v corev1.Env
 		if value, ok := s.Data[ref.Key]; ok {
 			return literal(v.Name, value), nil
 		}
-		return nil, unlessOptional(ref.Optional, "couldn't find key %v in Secret %v/%v", ref.Key, r.pod.Namespace, ref.Name)
+		return nil, unlessOptional(ref.Optional, "couldn't find key %v in Secret %v/%v", ref.Key,
+			r.pod.Namespace, ref.Name)
 	case from.FileKeyRef != nil:
 		ref := from.FileKeyRef
 		return &opsv1.Variable{Name: v.Name, Source: &opsv1.Variable_File{File: &opsv1.FileKey{
@@ -354,7 +356,8 @@ func (r *Reader) object(
 		r.objects[key] = o
 	}
 	if o == nil {
-		// kubelet's own store of objects says it so (pkg/kubelet/util/manager/watch_based_manager.go).
+		// kubelet's own store of objects says it so
+		// (pkg/kubelet/util/manager/watch_based_manager.go).
 		return nil, unlessOptional(optional, "%s %q not found", kind, name)
 	}
 	return o, nil
@@ -403,8 +406,8 @@ func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.
 		}
 	}
 	subject = r.allocated(subject)
-	// kubelet sets missing limits to those of the pod or the node: for the container itself, and for
-	// regular containers if the reference names another container (kubelet_resources.go
+	// kubelet sets missing limits to those of the pod or the node: for the container itself, and
+	// for regular containers if the reference names another container (kubelet_resources.go
 	// defaultPodLimitsForDownwardAPI).
 	if ref.ContainerName == "" || kind == pods.Regular {
 		limits, err := r.limits(ctx)
@@ -461,10 +464,12 @@ func (r *Reader) allocated(c *corev1.Container) *corev1.Container {
 	if !waits {
 		return c
 	}
-	for _, list := range [][]corev1.ContainerStatus{r.pod.Status.ContainerStatuses, r.pod.Status.InitContainerStatuses} {
+	for _, list := range [][]corev1.ContainerStatus{r.pod.Status.ContainerStatuses,
+		r.pod.Status.InitContainerStatuses} {
 		for _, s := range list {
 			if s.Name == c.Name && s.Resources != nil {
-				c.Resources.Limits, c.Resources.Requests = s.Resources.Limits.DeepCopy(), s.Resources.Requests.DeepCopy()
+				c.Resources.Limits, c.Resources.Requests = s.Resources.Limits.DeepCopy(),
+					s.Resources.Requests.DeepCopy()
 			}
 		}
 	}
@@ -476,7 +481,8 @@ func (r *Reader) allocated(c *corev1.Container) *corev1.Container {
 func hasDevices(c *corev1.Container) bool {
 	for _, list := range []corev1.ResourceList{c.Resources.Limits, c.Resources.Requests} {
 		for name := range list {
-			if strings.Contains(string(name), "/") && !strings.HasPrefix(string(name), corev1.ResourceDefaultNamespacePrefix) {
+			if strings.Contains(string(name), "/") &&
+				!strings.HasPrefix(string(name), corev1.ResourceDefaultNamespacePrefix) {
 				return true
 			}
 		}

@@ -40,19 +40,23 @@ func objects() []client.Object {
 		&corev1.Service{ObjectMeta: meta("headless"), Spec: corev1.ServiceSpec{ClusterIP: corev1.ClusterIPNone}},
 		&corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "kubernetes"},
-			Spec:       corev1.ServiceSpec{ClusterIP: "10.0.0.1", Ports: []corev1.ServicePort{{Name: "https", Port: 443}}},
+			Spec: corev1.ServiceSpec{ClusterIP: "10.0.0.1",
+				Ports: []corev1.ServicePort{{Name: "https", Port: 443}}},
 		},
 		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "other"},
 			Spec: corev1.ServiceSpec{ClusterIP: "10.0.0.9"}},
-		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}, Status: corev1.NodeStatus{Allocatable: corev1.ResourceList{
-			corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi"),
-		}}},
-		&corev1.PersistentVolumeClaim{ObjectMeta: meta("data"), Spec: corev1.PersistentVolumeClaimSpec{VolumeName: "pv-1"}},
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"},
+			Status: corev1.NodeStatus{Allocatable: corev1.ResourceList{
+				corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi"),
+			}}},
+		&corev1.PersistentVolumeClaim{ObjectMeta: meta("data"),
+			Spec: corev1.PersistentVolumeClaimSpec{VolumeName: "pv-1"}},
 		&corev1.PersistentVolumeClaim{ObjectMeta: meta("web-scratch"),
 			Spec: corev1.PersistentVolumeClaimSpec{VolumeName: "pv-2"}},
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv-1"}},
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv-2"}, Spec: corev1.PersistentVolumeSpec{
-			PersistentVolumeSource: corev1.PersistentVolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/srv/scratch"}},
+			PersistentVolumeSource: corev1.PersistentVolumeSource{
+				HostPath: &corev1.HostPathVolumeSource{Path: "/srv/scratch"}},
 		}},
 	}
 }
@@ -81,7 +85,8 @@ func field(path string) *corev1.EnvVarSource {
 }
 
 func limit(container, name string) *corev1.EnvVarSource {
-	return &corev1.EnvVarSource{ResourceFieldRef: &corev1.ResourceFieldSelector{ContainerName: container, Resource: name}}
+	return &corev1.EnvVarSource{ResourceFieldRef: &corev1.ResourceFieldSelector{ContainerName: container,
+		Resource: name}}
 }
 
 func configKey(name, key string, optional *bool) *corev1.EnvVarSource {
@@ -99,8 +104,9 @@ func secretKey(name, key string, optional *bool) *corev1.EnvVarSource {
 func allOf(configMap, secret, prefix string, optional *bool) corev1.EnvFromSource {
 	from := corev1.EnvFromSource{Prefix: prefix}
 	if configMap != "" {
-		from.ConfigMapRef = &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: configMap},
-			Optional: optional}
+		from.ConfigMapRef = &corev1.ConfigMapEnvSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: configMap},
+			Optional:             optional}
 	} else {
 		from.SecretRef = &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: secret},
 			Optional: optional}
@@ -115,7 +121,8 @@ func clientOf(t *testing.T, calls *[]string) client.Reader {
 			opts ...client.GetOption) error {
 			*calls = append(*calls, key.Name)
 			if key.Name == "forbidden" {
-				return apierrors.NewForbidden(schema.GroupResource{Resource: "secrets"}, key.Name, errors.New("not allowed"))
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "secrets"}, key.Name,
+					errors.New("not allowed"))
 			}
 			return c.Get(ctx, key, o, opts...)
 		},
@@ -158,10 +165,12 @@ func TestVariables(t *testing.T) {
 			want: []string{"A~x", "B~$(A)/$(C)", "E~"}},
 		{name: "all of a ConfigMap, by name, without its bytes",
 			from: []corev1.EnvFromSource{allOf("settings", "", "P_", nil)}, want: []string{"P_a=1", "P_b=2"}},
-		{name: "all of a Secret", from: []corev1.EnvFromSource{allOf("", "keys", "", nil)}, want: []string{"token=t0ken"}},
+		{name: "all of a Secret", from: []corev1.EnvFromSource{allOf("", "keys", "", nil)},
+			want: []string{"token=t0ken"}},
 		{name: "optional ones that are not there",
 			from: []corev1.EnvFromSource{allOf("gone", "", "", &yes), allOf("", "gone", "", &yes)}},
-		{name: "no ConfigMap", from: []corev1.EnvFromSource{allOf("gone", "", "", nil)}, err: `configmap "gone" not found`},
+		{name: "no ConfigMap", from: []corev1.EnvFromSource{allOf("gone", "", "", nil)},
+			err: `configmap "gone" not found`},
 		{name: "no Secret", from: []corev1.EnvFromSource{allOf("", "gone", "", nil)}, err: `secret "gone" not found`},
 		{name: "keys", env: []corev1.EnvVar{{Name: "A", ValueFrom: configKey("settings", "a", nil)},
 			{Name: "T", ValueFrom: secretKey("keys", "token", nil)}}, want: []string{"A=1", "T=t0ken"}},
@@ -175,12 +184,14 @@ func TestVariables(t *testing.T) {
 		{name: "fields", env: []corev1.EnvVar{
 			{Name: "NAME", ValueFrom: field("metadata.name")}, {Name: "UID", ValueFrom: field("metadata.uid")},
 			{Name: "TIER", ValueFrom: field("metadata.labels['tier']")},
-			{Name: "NOTE", ValueFrom: field("metadata.annotations['note']")}, {Name: "NODE", ValueFrom: field("spec.nodeName")},
+			{Name: "NOTE", ValueFrom: field("metadata.annotations['note']")},
+			{Name: "NODE", ValueFrom: field("spec.nodeName")},
 			{Name: "SA", ValueFrom: field("spec.serviceAccountName")},
 			{Name: "IP", ValueFrom: field("status.podIP")}, {Name: "IPS", ValueFrom: field("status.podIPs")},
 			{Name: "HOST", ValueFrom: field("status.hostIP")}, {Name: "HOSTS", ValueFrom: field("status.hostIPs")},
 		}, want: []string{
-			"NAME=web", "UID=uid-1", "TIER=front", "NOTE=hello", "NODE=n1", "SA=runner", "IP=10.1.0.5", "IPS=10.1.0.5,fd00::5",
+			"NAME=web", "UID=uid-1", "TIER=front", "NOTE=hello", "NODE=n1", "SA=runner", "IP=10.1.0.5",
+			"IPS=10.1.0.5,fd00::5",
 			"HOST=192.0.2.1", "HOSTS=192.0.2.1,2001:db8::1",
 		}},
 		{name: "the old name of the node's", env: []corev1.EnvVar{{Name: "NODE", ValueFrom: field("spec.host")}},
@@ -197,7 +208,8 @@ func TestVariables(t *testing.T) {
 			err: `configmap "settings" is not read for a static pod, which its node has made; put the value in its manifest`},
 		{name: "nor an optional one", env: []corev1.EnvVar{{Name: "T", ValueFrom: secretKey("keys", "token", &yes)}},
 			pod: mirror},
-		{name: "another container's limit", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("other", "limits.memory")}},
+		{name: "another container's limit",
+			env:  []corev1.EnvVar{{Name: "M", ValueFrom: limit("other", "limits.memory")}},
 			want: []string{"M=67108864"}},
 		{name: "no limit: the node's", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("", "limits.memory")},
 			{Name: "C", ValueFrom: limit("other", "limits.cpu")}}, want: []string{"M=8589934592", "C=4"}},
@@ -208,10 +220,12 @@ func TestVariables(t *testing.T) {
 			}, want: []string{"M=1073741824"}},
 		{name: "a resize that waits is not there yet",
 			env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("other", "limits.memory")}}, pod: func(p *corev1.Pod) {
-				p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodResizePending, Status: corev1.ConditionTrue}}
-				p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "other", Resources: &corev1.ResourceRequirements{
-					Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("32Mi")},
-				}}}
+				p.Status.Conditions = []corev1.PodCondition{
+					{Type: corev1.PodResizePending, Status: corev1.ConditionTrue}}
+				p.Status.ContainerStatuses = []corev1.ContainerStatus{
+					{Name: "other", Resources: &corev1.ResourceRequirements{
+						Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("32Mi")},
+					}}}
 			}, want: []string{"M=33554432"}},
 		{name: "no such container", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("nobody", "limits.memory")}},
 			err: "container nobody not found"},
@@ -233,7 +247,8 @@ func TestVariables(t *testing.T) {
 				if !errors.As(err, &missing) || missing.Err.Error() != tc.err {
 					t.Fatalf("%v, want %q", err, tc.err)
 				}
-				if !strings.Contains(err.Error(), "container app") || !strings.Contains(err.Error(), "CreateContainerConfigError") {
+				if !strings.Contains(err.Error(), "container app") ||
+					!strings.Contains(err.Error(), "CreateContainerConfigError") {
 					t.Errorf("it does not say what kubelet would: %v", err)
 				}
 			case err != nil:
@@ -249,7 +264,8 @@ func TestServices(t *testing.T) {
 	kubernetes := []string{
 		"KUBERNETES_SERVICE_HOST=10.0.0.1", "KUBERNETES_SERVICE_PORT=443", "KUBERNETES_PORT=tcp://10.0.0.1:443",
 		"KUBERNETES_SERVICE_PORT_HTTPS=443",
-		"KUBERNETES_PORT_443_TCP=tcp://10.0.0.1:443", "KUBERNETES_PORT_443_TCP_PROTO=tcp", "KUBERNETES_PORT_443_TCP_PORT=443",
+		"KUBERNETES_PORT_443_TCP=tcp://10.0.0.1:443", "KUBERNETES_PORT_443_TCP_PROTO=tcp",
+		"KUBERNETES_PORT_443_TCP_PORT=443",
 		"KUBERNETES_PORT_443_TCP_ADDR=10.0.0.1",
 	}
 	backEnd := []string{
@@ -281,7 +297,8 @@ func TestServices(t *testing.T) {
 func TestVolumes(t *testing.T) {
 	var calls []string
 	pod := podOf(corev1.Container{VolumeMounts: []corev1.VolumeMount{
-		{Name: "data", MountPath: "/data", SubPath: "one"}, {Name: "scratch", MountPath: "scratch", SubPathExpr: "$(POD)"},
+		{Name: "data", MountPath: "/data", SubPath: "one"},
+		{Name: "scratch", MountPath: "scratch", SubPathExpr: "$(POD)"},
 		{Name: "host", MountPath: "/host", SubPath: "x"},
 		{Name: "model", MountPath: "/model"}, {Name: "settings", MountPath: "/etc/a", SubPath: "a"},
 		{Name: "settings", MountPath: "/whole"},
@@ -319,11 +336,13 @@ func TestVolumes(t *testing.T) {
 }
 
 func TestDeviceVariables(t *testing.T) {
-	for name, want := range map[corev1.ResourceName]bool{"vendor.example/gpu": true, "hugepages-2Mi": false, "cpu": false,
+	for name, want := range map[corev1.ResourceName]bool{"vendor.example/gpu": true,
+		"hugepages-2Mi": false, "cpu": false,
 		"kubernetes.io/x": false} {
 		var calls []string
 		pod := podOf(
-			corev1.Container{Resources: corev1.ResourceRequirements{Limits: corev1.ResourceList{name: resource.MustParse("1")}}})
+			corev1.Container{
+				Resources: corev1.ResourceRequirements{Limits: corev1.ResourceList{name: resource.MustParse("1")}}})
 		env, err := environment.Of(clientOf(t, &calls), pod).Container(t.Context(), "app")
 		if err != nil || env.GetDeviceVariables() != want {
 			t.Errorf("%s: %v, %v", name, env.GetDeviceVariables(), err)

@@ -46,7 +46,8 @@ func TakeOff(
 			}
 			o.SetGroupVersionKind(mapping.GroupVersionKind)
 			if err := takeOff(ctx, c, o, names); err != nil {
-				return had, fmt.Errorf("%s %s: take off the finalizer: %w", kind.Kind, client.ObjectKeyFromObject(o), err)
+				return had, fmt.Errorf("%s %s: take off the finalizer: %w", kind.Kind, client.ObjectKeyFromObject(o),
+					err)
 			}
 			had++
 		}

@@ -136,7 +136,8 @@ func (b *bed) notice(o client.Object) {
 		return
 	}
 	for _, ref := range o.GetOwnerReferences() {
-		b.lists.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: o.GetNamespace(), Name: ref.Name}})
+		b.lists.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: o.GetNamespace(),
+			Name: ref.Name}})
 	}
 }
 
@@ -219,7 +220,8 @@ func (b *bed) start() {
 	b.r.Prepare()
 	lists := &joblist.Reconciler{Client: c, Recorder: b, Log: log}
 	limiter := func() workqueue.TypedRateLimiter[reconcile.Request] {
-		return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
+		return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond,
+			30*time.Second)
 	}
 	b.queue, b.lists = workqueue.NewTypedRateLimitingQueue(limiter()), workqueue.NewTypedRateLimitingQueue(limiter())
 	ctx, cancel := context.WithCancel(context.Background())

@@ -49,7 +49,8 @@ func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
 // deletedState is the state of a deleted job of which nothing else is known: all nodes that the job
 // may have chosen are to be cleaned up.
 func (r *Reconciler) deletedState(ctx context.Context, job *v1beta1.ImagePullJob) (*jobState, error) {
-	// The nodes that the job chose by pods may not be the ones that it chooses now: pods may be gone.
+	// The nodes that the job chose by pods may not be the ones that it chooses now: pods may be
+	// gone.
 	job = job.DeepCopy()
 	if spec.PodSelector(job) != nil {
 		job.Spec.PodSelector, job.Spec.Selector = nil, nil

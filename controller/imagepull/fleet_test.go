@@ -77,7 +77,8 @@ type simPull struct {
 }
 
 func newFleet() *fleet {
-	f := &fleet{nodes: map[string]*simNode{}, inFlight: map[string]int{}, peak: map[string]int{}, calls: map[string]int{}}
+	f := &fleet{nodes: map[string]*simNode{}, inFlight: map[string]int{}, peak: map[string]int{},
+		calls: map[string]int{}}
 	f.ctx, f.stop = context.WithCancel(context.Background())
 	return f
 }
@@ -237,7 +238,8 @@ func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason st
 		case time.Now().Before(node.comes):
 			reason = "NotFound"
 		case node.user != "" &&
-			!slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
+			!slices.ContainsFunc(p.given,
+				func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
 			reason = "Unauthorized"
 		default:
 			reason = ""

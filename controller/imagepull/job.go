@@ -216,8 +216,8 @@ type inbox struct {
 	news map[*nodeState]struct{}
 	// cleanedUp is the number of nodes less that were active when the job ceased to choose them.
 	cleanedUp int
-	// keys are pull secrets that were read; nil if none were. urgent says that the status is to tell
-	// of them.
+	// keys are pull secrets that were read; nil if none were. urgent says that the status is to
+	// tell of them.
 	keys   *pullsecrets.Keyring
 	urgent bool
 	// waiting says that nodes wait for others to come to an end, and hurry that one has.

@@ -96,7 +96,8 @@ func TestList(t *testing.T) {
 				TTLSecondsAfterFinished: number(int32(60))},
 		}}, v1beta1.PinForAnnotation, "2h")
 		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
-		if s := l.Status; s.Desired != 2 || s.Completed != 2 || s.Succeeded != 2 || s.Active != 0 || s.StartTime == nil ||
+		if s := l.Status; s.Desired != 2 || s.Completed != 2 || s.Succeeded != 2 || s.Active != 0 ||
+			s.StartTime == nil ||
 			len(s.FailedImageStatuses) != 0 {
 			t.Errorf("status %+v", s)
 		}
@@ -106,7 +107,8 @@ func TestList(t *testing.T) {
 		}
 		child := b.get(children["a"])
 		if child.Labels[v1beta1.TemplateHashLabel] != l.Labels[v1beta1.TemplateHashLabel] ||
-			child.Spec.CompletionPolicy.TTLSecondsAfterFinished != nil || child.Annotations[v1beta1.PinForAnnotation] != "2h" ||
+			child.Spec.CompletionPolicy.TTLSecondsAfterFinished != nil ||
+			child.Annotations[v1beta1.PinForAnnotation] != "2h" ||
 			!metav1.IsControlledBy(child, l) {
 			t.Errorf("child %+v", child)
 		}
@@ -134,7 +136,8 @@ func TestListWithFailures(t *testing.T) {
 		b.addMany(1, time.Second)
 		b.add("bad", &simNode{takes: time.Second, outcome: "NotFound"})
 		b.createList("list",
-			v1beta1.ImageListPullJobSpec{Images: []string{"a"}, ImagePullJobTemplate: template{Parallelism: parallel(2)}})
+			v1beta1.ImageListPullJobSpec{Images: []string{"a"},
+				ImagePullJobTemplate: template{Parallelism: parallel(2)}})
 		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
 		s := l.Status
 		if s.Completed != 1 || s.Succeeded != 0 || len(s.FailedImageStatuses) != 1 {
@@ -153,7 +156,8 @@ func TestListDenied(t *testing.T) {
 		b.addMany(1, time.Second)
 		b.denyImage("a")
 		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"}})
-		l := b.untilList("as far as it goes", "list", time.Minute, func(l *list) bool { return l.Status.Succeeded == 1 })
+		l := b.untilList("as far as it goes", "list", time.Minute,
+			func(l *list) bool { return l.Status.Succeeded == 1 })
 		if f := l.Status.FailedImageStatuses; len(f) != 1 || f[0].Name != "a" ||
 			!strings.Contains(f[0].Message, "exceeded quota: jobs") {
 			t.Errorf("status %+v", l.Status)

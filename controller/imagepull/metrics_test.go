@@ -24,7 +24,8 @@ func TestMetrics(t *testing.T) {
 	if _, err := nodes.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
-	m.pulled(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED, Reason: "Pulled", BytesFetched: 7}, time.Second)
+	m.pulled(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED, Reason: "Pulled", BytesFetched: 7},
+		time.Second)
 	m.pulled(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_CANCELLED, Reason: "Cancelled"}, time.Second)
 	m.failed("NoProxy")
 	m.pulling(1)

@@ -21,7 +21,8 @@ func TestEndlessPullAndRestart(t *testing.T) {
 				b.add("slow", &simNode{takes: time.Hour, stuck: true}) // to its own timeout
 				b.create("job",
 					spec{ImagePullJobTemplate: template{Parallelism: parallel(2),
-						PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(3600)), BackoffLimit: number(int32(0))}}})
+						PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(3600)),
+							BackoffLimit: number(int32(0))}}})
 				b.until("through with one", "job", 3*time.Hour, func(j *job) bool { return j.Status.Failed == 1 })
 				b.restart()
 				j := b.until("completed", "job", 3*time.Hour, completed)
@@ -48,8 +49,9 @@ func TestEndlessPull(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addMany(2, time.Second)
 				b.create("job",
-					spec{ImagePullJobTemplate: template{PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(60)),
-						BackoffLimit: number(int32(1))}}})
+					spec{ImagePullJobTemplate: template{
+						PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(60)),
+							BackoffLimit: number(int32(1))}}})
 				// Both, since one of them pulls first.
 				b.fleet.change("node-0", func(n *simNode) { n.endless = how })
 				b.fleet.change("node-1", func(n *simNode) { n.endless = how })

@@ -41,8 +41,9 @@ func TestJob(t *testing.T) {
 		b.node("virtual", func(n *corev1.Node) { n.Labels["type"] = "virtual-kubelet" })
 		b.create("job", spec{ImagePullJobTemplate: template{
 			Parallelism: parallel(2), Selector: &v1beta1.ImagePullJobNodeSelector{},
-			PodSelector:   &v1beta1.ImagePullJobPodSelector{},
-			SandboxConfig: &v1beta1.SandboxConfig{Labels: map[string]string{"a": "b"}, Annotations: map[string]string{"c": "d"}},
+			PodSelector: &v1beta1.ImagePullJobPodSelector{},
+			SandboxConfig: &v1beta1.SandboxConfig{Labels: map[string]string{"a": "b"},
+				Annotations: map[string]string{"c": "d"}},
 		}}, v1beta1.BytesPerSecondAnnotation, "20Mi")
 		j := b.until("half way", "job", time.Minute, func(j *job) bool { return j.Status.Percent >= 20 })
 		b.want(j, "False Pulling", "3/2/0/0")
@@ -125,7 +126,8 @@ func TestNoMatchingNodes(t *testing.T) {
 		b.until("served", "never", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
 		j = b.until("completed", "soon", time.Minute, completed)
 		b.want(j, "True Succeeded", "1/0/1/0")
-		// A job that has failed begins again when somebody changes it; a job that has succeeded does not.
+		// A job that has failed begins again when somebody changes it; a job that has succeeded
+		// does not.
 		b.edit("always", func(j *job) { j.Spec.Selector = names("node-0") })
 		j = b.until("completed anew", "always", time.Minute,
 			func(j *job) bool { return completed(j) && j.Status.Succeeded == 1 })
@@ -147,7 +149,8 @@ func TestNever(t *testing.T) {
 		b.until("served late", "job", time.Minute,
 			func(j *job) bool { return j.Status.Succeeded == 4 && j.Status.Desired == 4 })
 		b.removeNode("node-0")
-		b.until("one less", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 3 && j.Status.Desired == 3 })
+		b.until("one less", "job", time.Minute,
+			func(j *job) bool { return j.Status.Succeeded == 3 && j.Status.Desired == 3 })
 		b.restart()
 		time.Sleep(time.Minute)
 		writes := b.writesOf("job")
@@ -208,7 +211,8 @@ func TestPausedAndResumed(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(4, time.Minute)
 		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(0)}})
-		j := b.until("paused", "job", time.Minute, func(j *job) bool { return condition(j, "Complete") == "False Paused" })
+		j := b.until("paused", "job", time.Minute,
+			func(j *job) bool { return condition(j, "Complete") == "False Paused" })
 		b.want(j, "False Paused", "4/0/0/0")
 		b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(2) })
 		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 2 })
@@ -269,7 +273,8 @@ func TestPullPolicyChanged(t *testing.T) {
 		b.add("fails", &simNode{takes: time.Second, outcome: "Timeout"})
 		b.add("hangs", &simNode{takes: time.Second, stuck: true})
 		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3)}})
-		b.until("under way", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 1 && j.Status.Succeeded == 1 })
+		b.until("under way", "job", time.Minute,
+			func(j *job) bool { return j.Status.Failed == 1 && j.Status.Succeeded == 1 })
 		b.fleet.change("fails", func(n *simNode) { n.outcome = "" })
 		b.edit("job", func(j *job) {
 			j.Spec.PullPolicy = &v1beta1.PullPolicy{TimeoutSeconds: number(int32(60)), BackoffLimit: number(int32(1))}
@@ -288,7 +293,8 @@ func TestPullPolicyChanged(t *testing.T) {
 func TestSelectorChanged(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(3, time.Minute)
-		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(2), Selector: names("node-0", "node-1")}})
+		b.create("job",
+			spec{ImagePullJobTemplate: template{Parallelism: parallel(2), Selector: names("node-0", "node-1")}})
 		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 2 })
 		time.Sleep(10 * time.Second)
 		b.edit("job", func(j *job) { j.Spec.Selector = names("node-1", "node-2") })
@@ -412,7 +418,8 @@ func TestDeadline(t *testing.T) {
 		b.add("slow", &simNode{takes: time.Hour})
 		b.add("away", &simNode{silent: true})
 		b.create("job", spec{ImagePullJobTemplate: template{
-			Parallelism: parallel(3), CompletionPolicy: v1beta1.CompletionPolicy{ActiveDeadlineSeconds: number(int64(60))},
+			Parallelism:      parallel(3),
+			CompletionPolicy: v1beta1.CompletionPolicy{ActiveDeadlineSeconds: number(int64(60))},
 		}})
 		begin := time.Now()
 		j := b.until("completed", "job", 5*time.Minute, completed)
@@ -421,12 +428,14 @@ func TestDeadline(t *testing.T) {
 		}
 		b.want(j, "True DeadlineExceeded", "3/0/1/2")
 		if j.Status.Message != "job exceeds activeDeadlineSeconds" ||
-			strings.Join(j.Status.FailedNodes, " ") != "away slow" || condition(j, "Succeeded") != "False DeadlineExceeded" {
+			strings.Join(j.Status.FailedNodes, " ") != "away slow" ||
+			condition(j, "Succeeded") != "False DeadlineExceeded" {
 			t.Errorf("status %+v", j.Status)
 		}
 		// The status says which nodes those are and how far they were.
 		why := meta.FindStatusCondition(j.Status.Conditions, "Succeeded").Message
-		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 || strings.Join(r[0].Nodes, " ") != "away slow" ||
+		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 ||
+			strings.Join(r[0].Nodes, " ") != "away slow" ||
 			!strings.Contains(why, "DeadlineExceeded on 2 (away, slow): ") {
 			t.Errorf("%q, reasons %+v", why, r)
 		}
@@ -457,7 +466,8 @@ func TestTwoJobsOneImage(t *testing.T) {
 		j := b.until("completed", "two", 5*time.Minute, completed)
 		b.want(j, "True Succeeded", "4/0/4/0")
 		for name := range b.fleet.begun() {
-			if pins := b.fleet.nodes[name].pins; len(pins) != 1 || !pins[simPin{"ImagePullJob/ns/two/uid-two", "nginx"}] {
+			if pins := b.fleet.nodes[name].pins; len(pins) != 1 ||
+				!pins[simPin{"ImagePullJob/ns/two/uid-two", "nginx"}] {
 				t.Errorf("%s pins %v", name, pins)
 			}
 		}
@@ -610,8 +620,8 @@ func TestPodSelector(t *testing.T) {
 		if err := b.api.Create(t.Context(), other); err != nil {
 			t.Fatal(err)
 		}
-		// node-3 has created this pod with kubelet's credentials, to get what is for the pods of the
-		// namespace.
+		// node-3 has created this pod with kubelet's credentials, to get what is for the pods of
+		// the namespace.
 		mirror := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
 			Namespace: "ns", Name: "mirror", Labels: map[string]string{"app": "web"},
 			Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"},
@@ -655,7 +665,8 @@ func secretsForTest() []client.Object {
 		secret("cfg", corev1.SecretTypeDockercfg, ".dockercfg",
 			`{"https://index.docker.io/v1/":{"username":"d","password":"`+password+`"}}`),
 		secret("opaque", corev1.SecretTypeOpaque, "x", password),
-		secret("broken", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson", `{"auths":{"a":{"auth":"`+password+`!"}}}`),
+		secret("broken", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson",
+			`{"auths":{"a":{"auth":"`+password+`!"}}}`),
 		&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default"},
 			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "cfg"}, {Name: "lost"}}},
 	}
@@ -786,13 +797,15 @@ func TestPinsAreBounded(t *testing.T) {
 		b.create("short", spec{}, v1beta1.PinForAnnotation, "1h")
 		j := b.until("completed", "long", time.Minute, completed)
 		for _, got := range b.fleet.requestsOf("node-0") {
-			want := map[bool]time.Duration{true: 12 * time.Hour, false: time.Hour}[strings.Contains(got.GetOwner(), "/long/")]
+			want := map[bool]time.Duration{true: 12 * time.Hour,
+				false: time.Hour}[strings.Contains(got.GetOwner(), "/long/")]
 			if got.GetPinFor().AsDuration() != want || got.GetPinPercent() != 30 {
 				t.Errorf("%s: pinned for %s, %d %%", got.GetOwner(), got.GetPinFor().AsDuration(), got.GetPinPercent())
 			}
 		}
 		const text = "pinned for 12h0m0s and not for 744h0m0s, which is more than this cluster allows"
-		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil || c.Status != "False" ||
+		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil ||
+			c.Status != "False" ||
 			!strings.Contains(c.Message, text) {
 			t.Errorf("conditions %+v", j.Status.Conditions)
 		}
@@ -832,7 +845,8 @@ func TestChangedAfterTheEnd(t *testing.T) {
 			}
 		}
 		b.edit("job", func(j *job) { j.Spec.CompletionPolicy.TTLSecondsAfterFinished = number(int32(3600)) })
-		j = b.until("seen", "job", time.Minute, func(j *job) bool { return j.Status.ObservedGeneration == j.Generation })
+		j = b.until("seen", "job", time.Minute,
+			func(j *job) bool { return j.Status.ObservedGeneration == j.Generation })
 		if !completed(j) || b.fleet.begun()["node-0"] > 2 {
 			t.Errorf("begun again: %+v", j.Status)
 		}

@@ -58,13 +58,15 @@ func TestComesLater(t *testing.T) {
 				}
 				t0 := template{PullSecrets: []string{"key"}}
 				b.create("job", spec{Image: "r.io/app", ImagePullJobTemplate: t0})
-				b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"r.io/app"}, ImagePullJobTemplate: t0})
+				b.createList("list",
+					v1beta1.ImageListPullJobSpec{Images: []string{"r.io/app"}, ImagePullJobTemplate: t0})
 				why := "1 node tries again, node node says: " + tt.why + ": the registry says no: look"
 				j := b.until("told why", "job", 500*time.Millisecond,
 					func(j *job) bool { return strings.HasSuffix(j.Status.Message, why) })
 				if j.Status.Message != "job is running, progress 0.0%; "+why ||
 					condition(j, kstatus.Reconciling) != "True Pulling" || j.Status.Failed != 0 ||
-					len(j.Status.SlowestNodes) != 1 || j.Status.SlowestNodes[0].Message != tt.why+": the registry says no: look" {
+					len(j.Status.SlowestNodes) != 1 ||
+					j.Status.SlowestNodes[0].Message != tt.why+": the registry says no: look" {
 					t.Errorf("status %+v", j.Status)
 				}
 				b.untilList("told why", "list", time.Second, func(l *list) bool {
@@ -84,7 +86,8 @@ func TestComesLater(t *testing.T) {
 				if j.Status.Message != "job has completed" || strings.Contains(b.told(), "PullImageFailed") {
 					t.Errorf("message %q, events:\n%s", j.Status.Message, b.told())
 				}
-				l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
+				l := b.untilList("completed", "list", time.Minute,
+					func(l *list) bool { return l.Status.CompletionTime != nil })
 				if l.Status.Succeeded != 1 {
 					t.Errorf("list %+v", l.Status)
 				}
@@ -109,7 +112,8 @@ func TestSecretsAreReadTogether(t *testing.T) {
 		}
 		b.mu.Unlock()
 		b.create("job",
-			spec{Image: "r.io/app", ImagePullJobTemplate: template{PullSecrets: []string{"key"}, Parallelism: parallel(200)}})
+			spec{Image: "r.io/app",
+				ImagePullJobTemplate: template{PullSecrets: []string{"key"}, Parallelism: parallel(200)}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True NodesFailed", "200/0/0/200")
 		synctest.Wait()
@@ -151,7 +155,8 @@ func TestFailedBeginsAnew(t *testing.T) {
 					b.edit("job", func(j *job) { j.Spec.CompletionPolicy.TTLSecondsAfterFinished = number(int32(90)) })
 					time.Sleep(70 * time.Second)
 					synctest.Wait()
-					if j := b.get("job"); !completed(j) || j.Status.Failed != 1 || j.Status.ObservedGeneration != j.Generation {
+					if j := b.get("job"); !completed(j) || j.Status.Failed != 1 ||
+						j.Status.ObservedGeneration != j.Generation {
 						t.Errorf("%+v", j)
 					}
 					b.until("deleted", "job", time.Minute, gone)
@@ -171,7 +176,8 @@ func TestFailedBeginsAnew(t *testing.T) {
 				}
 				// Success is final.
 				b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(7) })
-				j = b.until("seen", "job", time.Second, func(j *job) bool { return j.Status.ObservedGeneration == j.Generation })
+				j = b.until("seen", "job", time.Second,
+					func(j *job) bool { return j.Status.ObservedGeneration == j.Generation })
 				if !completed(j) {
 					t.Errorf("status %+v", j.Status)
 				}

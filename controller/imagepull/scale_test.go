@@ -146,7 +146,8 @@ func TestWrites(t *testing.T) {
 				for i := range n {
 					b.add(fmt.Sprintf("node-%d", i), &simNode{takes: 2 * time.Minute, steps: 100})
 				}
-				b.create("job", spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(max(n/10, 1))}})
+				b.create("job",
+					spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(max(n/10, 1))}})
 				j := b.until("completed", "job", 12*time.Hour, completed)
 				b.want(j, "True Succeeded", fmt.Sprintf("%d/0/%d/0", n, n))
 				if writes := b.writesOf("job"); writes > budget(n) || writes < 10 {

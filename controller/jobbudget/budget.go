@@ -154,7 +154,8 @@ func endsJob(job *batchv1.Job, list []*corev1.Pod, coming, more int, containers 
 	}
 	soFar := int32(0)
 	for _, p := range list {
-		for _, statuses := range [][]corev1.ContainerStatus{p.Status.InitContainerStatuses, p.Status.ContainerStatuses} {
+		for _, statuses := range [][]corev1.ContainerStatus{p.Status.InitContainerStatuses,
+			p.Status.ContainerStatuses} {
 			for _, s := range statuses {
 				soFar += s.RestartCount
 			}
@@ -167,7 +168,8 @@ func endsJob(job *batchv1.Job, list []*corev1.Pod, coming, more int, containers 
 	if coming > 0 {
 		under = fmt.Sprintf(", %d under way", coming)
 	}
-	return fmt.Sprintf("a restart of %s would end Job %s: with restartPolicy OnFailure each restart counts against its "+
+	return fmt.Sprintf("a restart of %s would end Job %s: with restartPolicy OnFailure each restart "+
+		"counts against its "+
 		"backoffLimit, which is %d (%d so far%s); raise spec.backoffLimit of the Job, "+
 		"or set annotation %s: \"true\" to restart all the same",
 		plural("container", containers), job.Name, limit, soFar, under, IgnoreAnnotation)
@@ -219,7 +221,8 @@ func podsOf(ctx context.Context, live client.Reader, job *batchv1.Job) ([]*corev
 	var counted []*corev1.Pod
 	for i := range all.Items {
 		p := &all.Items[i]
-		if metav1.IsControlledBy(p, job) && (p.Status.Phase == corev1.PodRunning || p.Status.Phase == corev1.PodPending) {
+		if metav1.IsControlledBy(p, job) && (p.Status.Phase == corev1.PodRunning ||
+			p.Status.Phase == corev1.PodPending) {
 			counted = append(counted, p)
 		}
 	}

@@ -64,12 +64,12 @@ func (g *Gate) set(open bool) {
 type Group struct {
 	Lookout *Lookout
 	Gate    *Gate
-	// SetUp adds the controllers, once, before the gate opens for the first time. While the gate has
-	// never been open, no controller watches anything, so OpenKruise's definitions of the kinds do not
-	// matter.
+	// SetUp adds the controllers, once, before the gate opens for the first time. While the gate
+	// has never been open, no controller watches anything, so OpenKruise's definitions of the kinds
+	// do not matter.
 	SetUp func(context.Context) error
-	// Kindless says that these controllers do not need the definitions of the kinds: the gate is open
-	// whenever OpenKruise is not there.
+	// Kindless says that these controllers do not need the definitions of the kinds: the gate is
+	// open whenever OpenKruise is not there.
 	Kindless bool
 	// HandOver leaves the objects to OpenKruise. The Group calls it with the gate closed, each time
 	// OpenKruise has come.

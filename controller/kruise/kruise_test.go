@@ -58,7 +58,8 @@ func (c *cluster) List(_ context.Context, list client.ObjectList, opts ...client
 	}
 	for _, ns := range c.daemons {
 		l := list.(*metav1.PartialObjectMetadataList)
-		l.Items = append(l.Items, metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: DaemonSet}})
+		l.Items = append(l.Items,
+			metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: DaemonSet}})
 	}
 	return c.err
 }
@@ -219,9 +220,11 @@ func TestComesAndGoes(t *testing.T) {
 				func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
 					after(Every + time.Second)
 					if open(g) || did.said() != "handed over" {
-						t.Errorf("open %v, did %q: want nothing begun, and objects left to it at the second try", open(g), did.said())
+						t.Errorf("open %v, did %q: want nothing begun, and objects left to it at the second try",
+							open(g), did.said())
 					}
-					if n := l.Note(); !l.There() || !strings.Contains(n, "left to OpenKruise") || !strings.Contains(n, sign.text) {
+					if n := l.Note(); !l.There() || !strings.Contains(n, "left to OpenKruise") ||
+						!strings.Contains(n, sign.text) {
 						t.Errorf("note %q does not name %q", n, sign.text)
 					}
 					c.change(func(c *cluster) { sign.put(c, false) })
@@ -270,7 +273,8 @@ func TestOlderDefinitions(t *testing.T) {
 	in(t, func(c *cluster, _ *record) { delete(c.served, "ImagePullJob/v1beta1") },
 		func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
 			after(time.Second)
-			if n := l.Note(); open(g) || did.said() != "" || !strings.Contains(n, "ImagePullJob in apps.kruise.io/v1beta1") ||
+			if n := l.Note(); open(g) || did.said() != "" ||
+				!strings.Contains(n, "ImagePullJob in apps.kruise.io/v1beta1") ||
 				!strings.Contains(n, "deploy/crds") {
 				t.Errorf("open %v, did %q, note %q", open(g), did.said(), n)
 			}

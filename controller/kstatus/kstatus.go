@@ -22,12 +22,13 @@ const (
 type Standing int
 
 const (
-	// AtWork says that the object progresses by itself, or waits for something that comes by itself or
-	// that the user has asked it to wait for.
+	// AtWork says that the object progresses by itself, or waits for something that comes by itself
+	// or that the user has asked it to wait for.
 	AtWork Standing = iota
 	// Current says that the object is as its spec says: kstatus' Current.
 	Current
-	// Failed says that the object does not progress until somebody changes something: kstatus' Failed.
+	// Failed says that the object does not progress until somebody changes something: kstatus'
+	// Failed.
 	Failed
 )
 

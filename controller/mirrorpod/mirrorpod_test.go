@@ -17,14 +17,18 @@ func TestIs(t *testing.T) {
 	}{
 		"a user's": {},
 		"a ReplicaSet's": {
-			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "n"}}},
+			metav1.ObjectMeta{
+				OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "n"}}},
 			false},
 		"another group's": {
-			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "example.com/v1", Kind: "Node", Name: "n"}}},
+			metav1.ObjectMeta{
+				OwnerReferences: []metav1.OwnerReference{{APIVersion: "example.com/v1", Kind: "Node", Name: "n"}}},
 			false},
-		"with the annotation": {metav1.ObjectMeta{Annotations: map[string]string{corev1.MirrorPodAnnotationKey: ""}}, true},
+		"with the annotation": {metav1.ObjectMeta{Annotations: map[string]string{corev1.MirrorPodAnnotationKey: ""}},
+			true},
 		"a node's": {
-			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "n"}}}, true},
+			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "n"}}},
+			true},
 	} {
 		if got := Is(&corev1.Pod{ObjectMeta: tt.meta}); got != tt.want {
 			t.Errorf("%s: %v", name, got)

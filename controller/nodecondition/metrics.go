@@ -36,7 +36,8 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 		}),
 		nodes: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "criproxy_controller_nodes",
-			Help: "Nodes, by what is known of their cri-proxy: in_path, bypassed, silent (it does not answer any more), " +
+			Help: "Nodes, by what is known of their cri-proxy: in_path, bypassed, silent (it does not answer any " +
+				"more), " +
 				"none (it never has).",
 		}, []string{"state"}),
 		states: map[string]string{},

@@ -27,15 +27,15 @@ import (
 )
 
 const (
-	// DefaultEvery is how often the controller asks a node. A bypass lasts until a person has looked
-	// at the node, so minutes are soon enough. Meanwhile the node itself refuses the commands that the
-	// bypass concerns.
+	// DefaultEvery is how often the controller asks a node. A bypass lasts until a person has
+	// looked at the node, so minutes are soon enough. Meanwhile the node itself refuses the
+	// commands that the bypass concerns.
 	DefaultEvery = 5 * time.Minute
-	// strangerEvery is how many times longer the controller waits with a node that has never answered:
-	// the node may have no cri-proxy.
+	// strangerEvery is how many times longer the controller waits with a node that has never
+	// answered: the node may have no cri-proxy.
 	strangerEvery = 6
-	// patience is how many questions in a row a node may leave unanswered before its condition becomes
-	// Unknown.
+	// patience is how many questions in a row a node may leave unanswered before its condition
+	// becomes Unknown.
 	patience = 3
 	// jitter is the fraction by which the time between two questions varies.
 	jitter = 0.1
@@ -158,7 +158,8 @@ func (r *Reconciler) judge(
 func (r *Reconciler) write(ctx context.Context, node *corev1.Node, now, next *corev1.NodeCondition) error {
 	at := metav1.Now()
 	change := map[string]any{
-		"type": next.Type, "status": next.Status, "reason": next.Reason, "message": next.Message, "lastHeartbeatTime": at,
+		"type": next.Type, "status": next.Status, "reason": next.Reason, "message": next.Message,
+		"lastHeartbeatTime": at,
 	}
 	if now == nil || now.Status != next.Status {
 		change["lastTransitionTime"] = at

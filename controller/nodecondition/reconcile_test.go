@@ -75,10 +75,12 @@ func TestReconcile(t *testing.T) {
 			writes: 1, state: "in_path"},
 		{name: "bypassed and back", said: []answer{inPath, past, past, inPath},
 			want: []string{"False InPath", "True Bypassed", "True Bypassed", "False InPath"},
-			events: []string{"Warning CRIProxyBypassedBypassed kubelet is led past cri-proxy since 2026: it has ended 5 times",
+			events: []string{"Warning CRIProxyBypassedBypassed kubelet is led past cri-proxy since 2026: it has " +
+				"ended 5 times",
 				"Normal CRIProxyBypassedInPath kubelet's calls come through cri-proxy"},
 			writes: 3, state: "in_path"},
-		{name: "no cri-proxy there", said: []answer{gone, gone, gone, gone}, want: []string{"", "", "", ""}, state: "none"},
+		{name: "no cri-proxy there", said: []answer{gone, gone, gone, gone}, want: []string{"", "", "", ""},
+			state: "none"},
 		{name: "it does not answer any more", said: []answer{past, gone, gone, gone, gone, past},
 			want: []string{"True Bypassed", "True Bypassed", "True Bypassed", "Unknown NoAnswer",
 				"Unknown NoAnswer", "True Bypassed"},
@@ -101,13 +103,15 @@ func TestReconcile(t *testing.T) {
 					{Type: "Other", Status: corev1.ConditionTrue, Message: "of somebody else"}},
 			}}
 			writes := 0
-			c := fake.NewClientBuilder().WithObjects(node).WithStatusSubresource(node).WithInterceptorFuncs(interceptor.Funcs{
-				SubResourcePatch: func(ctx context.Context, c client.Client, name string, o client.Object, p client.Patch,
-					opts ...client.SubResourcePatchOption) error {
-					writes++
-					return c.SubResource(name).Patch(ctx, o, p, opts...)
-				},
-			}).Build()
+			c := fake.NewClientBuilder().WithObjects(node).WithStatusSubresource(node).
+				WithInterceptorFuncs(interceptor.Funcs{
+					SubResourcePatch: func(ctx context.Context, c client.Client, name string, o client.Object,
+						p client.Patch,
+						opts ...client.SubResourcePatchOption) error {
+						writes++
+						return c.SubResource(name).Patch(ctx, o, p, opts...)
+					},
+				}).Build()
 			log := logrus.New()
 			log.SetOutput(io.Discard)
 			recorder := events.NewFakeRecorder(10)
@@ -170,7 +174,8 @@ func TestReconcile(t *testing.T) {
 					t.Errorf("event %q, want %q", got[i], want)
 				}
 			}
-			want := "# HELP criproxy_controller_nodes Nodes, by what is known of their cri-proxy: in_path, bypassed, silent " +
+			want := "# HELP criproxy_controller_nodes Nodes, by what is known of their cri-proxy: in_path, bypassed, " +
+				"silent " +
 				"(it does not answer any more), none (it never has).\n# TYPE criproxy_controller_nodes gauge\n"
 			for _, state := range []string{"bypassed", "in_path", "none", "silent"} {
 				n := 0
@@ -229,7 +234,8 @@ func TestWriteFails(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	r := &nodecondition.Reconciler{Client: c, Nodes: &answers{said: []answer{past}}, NodePort: 1, Log: log}
-	if _, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}); !errors.Is(
+	if _, err := r.Reconcile(t.Context(),
+		reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}); !errors.Is(
 		err, failure) {
 		t.Errorf("error %v", err)
 	}

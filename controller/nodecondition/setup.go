@@ -58,10 +58,12 @@ func (r *Reconciler) changes() handler.EventHandler {
 		q.AddAfter(reconcile.Request{NamespacedName: types.NamespacedName{Name: name}}, pace.Reserve().Delay())
 	}
 	return handler.Funcs{
-		CreateFunc: func(_ context.Context, e event.CreateEvent, q workqueue.TypedRateLimitingInterface[reconcile.Request]) {
+		CreateFunc: func(_ context.Context, e event.CreateEvent,
+			q workqueue.TypedRateLimitingInterface[reconcile.Request]) {
 			ask(e.Object.GetName(), q)
 		},
-		UpdateFunc: func(_ context.Context, e event.UpdateEvent, q workqueue.TypedRateLimitingInterface[reconcile.Request]) {
+		UpdateFunc: func(_ context.Context, e event.UpdateEvent,
+			q workqueue.TypedRateLimitingInterface[reconcile.Request]) {
 			before, ok1 := e.ObjectOld.(*corev1.Node)
 			after, ok2 := e.ObjectNew.(*corev1.Node)
 			if !ok1 || !ok2 {
@@ -73,7 +75,8 @@ func (r *Reconciler) changes() handler.EventHandler {
 				ask(after.Name, q)
 			}
 		},
-		DeleteFunc: func(_ context.Context, e event.DeleteEvent, _ workqueue.TypedRateLimitingInterface[reconcile.Request]) {
+		DeleteFunc: func(_ context.Context, e event.DeleteEvent,
+			_ workqueue.TypedRateLimitingInterface[reconcile.Request]) {
 			r.forget(e.Object.GetName())
 		},
 	}

@@ -51,7 +51,8 @@ func TestOf(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Status: corev1.NodeStatus{Addresses: tt.addresses}}
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"},
+				Status: corev1.NodeStatus{Addresses: tt.addresses}}
 			if tt.annotation != "" {
 				n.Annotations = map[string]string{nodes.AddressAnnotation: tt.annotation}
 			}
@@ -117,7 +118,8 @@ func TestNodeTLS(t *testing.T) {
 			t.Fatalf("error %v, want the node of another CA refused", err)
 		}
 		renewed := other.Issue("cri-controller")
-		for from, to := range map[string]string{renewed.Cert: files.Cert, renewed.Key: files.Key, renewed.CA: files.CA} {
+		for from, to := range map[string]string{renewed.Cert: files.Cert, renewed.Key: files.Key,
+			renewed.CA: files.CA} {
 			text, err := os.ReadFile(from)
 			if err != nil {
 				t.Fatal(err)

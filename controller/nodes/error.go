@@ -36,7 +36,8 @@ func (e *Error) Error() string {
 	message := status.Convert(e.Err).Message()
 	switch {
 	case e.Silent:
-		return fmt.Sprintf("node %s does not answer at %s: %s (is cri-proxy running on the node, does it listen there, "+
+		return fmt.Sprintf("node %s does not answer at %s: %s (is cri-proxy running on the node, does it "+
+			"listen there, "+
 			"and does it trust this controller's certificate?)", e.Node.Name, e.Node.Address, message)
 	case e.Code() == codes.PermissionDenied || e.Code() == codes.Unauthenticated:
 		return fmt.Sprintf("node %s at %s refuses this controller: %s (is the name in the controller's certificate "+

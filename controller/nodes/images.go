@@ -29,17 +29,19 @@ func (c *Client) Pull(ctx context.Context, n Node, r *opsv1.PullRequest) (*opsv1
 
 // ListPulls returns the node's pulls, newest first.
 func (c *Client) ListPulls(ctx context.Context, n Node) ([]*opsv1.PullOperation, error) {
-	return images(ctx, c, n, "ListPulls", func(ctx context.Context, i opsv1.ImagesClient) ([]*opsv1.PullOperation, error) {
-		answer, err := i.ListPulls(ctx, &opsv1.ListPullsRequest{})
-		return answer.GetPulls(), err
-	})
+	return images(ctx, c, n, "ListPulls",
+		func(ctx context.Context, i opsv1.ImagesClient) ([]*opsv1.PullOperation, error) {
+			answer, err := i.ListPulls(ctx, &opsv1.ListPullsRequest{})
+			return answer.GetPulls(), err
+		})
 }
 
 // CancelPull ends a pull. code is one of opsv1.CancelCode... or empty, reason is for people.
 func (c *Client) CancelPull(ctx context.Context, n Node, uid, code, reason string) (*opsv1.PullOperation, error) {
-	return images(ctx, c, n, "CancelPull", func(ctx context.Context, i opsv1.ImagesClient) (*opsv1.PullOperation, error) {
-		return i.CancelPull(ctx, &opsv1.CancelPullRequest{Uid: uid, Code: code, Reason: reason})
-	})
+	return images(ctx, c, n, "CancelPull",
+		func(ctx context.Context, i opsv1.ImagesClient) (*opsv1.PullOperation, error) {
+			return i.CancelPull(ctx, &opsv1.CancelPullRequest{Uid: uid, Code: code, Reason: reason})
+		})
 }
 
 // ListPins returns the images that the node keeps, by owner.

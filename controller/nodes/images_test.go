@@ -93,7 +93,8 @@ func TestImageCommands(t *testing.T) {
 		t.Errorf("ReleasePins: %v, %v", k, err)
 	}
 	var nodeError *nodes.Error
-	if _, err := c.CancelPull(ctx, n, "u", opsv1.CancelCodeDeleted, "why"); !errors.As(err, &nodeError) || nodeError.Code() != codes.NotFound || nodeError.Silent || nodeError.Refused() {
+	if _, err := c.CancelPull(ctx, n, "u", opsv1.CancelCodeDeleted, "why"); !errors.As(err, &nodeError) ||
+		nodeError.Code() != codes.NotFound || nodeError.Silent || nodeError.Refused() {
 		t.Errorf("CancelPull: %v", err)
 	}
 	for _, tt := range []struct {

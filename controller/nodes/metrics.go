@@ -53,7 +53,8 @@ func (m *Metrics) called(method string, code codes.Code, d time.Duration) {
 var _ prometheus.Collector = (*Client)(nil)
 
 var connectionsDesc = prometheus.NewDesc("criproxy_controller_node_connections",
-	"Connections to nodes, by state: ready, connecting, failing (tried again until nobody wants the node any more), idle.",
+	"Connections to nodes, by state: ready, connecting, failing (tried again until nobody wants the node "+
+		"any more), idle.",
 	[]string{"state"}, nil)
 
 // Describe implements [prometheus.Collector].

@@ -66,15 +66,15 @@ type Follow[O Operation] struct {
 	// Each takes in a message, from Begin or from the stream. before is what the node said before;
 	// nil if nothing. Each says whether to wake the object. Nil: always.
 	Each func(ctx context.Context, before, after O) (wake bool)
-	// Until says, after Each, what follows on a message. With a positive again, the tracker ends the
-	// stream that long after the message and begins again without a pause. Nil: GoOn.
+	// Until says, after Each, what follows on a message. With a positive again, the tracker ends
+	// the stream that long after the message and begins again without a pause. Nil: GoOn.
 	Until func(after O) (next Next, again time.Duration)
 	// GiveUp says whether an error of Begin or of the stream ends all. silent is how long errors
 	// have come without news between them, taken that Begin has succeeded before. Nil: always.
 	GiveUp func(err error, silent time.Duration, taken bool) bool
-	// End is called when the operation has finished, when GiveUp ended all, and after Stop; not when
-	// the operation was forgotten. It may wait for the node. It says whether to wake the object. Nil:
-	// always.
+	// End is called when the operation has finished, when GiveUp ended all, and after Stop; not
+	// when the operation was forgotten. It may wait for the node. It says whether to wake the
+	// object. Nil: always.
 	End func(ctx context.Context, s State[O]) (wake bool)
 	// First bounds the wait for the first message of a stream. A stream that brings none counts as
 	// an error. 0: Renew bounds the wait, and there is no error.
@@ -82,8 +82,8 @@ type Follow[O Operation] struct {
 	// Renew is how long a stream may be without news before the tracker begins again, which notices
 	// a node that vanished without a word. 0: for ever.
 	Renew time.Duration
-	// Retry is the pause before the tracker begins again, after so many tries without news. Nil: the
-	// follow ends with its first stream.
+	// Retry is the pause before the tracker begins again, after so many tries without news. Nil:
+	// the follow ends with its first stream.
 	Retry func(tries int) time.Duration
 	// StreamNews says that only messages of the stream are news. Otherwise what Begin returns is,
 	// too.

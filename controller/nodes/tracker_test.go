@@ -95,7 +95,10 @@ func unstarted(t *testing.T, o nodes.TrackerOptions, test func(*trackerBed)) {
 		node := &pulls{streams: make(chan chan *opsv1.PullOperation)}
 		b := &trackerBed{pullTracker: nodes.NewPullTracker(node, o), t: t, node: node,
 			follow: pullFollow{Node: here, UID: "u", For: job,
-				Begin: func(context.Context) (*opsv1.PullOperation, error) { return at(opsv1.PullPhase_PULL_RESOLVING), nil },
+				Begin: func(context.Context) (*opsv1.PullOperation, error) {
+					return at(opsv1.PullPhase_PULL_RESOLVING),
+						nil
+				},
 				Retry: func(tries int) time.Duration { return time.Second << tries }}}
 		b.key = b.follow.Key()
 		b.queue = workqueue.NewTypedRateLimitingQueue(
@@ -172,7 +175,8 @@ func TestTracker(t *testing.T) {
 			t.Errorf("begun: %+v", s)
 		}
 		stream <- at(opsv1.PullPhase_PULL_FETCHING)
-		if s := b.state(); s.Op.GetPhase() != opsv1.PullPhase_PULL_FETCHING || !s.Heard.Equal(time.Now()) || !b.woken() {
+		if s := b.state(); s.Op.GetPhase() != opsv1.PullPhase_PULL_FETCHING || !s.Heard.Equal(time.Now()) ||
+			!b.woken() {
 			t.Errorf("under way: %+v", s)
 		}
 		stream <- done()

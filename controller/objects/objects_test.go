@@ -27,7 +27,8 @@ func TestHash(t *testing.T) {
 
 func TestClip(t *testing.T) {
 	for text, want := range map[string]string{
-		"short": "short", strings.Repeat("x", 10): strings.Repeat("x", 10), strings.Repeat("x", 11): strings.Repeat("x", 10) +
+		"short": "short", strings.Repeat("x", 10): strings.Repeat("x", 10),
+		strings.Repeat("x", 11): strings.Repeat("x", 10) +
 			"…",
 		strings.Repeat("x", 9) + "ä": strings.Repeat("x", 9) + "…",
 	} {

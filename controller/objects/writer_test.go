@@ -22,7 +22,8 @@ func TestFreshness(t *testing.T) {
 		written, cached string
 		want            bool
 	}{
-		{"10", "9", true}, {"10", "10", false}, {"9", "10", false}, {"", "1", false}, {"10", "", false}, {"10", "x", false},
+		{"10", "9", true}, {"10", "10", false}, {"9", "10", false}, {"", "1", false}, {"10", "", false},
+		{"10", "x", false},
 	} {
 		var f objects.Freshness
 		f.Wrote(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{ResourceVersion: tt.written}})

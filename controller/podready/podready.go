@@ -135,7 +135,8 @@ func (r *Reconciler) exists(ctx context.Context, holder pods.Holder) (bool, erro
 		return false, nil
 	}
 	// The finalizer comes before the key, and goes after the key.
-	return crr.Status.CompletionTime == nil || slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer), err
+	return crr.Status.CompletionTime == nil || slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer),
+		err
 }
 
 // awaitsOpening says that the gate of the pod has no condition yet, or is closed by a request,

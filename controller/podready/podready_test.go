@@ -115,10 +115,12 @@ func TestPodReady(t *testing.T) {
 	}{
 		{"new", gatedPod(""), "True", 0},
 		{"open", gatedPod("True"), "True", 0},
-		{"without the gate", change(gatedPod(""), func(p *corev1.Pod) { p.Spec.ReadinessGates = p.Spec.ReadinessGates[:1] }),
+		{"without the gate",
+			change(gatedPod(""), func(p *corev1.Pod) { p.Spec.ReadinessGates = p.Spec.ReadinessGates[:1] }),
 			"none", 0},
 		{"going away",
-			change(gatedPod(""), func(p *corev1.Pod) { p.DeletionTimestamp, p.Finalizers = &now, []string{"x/y"} }), "none", 0},
+			change(gatedPod(""), func(p *corev1.Pod) { p.DeletionTimestamp, p.Finalizers = &now, []string{"x/y"} }),
+			"none", 0},
 		{"ended", change(gatedPod(""), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }), "none", 0},
 		{"kept by another", gatedPod("[" + keyOther + "]"), "False[" + keyOther + "]", 0},
 		{"shut in words", gatedPod("by hand"), "Falseby hand", 0},
@@ -133,7 +135,8 @@ func TestPodReady(t *testing.T) {
 			r := podReady(t, tt.pod, interceptor.Funcs{})
 			result, err := r.Reconcile(t.Context(), onThePod)
 			if got := theCondition(t, r); err != nil || got != tt.want || result.RequeueAfter != tt.look {
-				t.Errorf("condition %s, again after %s, %v; want %s, %s", got, result.RequeueAfter, err, tt.want, tt.look)
+				t.Errorf("condition %s, again after %s, %v; want %s, %s", got, result.RequeueAfter, err, tt.want,
+					tt.look)
 			}
 		})
 	}

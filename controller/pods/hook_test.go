@@ -24,7 +24,8 @@ func TestHook(t *testing.T) {
 	}
 	wantGet := func(port int32, host string) *opsv1.Hook {
 		return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: &opsv1.HTTPGetAction{
-			Scheme: "HTTPS", Host: host, Port: port, Path: "/bye?x=1", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}},
+			Scheme: "HTTPS", Host: host, Port: port, Path: "/bye?x=1",
+			Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}},
 		}}}
 	}
 	tests := []struct {

@@ -45,8 +45,8 @@ func Container(pod *corev1.Pod, name string) (*corev1.Container, Kind) {
 	return nil, None
 }
 
-// Changeable finds a container that can be changed or restarted in place: a regular one or a sidecar.
-// It is nil if the pod has no such container.
+// Changeable finds a container that can be changed or restarted in place: a regular one or a
+// sidecar. It is nil if the pod has no such container.
 func Changeable(pod *corev1.Pod, name string) *corev1.Container {
 	if c, kind := Container(pod, name); kind == Regular || kind == Sidecar {
 		return c

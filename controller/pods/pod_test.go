@@ -21,7 +21,8 @@ func TestRunAs(t *testing.T) {
 		user    *int64
 	}{
 		{name: "nothing"},
-		{name: "the pod's", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, nonRoot: true, user: &one},
+		{name: "the pod's", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, nonRoot: true,
+			user: &one},
 		{name: "the pod's, and something else of its own",
 			pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, own: &corev1.SecurityContext{},
 			nonRoot: true, user: &one},

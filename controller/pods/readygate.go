@@ -81,10 +81,12 @@ func WriteHolders(ctx context.Context, c client.Client, pod *corev1.Pod, holders
 		"type": changed.Type, "status": changed.Status, "message": changed.Message,
 		"lastTransitionTime": changed.LastTransitionTime,
 	}}
-	if ready := Condition(pod, corev1.PodReady); len(holders) > 0 && ready != nil && ready.Status == corev1.ConditionTrue {
+	if ready := Condition(pod, corev1.PodReady); len(holders) > 0 && ready != nil &&
+		ready.Status == corev1.ConditionTrue {
 		// kubelet would do the same at its next sync; endpoints must not wait for it.
 		conditions = append(conditions, corev1.PodCondition{
-			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: now, Reason: "ReadinessGatesNotReady",
+			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: now,
+			Reason:  "ReadinessGatesNotReady",
 			Message: fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but False", changed.Type),
 		})
 	}

@@ -69,7 +69,8 @@ func TestStartupPassed(t *testing.T) {
 			if tt.seen > 0 {
 				seen = now.Add(-tt.seen)
 			}
-			if got, wait := pods.StartupPassed(tt.container, s, seen, tt.carried, now); got != tt.want || wait != tt.wait {
+			if got, wait := pods.StartupPassed(tt.container, s, seen, tt.carried, now); got != tt.want ||
+				wait != tt.wait {
 				t.Errorf("%v, %s", got, wait)
 			}
 		})

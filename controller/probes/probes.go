@@ -59,7 +59,8 @@ func (h *Server) Serve(ctx context.Context, m ctrl.Manager, address string) erro
 	return m.Add(&manager.Server{
 		Name: "health probe", Listener: listener, ShutdownTimeout: &end,
 		Server: &http.Server{
-			Handler: h.Handler(), ReadHeaderTimeout: readHeaders, IdleTimeout: 90 * time.Second, MaxHeaderBytes: 1 << 20,
+			Handler: h.Handler(), ReadHeaderTimeout: readHeaders, IdleTimeout: 90 * time.Second,
+			MaxHeaderBytes: 1 << 20,
 		},
 	})
 }

@@ -30,8 +30,8 @@ const DefaultAccount = "default"
 
 // Keyring holds the credentials of secrets, and what is wrong with the secrets.
 type Keyring struct {
-	// credentials are all credentials of the secrets, in the order in which kubelet tries them. Only
-	// For hands them out.
+	// credentials are all credentials of the secrets, in the order in which kubelet tries them.
+	// Only For hands them out.
 	credentials []*opsv1.RegistryCredential
 	// Asked says that there are secrets to read. Wrong says which of them cannot be used, or are
 	// empty, and why. Neither holds a secret.
@@ -76,7 +76,8 @@ func Read(
 		err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: s.name}, &secret)
 		switch {
 		case apierrors.IsNotFound(err):
-			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s does not exist in namespace %s", s.name, s.by, namespace))
+			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s does not exist in namespace %s", s.name, s.by,
+				namespace))
 			continue
 		case err != nil:
 			return nil, &UnreadableError{fmt.Errorf("reading secret %s/%s: %w", namespace, s.name, err)}
@@ -87,13 +88,15 @@ func Read(
 			continue
 		}
 		if !slices.ContainsFunc(credentials, usable) {
-			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s has no credentials: %s", s.name, s.by, whyEmpty(&secret)))
+			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s has no credentials: %s", s.name, s.by,
+				whyEmpty(&secret)))
 		}
-		// Keep empty credentials, too: kubelet asks the registry without credentials for each of them.
+		// Keep empty credentials, too: kubelet asks the registry without credentials for each of
+		// them.
 		k.credentials = append(k.credentials, credentials...)
 	}
-	// kubelet tries the longest match of a name first, and equal ones in the order in which they came
-	// (pkg/credentialprovider/keyring.go).
+	// kubelet tries the longest match of a name first, and equal ones in the order in which they
+	// came (pkg/credentialprovider/keyring.go).
 	slices.SortStableFunc(k.credentials,
 		func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
 	return k, nil
@@ -139,7 +142,8 @@ func whyEmpty(secret *corev1.Secret) string {
 	}
 	if json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config) == nil &&
 		(config.Store != "" || len(config.Helpers) > 0) {
-		return "it names only a credential store or helper (credsStore, credHelpers) of the machine that it was made on, " +
+		return "it names only a credential store or helper (credsStore, credHelpers) of the machine that it " +
+			"was made on, " +
 			"which no node can ask; " +
 			"make it with kubectl create secret docker-registry"
 	}

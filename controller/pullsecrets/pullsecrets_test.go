@@ -20,7 +20,8 @@ import (
 func TestOf(t *testing.T) {
 	meta := metav1.ObjectMeta{Namespace: "ns", Name: "keys"}
 	from := fake.NewClientBuilder().WithObjects(&corev1.Secret{
-		ObjectMeta: meta, Type: corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(
+		ObjectMeta: meta, Type: corev1.SecretTypeDockerConfigJson,
+		Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(
 			`{"auths":{"r:5000":{"username":"host"},"r:5000/team":{"username":"path"},` +
 				`"r":{"username":"port"},"*.example":{"username":"glob"},"quay.io":{"username":"other"}}}`)},
 	}, &corev1.ServiceAccount{

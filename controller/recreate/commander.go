@@ -356,7 +356,8 @@ func (n *commander) findReplacement(ctx context.Context, c *container) {
 	c.op = replacement(operations, n.podUID(), c.name, pods.BareID(c.pinned.ContainerID))
 	if c.op == nil {
 		c.op = proto.Clone(refusal).(*opsv1.ContainerOperation)
-		c.op.Message = fmt.Sprintf("container %s is no longer the one the request was made for (%s): it has ended since "+
+		c.op.Message = fmt.Sprintf("container %s is no longer the one the request was made for (%s): it has "+
+			"ended since "+
 			"and kubelet has started it again, so it was left alone; create another request, or set forceRecreate",
 			c.name, c.pinned.ContainerID)
 	} else {

@@ -63,7 +63,8 @@ func (c *container) stopped() bool {
 	switch c.op.GetPhase() {
 	case opsv1.Phase_PHASE_STARTING:
 		return c.op.GetMethod() != opsv1.MethodOverlap // there the new container goes first
-	case opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED, opsv1.Phase_PHASE_CANCELLED:
+	case opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED,
+		opsv1.Phase_PHASE_CANCELLED:
 		return true
 	}
 	return false

@@ -45,7 +45,8 @@ func tellInFields(
 			list = append(list, next.ContainerStatusSnapshot[i]) // as it was when the container succeeded
 		case c.status != nil:
 			list = append(list, syncStatus{
-				Name: c.name, Ready: c.status.Ready, RestartCount: c.status.RestartCount, ContainerID: c.status.ContainerID,
+				Name: c.name, Ready: c.status.Ready, RestartCount: c.status.RestartCount,
+				ContainerID: c.status.ContainerID,
 			})
 		}
 	}

@@ -32,8 +32,10 @@ func filledIn(id string, restarts int32) *appsv1alpha1.ContainerRecreateRequestC
 func TestFilledIn(t *testing.T) {
 	port := intstr.FromString("bye")
 	hook := func(p *corev1.Pod) {
-		p.Spec.TerminationGracePeriodSeconds = pointer(int64(7 * 24 * 3600)) // more than a node accepts as a request's own
-		p.Spec.Containers[0].Ports = []corev1.ContainerPort{{Name: "bye", ContainerPort: 8080, Protocol: corev1.ProtocolTCP}}
+		// more than a node accepts as a request's own
+		p.Spec.TerminationGracePeriodSeconds = pointer(int64(7 * 24 * 3600))
+		p.Spec.Containers[0].Ports = []corev1.ContainerPort{
+			{Name: "bye", ContainerPort: 8080, Protocol: corev1.ProtocolTCP}}
 		p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{
 			PreStop: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/", Port: port}}}
 	}
@@ -66,7 +68,8 @@ func TestFilledIn(t *testing.T) {
 	b.wantStates(got, "app Succeeded killed; web Succeeded killed")
 	for _, r := range b.node.Requests() {
 		if c := r.GetContainers()[0]; c.GracePeriodSeconds != nil {
-			t.Errorf("the node was told a grace of %d s for %s, and knows the pod's", c.GetGracePeriodSeconds(), c.GetName())
+			t.Errorf("the node was told a grace of %d s for %s, and knows the pod's", c.GetGracePeriodSeconds(),
+				c.GetName())
 		}
 	}
 }
@@ -81,7 +84,8 @@ func TestReplacedSinceCreation(t *testing.T) {
 	b.node.Run(podUID, "app", "kubelets", 1)
 	b.kubelet("", "app", "kubelets", 1)
 	crr := b.until("completed", retired, "a")
-	wantContains(t, "message", crr.Status.Message, "is no longer the one the request was made for (containerd://old-app)")
+	wantContains(t, "message", crr.Status.Message,
+		"is no longer the one the request was made for (containerd://old-app)")
 }
 
 // TestReplacedAtCreation: where the webhook has read a status that did not show the last restart
@@ -160,8 +164,9 @@ func TestNotFilledIn(t *testing.T) {
 func TestBothForms(t *testing.T) {
 	b := newBed(t, func(p *corev1.Pod) {
 		p.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: appsv1alpha1.KruisePodReadyConditionType}}
-		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType,
-			Status: corev1.ConditionTrue})
+		p.Status.Conditions = append(p.Status.Conditions,
+			corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType,
+				Status: corev1.ConditionTrue})
 	})
 	b.stopClock()
 	b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
@@ -170,7 +175,8 @@ func TestBothForms(t *testing.T) {
 		t.Helper()
 		c := meta.FindStatusCondition(crr.Status.Conditions, appsv1alpha1.PreRecreateGraceCondition)
 		if c == nil || c.Status != metav1.ConditionTrue || c.Reason != appsv1alpha1.PreRecreateGraceCondition ||
-			!strings.HasPrefix(c.Message, "the pod was taken out of service for this request") || // also when it is back
+			// also when it is back
+			!strings.HasPrefix(c.Message, "the pod was taken out of service for this request") ||
 			c.LastTransitionTime.UTC().Format(time.RFC3339) != crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation] {
 			t.Errorf("condition %+v, annotation %s", c, crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation])
 		}

@@ -45,7 +45,8 @@ func (h *hanging) swallow(ctx context.Context, n nodes.Node) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.waiting[n.Name]--
-	return &nodes.Error{Node: n, Method: "Restart", Err: status.Error(codes.DeadlineExceeded, "no answer"), Silent: true}
+	return &nodes.Error{Node: n, Method: "Restart", Err: status.Error(codes.DeadlineExceeded, "no answer"),
+		Silent: true}
 }
 
 func (h *hanging) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error) {

@@ -29,8 +29,9 @@ func TestHooks(t *testing.T) {
 	b.create("a", spec{Containers: containers("app", "web")})
 	b.until("completed", isCompleted, "a")
 	app, web := b.node.Requests()[0].GetContainers()[0], b.node.Requests()[1].GetContainers()[0]
-	if get := app.GetPreStop().GetHttpGet(); get.GetPort() != 9000 || get.GetHost() != "192.0.2.7" || app.GetPostStart().
-		GetHttpGet().GetHost() != "h" {
+	if get := app.GetPreStop().GetHttpGet(); get.GetPort() != 9000 || get.GetHost() != "192.0.2.7" ||
+		app.GetPostStart().
+			GetHttpGet().GetHost() != "h" {
 		t.Errorf("node got %v", app)
 	}
 	if web.GetPreStop() != nil {
@@ -51,7 +52,8 @@ func TestHookEvents(t *testing.T) {
 				Warnings: []string{`preStop hook failed: command ["x"] exited with 3: s3cret`, "something else"},
 			},
 			want: []string{
-				"Warning FailedPreStopHook PreStopHook failed", "Warning FailedPreStopHook container app: PreStopHook failed",
+				"Warning FailedPreStopHook PreStopHook failed",
+				"Warning FailedPreStopHook container app: PreStopHook failed",
 				"Warning RestartWarning something else", "Warning RestartWarning container app: something else",
 			},
 		},

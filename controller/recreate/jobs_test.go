@@ -66,7 +66,8 @@ func TestRestartsThatEndJobs(t *testing.T) {
 		annotations map[string]string
 		want        string
 	}{
-		{name: "none is left", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"}, want: refused},
+		{name: "none is left", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
+			want: refused},
 		{name: "the first is the last", policy: corev1.RestartPolicyOnFailure, limit: 1, containers: []string{"app"},
 			want: refused},
 		{name: "one is left", policy: corev1.RestartPolicyOnFailure, limit: 2, containers: []string{"app"}},
@@ -76,7 +77,8 @@ func TestRestartsThatEndJobs(t *testing.T) {
 			containers: []string{"app"}, want: "is 6 (5 so far)"},
 		{name: "other pods have left one", policy: corev1.RestartPolicyOnFailure, limit: 6, others: []int32{2, 2},
 			containers: []string{"app"}},
-		{name: "Never does not count restarts", policy: corev1.RestartPolicyNever, limit: 0, containers: []string{"app"}},
+		{name: "Never does not count restarts", policy: corev1.RestartPolicyNever, limit: 0,
+			containers: []string{"app"}},
 		{name: "forced", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
 			strategy: how{ForceRecreate: true}},
 		{name: "by annotation", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
@@ -89,7 +91,8 @@ func TestRestartsThatEndJobs(t *testing.T) {
 			b.addJob(tt.limit, tt.others...)
 			s := spec{PodName: "pod", Containers: containers(tt.containers...), Strategy: &tt.strategy}
 			err := accept.Check(context.Background(), b.client,
-				&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations}, Spec: s})
+				&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations},
+					Spec: s})
 			if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("the webhook says %v", err)
 			}

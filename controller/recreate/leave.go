@@ -42,7 +42,8 @@ func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (int, e
 				!slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 				continue
 			}
-			if err := retry.RetryOnConflict(retry.DefaultRetry, func() error { return r.release(ctx, crr) }); err != nil {
+			if err := retry.RetryOnConflict(retry.DefaultRetry,
+				func() error { return r.release(ctx, crr) }); err != nil {
 				errs = append(errs, fmt.Errorf("request %s: %w", client.ObjectKeyFromObject(crr), err))
 				continue
 			}

@@ -71,7 +71,8 @@ type pass struct {
 func newPass(q *request) *pass {
 	wrote := func(what string, _ *appsv1alpha1.ContainerRecreateRequest) { q.r.Metrics.Wrote(what) }
 	return &pass{request: q, node: commander{request: q}, events: teller{q},
-		writer: objects.Writer[*appsv1alpha1.ContainerRecreateRequest]{Client: q.r.Client, Wrote: wrote, Kind: "request"}}
+		writer: objects.Writer[*appsv1alpha1.ContainerRecreateRequest]{Client: q.r.Client, Wrote: wrote,
+			Kind: "request"}}
 }
 
 // advance takes a request that has not completed a step further.
@@ -353,7 +354,8 @@ func (p *pass) complete(ctx context.Context, message string, end func(*container
 		}
 	}
 	if message == "" && len(wrong) > 0 {
-		message = fmt.Sprintf("%d of %d containers failed: %s", len(wrong), len(p.containers), strings.Join(wrong, "; "))
+		message = fmt.Sprintf("%d of %d containers failed: %s", len(wrong), len(p.containers),
+			strings.Join(wrong, "; "))
 	}
 	now := metav1.NewTime(p.r.now())
 	next := p.crr.Status.DeepCopy()

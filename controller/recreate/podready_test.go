@@ -39,7 +39,8 @@ func TestPodReadyBesideADrain(t *testing.T) {
 		}
 	}
 	look("True")
-	b.create("at-work", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
+	b.create("at-work",
+		spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 	b.until("draining", func(crr *request) bool { return crr.Status.Phase == recreating }, "at-work")
 	look("False[" + atWork + "]")
 	b.after(31 * time.Second)

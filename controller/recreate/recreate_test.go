@@ -111,7 +111,8 @@ func onNode(name, container string) nodes.Key {
 func newBed(t *testing.T, change ...func(*corev1.Pod)) *bed {
 	t.Helper()
 	ca := fleet.NewCA(t)
-	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1), nodeWake: make(chan struct{}, 1),
+	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1),
+		nodeWake: make(chan struct{}, 1),
 		recorder: events.NewFakeRecorder(1000)}
 	b.node = fleet.Serve(t, ca.Issue("node-1"))
 	b.node.Swapped = b.kubelet
@@ -367,7 +368,8 @@ func (b *bed) until(what string, done func(*request) bool, names ...string) *req
 		case <-b.nodeWake:
 		case <-b.podWake:
 		case <-late:
-			b.t.Fatalf("waiting until %s: request is %s; node got %v", what, describe(b.get(names[0])), b.node.Commanded())
+			b.t.Fatalf("waiting until %s: request is %s; node got %v", what, describe(b.get(names[0])),
+				b.node.Commanded())
 		}
 	}
 }
@@ -469,7 +471,8 @@ func TestRecreate(t *testing.T) {
 		t.Errorf("snapshot is %s, want %s", got, want)
 	}
 	req := b.node.Requests()[0]
-	if len(b.node.Requests()) != 1 || req.GetUid() != "uid-a.app" || req.GetPod().GetUid() != podUID || req.GetForce() ||
+	if len(b.node.Requests()) != 1 || req.GetUid() != "uid-a.app" || req.GetPod().GetUid() != podUID ||
+		req.GetForce() ||
 		req.GetContainers()[0].GetExpectedContainerId() != "containerd://old-app" ||
 		req.GetContainers()[0].GracePeriodSeconds != nil ||
 		req.GetRequester() != "ContainerRecreateRequest/ns/a/uid-a" {
@@ -483,7 +486,8 @@ func TestRecreate(t *testing.T) {
 	}
 	told := b.eventsSoFar()
 	wantContains(t, "events", told,
-		"Normal RestartedContainer Restarted container app in place for ContainerRecreateRequest a, it was down for 6ms")
+		"Normal RestartedContainer Restarted container app in place for ContainerRecreateRequest a, it was "+
+			"down for 6ms")
 	if strings.Contains(told, "Warning") {
 		t.Errorf("events: %s", told)
 	}
@@ -542,8 +546,9 @@ func TestTwoContainers(t *testing.T) {
 	t.Run("one had ended by itself, and another controller comes", func(t *testing.T) {
 		for name, end := range map[string]func(b *bed) (kubelet func()){
 			"the node knows": func(b *bed) func() {
-				b.node.Fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning",
-					Message: "it ended"})
+				b.node.Fail("app",
+					&opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning",
+						Message: "it ended"})
 				return func() {}
 			},
 			"the pod tells that it ended": func(b *bed) func() {
@@ -643,8 +648,9 @@ func TestFailure(t *testing.T) {
 		b.node.Fail("app", broken)
 		b.create("a", spec{Containers: containers("app", "web"), Strategy: &how{OrderedRecreate: true}})
 		crr := b.until("completed", isCompleted, "a")
-		b.wantStates(crr, "app Failed: starting the new container: no such file; web Failed: left alone: container app "+
-			"failed and failurePolicy is Fail")
+		b.wantStates(crr,
+			"app Failed: starting the new container: no such file; web Failed: left alone: container app "+
+				"failed and failurePolicy is Fail")
 		wantContains(t, "message", crr.Status.Message, "2 of 2 containers failed: app: starting")
 		if got := b.node.Commanded(); !slices.Equal(got, []string{"app"}) {
 			t.Errorf("node got %v", got)
@@ -676,7 +682,8 @@ func TestFailure(t *testing.T) {
 		b.until("both commanded", func(*request) bool { return len(b.node.Commanded()) == 3 }, "a")
 		app()
 		b.wantStates(b.until("completed", isCompleted, "a"),
-			"app Failed: starting the new container: no such file; web Failed: not recreated: an earlier container of the "+
+			"app Failed: starting the new container: no such file; web Failed: not recreated: an earlier container "+
+				"of the "+
 				"request failed and failurePolicy is Fail")
 		if id := b.node.ID(podUID, "web"); id != "old-web" {
 			t.Errorf("web is %s", id)
@@ -701,7 +708,8 @@ func TestDeadline(t *testing.T) {
 			"app Failed: recreating has exceeded the activeDeadlineSeconds: the container had not been stopped and " +
 				"was left alone", false},
 		{"is too late once it has", opsv1.Phase_PHASE_STARTING,
-			"app Failed killed: recreating has exceeded the activeDeadlineSeconds: the container was already being stopped, " +
+			"app Failed killed: recreating has exceeded the activeDeadlineSeconds: the container was already being " +
+				"stopped, " +
 				"the node finishes the restart", true},
 	}
 	for _, tt := range tests {
@@ -858,14 +866,16 @@ func TestSecondRequest(t *testing.T) {
 			b.create("a", spec{Containers: containers("app")})
 			b.until("under way", b.phaseIs(recreating, "app"), "a")
 			b.create("b", spec{Containers: containers("app"), Strategy: &how{ForceRecreate: force}})
-			crr := b.until("the second waits", func(crr *request) bool { return len(crr.Status.ContainerRecreateStates) > 0 },
+			crr := b.until("the second waits",
+				func(crr *request) bool { return len(crr.Status.ContainerRecreateStates) > 0 },
 				"b")
 			b.wantStates(crr, "app Pending: waits for an earlier operation on this container")
 			if crr.Status.Phase != pending {
 				t.Errorf("phase %s", crr.Status.Phase)
 			}
 			release()
-			second := b.until("both complete", func(crr *request) bool { return isCompleted(crr) && isCompleted(b.get("a")) },
+			second := b.until("both complete",
+				func(crr *request) bool { return isCompleted(crr) && isCompleted(b.get("a")) },
 				"b", "a")
 			b.wantStates(b.get("a"), "app Succeeded killed")
 			want, id := "app Succeeded", "new1"
@@ -907,7 +917,8 @@ func TestContainerReplacedOtherwise(t *testing.T) {
 }
 
 func TestControllerRestart(t *testing.T) {
-	for _, at := range []opsv1.Phase{opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING} {
+	for _, at := range []opsv1.Phase{opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_STOPPING,
+		opsv1.Phase_PHASE_STARTING} {
 		t.Run(at.String(), func(t *testing.T) {
 			b := newBed(t)
 			release := b.node.Hold("app", at)
@@ -987,7 +998,8 @@ func TestDrain(t *testing.T) {
 	}
 	conditions := func(b *bed) (gate, ready *corev1.PodCondition) {
 		var pod corev1.Pod
-		if err := b.client.Get(context.Background(), types.NamespacedName{Namespace: "ns", Name: "pod"}, &pod); err != nil {
+		if err := b.client.Get(context.Background(), types.NamespacedName{Namespace: "ns", Name: "pod"},
+			&pod); err != nil {
 			b.t.Fatal(err)
 		}
 		return pods.Condition(&pod, appsv1alpha1.KruisePodReadyConditionType), pods.Condition(&pod, corev1.PodReady)
@@ -995,7 +1007,8 @@ func TestDrain(t *testing.T) {
 	t.Run("with the gate", func(t *testing.T) {
 		b := newBed(t, gate)
 		b.stopClock()
-		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
+		b.create("a",
+			spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 		crr := b.until("draining", func(crr *request) bool { return crr.Status.Phase == recreating }, "a")
 		b.wantStates(crr, "app Pending")
 		if !slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) ||
@@ -1017,7 +1030,8 @@ func TestDrain(t *testing.T) {
 		b.after(32 * time.Second)
 		crr = b.until("completed", retired, "a")
 		b.wantStates(crr, "app Succeeded killed")
-		if c, _ := conditions(b); c.Status != corev1.ConditionFalse || c.Message != `[{"userAgent":"Other","key":"x"}]` {
+		if c, _ := conditions(b); c.Status != corev1.ConditionFalse ||
+			c.Message != `[{"userAgent":"Other","key":"x"}]` {
 			t.Errorf("condition %+v, want only the other's key", c)
 		}
 		// One of the status for each state that is seen on the way (Pending, Recreating, killed,
@@ -1029,7 +1043,8 @@ func TestDrain(t *testing.T) {
 	t.Run("deleted while draining", func(t *testing.T) {
 		b := newBed(t, gate)
 		b.changePod(func(p *corev1.Pod) { pods.Condition(p, appsv1alpha1.KruisePodReadyConditionType).Message = "" })
-		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
+		b.create("a",
+			spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 		crr := b.until("draining", func(crr *request) bool { return crr.Status.Phase == recreating }, "a")
 		if err := b.client.Delete(context.Background(), crr); err != nil {
 			t.Fatal(err)
@@ -1042,7 +1057,8 @@ func TestDrain(t *testing.T) {
 	t.Run("the API server does not have it", func(t *testing.T) {
 		b := newBed(t, gate)
 		b.denies.Store(true)
-		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
+		b.create("a",
+			spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 		crr := b.until("completed", retired, "a")
 		wantContains(t, "states", states(crr), "app Failed")
 		wantContains(t, "message", crr.Status.ContainerRecreateStates[0].Message, "a policy keeps pods in service")
@@ -1053,9 +1069,11 @@ func TestDrain(t *testing.T) {
 	})
 	t.Run("without the gate there is no wait", func(t *testing.T) {
 		b := newBed(t)
-		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(3600))}})
+		b.create("a",
+			spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(3600))}})
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
-		wantContains(t, "events", b.eventsSoFar(), "Warning NoReadinessGate pod pod has no readiness gate KruisePodReady")
+		wantContains(t, "events", b.eventsSoFar(),
+			"Warning NoReadinessGate pod pod has no readiness gate KruisePodReady")
 	})
 }
 
@@ -1096,7 +1114,8 @@ func TestRefused(t *testing.T) {
 		{"postStart that cannot be run", func(p *corev1.Pod) {
 			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{
 				PostStart: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
-		}, "", "app", "container app has a postStart handler that kubelet would stop the new container for (tcpSocket is " +
+		}, "", "app", "container app has a postStart handler that kubelet would stop the new container for " +
+			"(tcpSocket is " +
 			"not a handler kubelet runs)"},
 	}
 	for _, tt := range tests {
@@ -1172,7 +1191,8 @@ func TestPodGone(t *testing.T) {
 		}
 		b.wake()
 		crr := b.until("completed", retired, "a")
-		if crr.Status.Message != "pod has gone" || b.node.Operation("uid-a.app").GetPhase() != opsv1.Phase_PHASE_CANCELLED {
+		if crr.Status.Message != "pod has gone" || b.node.Operation("uid-a.app").
+			GetPhase() != opsv1.Phase_PHASE_CANCELLED {
 			t.Errorf("message %q, operation %v", crr.Status.Message, b.node.Operation("uid-a.app"))
 		}
 	})
@@ -1182,7 +1202,8 @@ func TestMinStartedSeconds(t *testing.T) {
 	b := newBed(t)
 	b.create("a", spec{Containers: containers("app"), Strategy: &how{MinStartedSeconds: 300}})
 	crr := b.until("the new container runs", b.restarted, "a")
-	result, err := b.r.Reconcile(context.Background(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(crr)})
+	result, err := b.r.Reconcile(context.Background(),
+		reconcile.Request{NamespacedName: client.ObjectKeyFromObject(crr)})
 	if err != nil || result.RequeueAfter <= 0 || result.RequeueAfter > 300*time.Second || isCompleted(b.get("a")) {
 		t.Fatalf("result %v, error %v, %s", result, err, describe(b.get("a")))
 	}
@@ -1244,7 +1265,8 @@ func TestStartFirst(t *testing.T) {
 			b := newBed(t)
 			crr := create(b, order, how{})
 			wantContains(t, "message", crr.Status.Message,
-				fmt.Sprintf("annotation cri-proxy.io/restart-order is %q: it must be StopFirst or StartFirst, or left out", order))
+				fmt.Sprintf("annotation cri-proxy.io/restart-order is %q: it must be StopFirst or StartFirst, or "+
+					"left out", order))
 			if len(b.node.Requests()) != 0 {
 				t.Errorf("node got %v", b.node.Commanded())
 			}
@@ -1254,7 +1276,8 @@ func TestStartFirst(t *testing.T) {
 		b := newBed(t)
 		crr := create(b, "StartFirst", how{MinStartedSeconds: 3601})
 		wantContains(t, "message", crr.Status.Message,
-			"container app: minStartedSeconds is 3601, and at most 3600 with annotation cri-proxy.io/restart-order: StartFirst")
+			"container app: minStartedSeconds is 3601, and at most 3600 with annotation cri-proxy.io/restart-order: "+
+				"StartFirst")
 	})
 }
 
@@ -1271,7 +1294,8 @@ func TestNewContainerEnds(t *testing.T) {
 }
 
 func TestStaticPod(t *testing.T) {
-	b := newBed(t, func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "static-uid"} })
+	b := newBed(t,
+		func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "static-uid"} })
 	b.node.Run("static-uid", "app", "old-app", 0)
 	b.create("a", spec{Containers: containers("app")})
 	b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")

@@ -47,13 +47,15 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m manager.Manager, wo
 		return err
 	}
 	indexer := m.GetFieldIndexer()
-	if err := indexer.IndexField(ctx, &appsv1alpha1.ContainerRecreateRequest{}, podNameIndex, indexPodName); err != nil {
+	if err := indexer.IndexField(ctx, &appsv1alpha1.ContainerRecreateRequest{}, podNameIndex,
+		indexPodName); err != nil {
 		return err
 	}
 	return builder.ControllerManagedBy(m).
 		Named("containerrecreaterequest").
 		For(&appsv1alpha1.ContainerRecreateRequest{}).
-		Watches(&corev1.Pod{}, handler.EnqueueRequestsFromMapFunc(r.requestsOfPod), builder.WithPredicates(podChanges())).
+		Watches(&corev1.Pod{}, handler.EnqueueRequestsFromMapFunc(r.requestsOfPod),
+			builder.WithPredicates(podChanges())).
 		WatchesRawSource(spread).
 		WatchesRawSource(r.tracker.Source()).
 		WithOptions(controller.Options{MaxConcurrentReconciles: workers, RateLimiter: retry.RateLimiter()}).
@@ -79,7 +81,8 @@ func (r *Reconciler) requestsOfPod(ctx context.Context, pod client.Object) []rec
 	var list appsv1alpha1.ContainerRecreateRequestList
 	ofPod := client.MatchingFields{podNameIndex: pod.GetName()}
 	if err := r.Client.List(ctx, &list, client.InNamespace(pod.GetNamespace()), ofPod); err != nil {
-		r.Log.WithError(err).WithField("pod", client.ObjectKeyFromObject(pod).String()).Warn("listing the requests of a pod")
+		r.Log.WithError(err).WithField("pod", client.ObjectKeyFromObject(pod).String()).
+			Warn("listing the requests of a pod")
 		return nil
 	}
 	var requests []reconcile.Request
@@ -112,6 +115,7 @@ func isTrue(b *bool) bool { return b != nil && *b }
 func sameStatus(a, b corev1.ContainerStatus) bool {
 	return a.Name == b.Name && a.ContainerID == b.ContainerID && a.Ready == b.Ready &&
 		isTrue(a.Started) == isTrue(b.Started) && a.RestartCount == b.RestartCount &&
-		(a.State.Running == nil) == (b.State.Running == nil) && (a.State.Terminated == nil) == (b.State.Terminated == nil) &&
+		(a.State.Running == nil) == (b.State.Running == nil) &&
+		(a.State.Terminated == nil) == (b.State.Terminated == nil) &&
 		(a.State.Waiting == nil) == (b.State.Waiting == nil)
 }

@@ -37,7 +37,8 @@ func TestSlimPod(t *testing.T) {
 	whole := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: "ns", Name: "pod", UID: "u", ResourceVersion: "7",
-			Annotations: map[string]string{"a": "b", corev1.MirrorPodAnnotationKey: "m"}, Labels: map[string]string{"c": "d"},
+			Annotations:   map[string]string{"a": "b", corev1.MirrorPodAnnotationKey: "m"},
+			Labels:        map[string]string{"c": "d"},
 			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "x"}},
 		},
 		Spec: corev1.PodSpec{
@@ -65,7 +66,8 @@ func TestSlimPod(t *testing.T) {
 	for _, pod := range []*corev1.Pod{whole, Slim(t, whole)} {
 		unmanaged := pod.DeepCopy()
 		unmanaged.ManagedFields = nil
-		from := fake.NewClientBuilder().WithObjects(unmanaged, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}).Build()
+		from := fake.NewClientBuilder().WithObjects(unmanaged, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}).
+			Build()
 		a, _, err := accept.Read(t.Context(), from, from, crr)
 		if err != nil || a.PodUID != "u" || a.NodeName != "n" || a.Containers["app"].ContainerID != "containerd://x" ||
 			a.Containers["app"].RestartCount != 3 {

@@ -48,12 +48,14 @@ func TestObserve(t *testing.T) {
 	shown := func(id string, restarts int32, ready bool, age time.Duration) *corev1.ContainerStatus {
 		return &corev1.ContainerStatus{
 			Name: "app", ContainerID: "containerd://" + id, RestartCount: restarts, Ready: ready,
-			State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(now.Add(-age))}},
+			State: corev1.ContainerState{
+				Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(now.Add(-age))}},
 		}
 	}
 	ended := func(code int32) *corev1.ContainerStatus {
 		s := shown("new", 1, false, 0)
-		s.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: code, Reason: "Completed"}}
+		s.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: code,
+			Reason: "Completed"}}
 		return s
 	}
 	waiting := shown("new", 1, false, 0)
@@ -100,16 +102,19 @@ func TestObserve(t *testing.T) {
 			want: "app Recreating killed"},
 		{name: "a later one of kubelet's", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: shown("newer", 2, true, 0),
 			want: "app Succeeded killed"},
-		{name: "an unknown one that is not later", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: shown("odd", 1, true, 0),
-			want: "app Recreating killed"},
+		{name: "an unknown one that is not later", op: op(opsv1.Phase_PHASE_SUCCEEDED),
+			status: shown("odd", 1, true, 0),
+			want:   "app Recreating killed"},
 		{name: "too young", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: shown("new", 1, true, 4*time.Second),
 			minStarted: 10 * time.Second, want: "app Recreating killed", wait: 6 * time.Second},
 		{name: "just old enough", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: shown("new", 1, true, 10*time.Second),
 			minStarted: 10 * time.Second, want: "app Succeeded killed"},
-		{name: "node clock an hour ahead", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: shown("new", 1, true, -time.Hour),
+		{name: "node clock an hour ahead", op: op(opsv1.Phase_PHASE_SUCCEEDED),
+			status:     shown("new", 1, true, -time.Hour),
 			minStarted: 10 * time.Second, firstSeen: now.Add(-11 * time.Second), want: "app Succeeded killed"},
 		{name: "crash loop", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: waiting,
-			want: "app Recreating killed: the new container is waiting (CrashLoopBackOff); waiting for it to become ready"},
+			want: "app Recreating killed: the new container is waiting (CrashLoopBackOff); waiting for it to " +
+				"become ready"},
 		{name: "ended, Always", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: ended(0),
 			want: "app Recreating killed: the new container exited with code 0; waiting for it to become ready"},
 		{name: "ended, Never", op: op(opsv1.Phase_PHASE_SUCCEEDED), status: ended(1), policy: corev1.RestartPolicyNever,
@@ -131,9 +136,10 @@ func TestObserve(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			c := &container{
-				name: "app", op: tt.op, replaced: tt.replaced, status: tt.status, spec: tt.spec, firstSeen: tt.firstSeen,
-				strategy: accept.Strategy{MinStarted: tt.minStarted},
-				pinned:   accept.Identity{ContainerID: "containerd://old"},
+				name: "app", op: tt.op, replaced: tt.replaced, status: tt.status, spec: tt.spec,
+				firstSeen: tt.firstSeen,
+				strategy:  accept.Strategy{MinStarted: tt.minStarted},
+				pinned:    accept.Identity{ContainerID: "containerd://old"},
 			}
 			c.state.Name, c.state.Phase = "app", tt.before
 			pod := &corev1.Pod{Spec: corev1.PodSpec{RestartPolicy: tt.policy}}
@@ -193,12 +199,14 @@ func TestDecide(t *testing.T) {
 		{name: "only those not commanded", containers: []c{{phase: recreating, commanded: true, s: parallel},
 			{phase: pending, s: parallel}}, command: []string{"b"}},
 		{name: "all at once, but one is ordered",
-			containers: []c{{phase: pending, s: parallel}, {phase: pending, s: accept.Strategy{Parallel: true, Ordered: true}},
+			containers: []c{{phase: pending, s: parallel},
+				{phase: pending, s: accept.Strategy{Parallel: true, Ordered: true}},
 				{phase: pending, s: parallel}}, command: []string{"a", "c"}},
 		{name: "one had ended by itself", containers: []c{{phase: failed, ended: true}, {phase: pending}},
 			command: []string{"b"}},
 		{name: "one had ended by itself, ordered",
-			containers: []c{{phase: failed, ended: true, s: ordered}, {phase: pending, s: ordered}}, skipped: []string{"b"}},
+			containers: []c{{phase: failed, ended: true, s: ordered}, {phase: pending, s: ordered}},
+			skipped:    []string{"b"}},
 		{name: "nothing left", containers: []c{{phase: succeeded}, {phase: failed, s: ignoring}}},
 		{name: "ordered, first", containers: []c{{phase: pending, s: ordered}, {phase: pending, s: ordered}},
 			command: []string{"a"}},
@@ -209,16 +217,19 @@ func TestDecide(t *testing.T) {
 		{name: "ordered, failed and ignored",
 			containers: []c{{phase: failed, s: accept.Strategy{Ordered: true, IgnoreFailure: true}},
 				{phase: pending, s: ordered}}, command: []string{"b"}},
-		{name: "only the last is ordered", containers: []c{{phase: recreating, op: stopped}, {phase: recreating, op: stopped},
-			{phase: pending, s: ordered}}},
-		{name: "failed", containers: []c{{phase: failed}, {phase: pending}, {phase: pending}}, skipped: []string{"b", "c"}},
+		{name: "only the last is ordered",
+			containers: []c{{phase: recreating, op: stopped}, {phase: recreating, op: stopped},
+				{phase: pending, s: ordered}}},
+		{name: "failed", containers: []c{{phase: failed}, {phase: pending}, {phase: pending}},
+			skipped: []string{"b", "c"}},
 		{name: "failed later in the list", containers: []c{{phase: pending}, {phase: failed}}, skipped: []string{"a"}},
 		{name: "failed with others under way", containers: []c{{phase: failed}, {phase: recreating, commanded: true},
 			{phase: pending, commanded: true}}, cancel: []string{"c"}},
 		{name: "drain", containers: []c{{phase: pending, s: drained}}, gated: true, drain: true},
 		{name: "drain without a gate", containers: []c{{phase: pending, s: drained}}, command: []string{"a"}},
-		{name: "draining", containers: []c{{phase: pending, s: drained}}, gated: true, unready: now.Add(-10 * time.Second),
-			wait: 20 * time.Second},
+		{name: "draining", containers: []c{{phase: pending, s: drained}}, gated: true,
+			unready: now.Add(-10 * time.Second),
+			wait:    20 * time.Second},
 		{name: "drained", containers: []c{{phase: pending, s: drained}}, gated: true, unready: now.Add(-half),
 			command: []string{"a"}},
 		{name: "one of two drains", containers: []c{{phase: pending, s: drained}, {phase: pending}}, gated: true,

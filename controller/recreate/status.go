@@ -14,7 +14,8 @@ import (
 
 // untouched says that no node has taken an operation of the request.
 func (p *pass) untouched() bool {
-	return !slices.ContainsFunc(p.containers, func(c *container) bool { return c.op != nil || c.state.Phase != pending })
+	return !slices.ContainsFunc(p.containers,
+		func(c *container) bool { return c.op != nil || c.state.Phase != pending })
 }
 
 func (p *pass) phase() appsv1alpha1.ContainerRecreateRequestPhase {

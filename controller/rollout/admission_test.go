@@ -464,7 +464,8 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 								return nil
 							}
 							failed++
-							return apierrors.NewInternalError(errors.New(`failed calling webhook "sign.example.com": connection refused`))
+							return apierrors.NewInternalError(
+								errors.New(`failed calling webhook "sign.example.com": connection refused`))
 						}
 						b.create("web", spec{Target: ref(of), Containers: to("app:2"),
 							Strategy: settings{ProgressDeadlineSeconds: 120}})

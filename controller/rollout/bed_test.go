@@ -140,7 +140,8 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		b.fleet.swap, b.fleet.runs, b.fleet.moved = b.swapped, b.runs, b.moved
 		// Without managed fields, which nobody reads and most of the time would go into.
 		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
-		b.api = b.counting(fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build())
+		b.api = b.counting(fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).
+			WithStatusSubresource(&rollout{}).Build())
 		b.start()
 		defer func() {
 			b.kill()
@@ -345,7 +346,8 @@ func (b *bed) start() {
 		NodePort: nodes.DefaultPort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
-		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
+		return workqueue.NewTypedRateLimitingQueue(
+			workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

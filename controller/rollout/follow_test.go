@@ -101,7 +101,8 @@ func (b *bed) annotate(kind, key, value string) {
 func (b *bed) scale(kind string) {
 	b.t.Helper()
 	if kind == workload.KindStatefulSet {
-		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Replicas = replicas(int(*s.Spec.Replicas) - 1) })
+		user(b, &appsv1.StatefulSet{},
+			func(s *appsv1.StatefulSet) { s.Spec.Replicas = replicas(int(*s.Spec.Replicas) - 1) })
 	} else {
 		user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.MinReadySeconds++ })
 	}
@@ -371,7 +372,8 @@ func TestFollowNot(t *testing.T) {
 			"OnDelete") || b.get("statefulset-web") != nil {
 			t.Errorf("events\n%s", b.told())
 		}
-		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.OnDeleteStatefulSetStrategyType })
+		user(b, &appsv1.StatefulSet{},
+			func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.OnDeleteStatefulSetStrategyType })
 		b.until("there", "statefulset-web", time.Minute, ended)
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) {
 			s.Spec.Template.Spec.Containers[0].Image = "app:2"
@@ -504,7 +506,8 @@ func TestCountIsTheWorkloads(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(3)
 		b.addStatefulSet(3)
-		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
+		user(b, &appsv1.StatefulSet{},
+			func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
 		b.remove("web-1")
 		time.Sleep(5 * time.Second)
 		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:1")})

@@ -149,7 +149,9 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			return false // another worker was quicker
 		}
 		if cs.ContainerID != "" {
-			cs.LastTerminationState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
+			cs.LastTerminationState = corev1.ContainerState{
+				Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(),
+					FinishedAt: metav1.Now()}}
 		}
 		p.Status.Phase = corev1.PodRunning
 		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image,

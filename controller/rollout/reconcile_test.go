@@ -324,7 +324,9 @@ func TestPodsChange(t *testing.T) {
 		b.addPod("pending", "")
 		b.addPod("broken", "node-2", func(p *corev1.Pod) {
 			p.Status.ContainerStatuses = []corev1.ContainerStatus{
-				{Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"app:1\""}}},
+				{Name: "app",
+					State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff",
+						Message: "Back-off pulling image \"app:1\""}}},
 				{Name: "side", Image: "side:1", ContainerID: "containerd://s", Ready: true,
 					State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}},
 			}
@@ -421,8 +423,9 @@ func TestBudget(t *testing.T) {
 		b.fleet.holds = nodeHolds / 10 // nodes may, and it is the number of times that matters
 		budget := &policyv1.PodDisruptionBudget{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"},
-			Spec:       policyv1.PodDisruptionBudgetSpec{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}},
-			Status:     policyv1.PodDisruptionBudgetStatus{DesiredHealthy: 6},
+			Spec: policyv1.PodDisruptionBudgetSpec{
+				Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}},
+			Status: policyv1.PodDisruptionBudgetStatus{DesiredHealthy: 6},
 		}
 		if err := b.api.Create(t.Context(), budget); err != nil {
 			t.Fatal(err)
@@ -495,7 +498,9 @@ func TestPullSecrets(t *testing.T) {
 		for _, name := range []string{"of-pod", "of-account"} {
 			secret := &corev1.Secret{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: corev1.SecretTypeDockerConfigJson,
-				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://index.docker.io/v1/":{"username":"` + name + `","password":"p"},"elsewhere":{"username":"u","password":"p"}}}`)},
+				Data: map[string][]byte{
+					corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://index.docker.io/v1/":{"username":"` + name +
+						`","password":"p"},"elsewhere":{"username":"u","password":"p"}}}`)},
 			}
 			if err := b.api.Create(t.Context(), secret); err != nil {
 				t.Fatal(err)

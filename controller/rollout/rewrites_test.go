@@ -192,7 +192,8 @@ func TestCommitGivesUp(t *testing.T) {
 					if asked++; asked == 1 {
 						return nil
 					}
-					return apierrors.NewInternalError(errors.New(`failed calling webhook "sign.example.com": connection refused`))
+					return apierrors.NewInternalError(
+						errors.New(`failed calling webhook "sign.example.com": connection refused`))
 				}
 				b.create("all", spec{Target: all(), Containers: to("app:2"),
 					Strategy: settings{Order: inplace.StartFirst, OnFailure: policy, ProgressDeadlineSeconds: 120}})
@@ -249,7 +250,9 @@ func TestIsThereUnprepared(t *testing.T) {
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
 			cs := pods.Status(p, "app")
-			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}
+			cs.Ready, cs.State = false,
+				corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff",
+					Message: "back-off"}}
 			setReady(p, false)
 			return true
 		})

@@ -83,7 +83,8 @@ func TestStartupProbe(t *testing.T) {
 				}
 				carried := tt.version != "v1.34.4+k3s1"
 				for _, p := range b.fleet.prepared() {
-					if hold := p.GetContainers()[0].GetHoldProbes().AsDuration(); hold != map[bool]time.Duration{true: 14 * time.Second}[carried] {
+					if hold := p.GetContainers()[0].GetHoldProbes().
+						AsDuration(); hold != map[bool]time.Duration{true: 14 * time.Second}[carried] {
 						t.Errorf("probes are held for %s", hold)
 					}
 				}

@@ -302,7 +302,8 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 	}
 }
 
-// addLeftOut adds to the message how many pods the rollout leaves alone though they have its labels.
+// addLeftOut adds to the message how many pods the rollout leaves alone though they have its
+// labels.
 func (s *summary) addLeftOut(next *inplace.InPlaceRolloutStatus) {
 	if text := workload.LeftOut(s.target.Mirrors); text != "" {
 		next.Message += "; " + text

@@ -29,7 +29,8 @@ func (b *bed) watchTurns() turnsOf {
 	for _, pod := range b.pods() {
 		b.watch(pod.Name, func(before, now *corev1.Pod) {
 			m := evaluate.StateOf(now)
-			if m == nil || before.Annotations[inplace.PodStateAnnotation] == now.Annotations[inplace.PodStateAnnotation] {
+			if m == nil ||
+				before.Annotations[inplace.PodStateAnnotation] == now.Annotations[inplace.PodStateAnnotation] {
 				return
 			}
 			seen := turns[now.Name]
@@ -51,7 +52,9 @@ func (b *bed) watchTurns() turnsOf {
 // others leave the pods alone until it has ended, with the controller killed on the way or not.
 func TestSameInstant(t *testing.T) {
 	one := inplace.Target{PodName: "web-0"}
-	labelled := inplace.Target{Selector: &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "app", Operator: metav1.LabelSelectorOpExists}}}}
+	labelled := inplace.Target{
+		Selector: &metav1.LabelSelector{
+			MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "app", Operator: metav1.LabelSelectorOpExists}}}}
 	side := []change{{Name: "side"}}
 	for _, tt := range []struct {
 		name     string
@@ -98,7 +101,8 @@ func TestSameInstant(t *testing.T) {
 						waiting := 0
 						for _, name := range names {
 							if r := b.get(name); condition(r,
-								inplace.ConditionProgressing) == "True WaitingForRollout" && strings.HasPrefix(r.Status.Message, "waiting for InPlaceRollout ") {
+								inplace.ConditionProgressing) == "True WaitingForRollout" &&
+								strings.HasPrefix(r.Status.Message, "waiting for InPlaceRollout ") {
 								waiting++
 							}
 						}
@@ -174,7 +178,8 @@ func TestFirst(t *testing.T) {
 					return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" &&
 						condition(r, inplace.ConditionComplete) == "False WaitingForRollout" &&
 						strings.HasPrefix(r.Status.Message,
-							"waiting for InPlaceRollout "+tt.first+", which is at work on pod web-0: it goes on when") && r.Status.StartTime == nil
+							"waiting for InPlaceRollout "+tt.first+", which is at work on pod web-0: it goes on "+
+								"when") && r.Status.StartTime == nil
 				})
 				if !strings.Contains(b.told(), second+" Normal WaitingForRollout: ") {
 					t.Errorf("events\n%s", b.told())
@@ -249,14 +254,18 @@ func TestStepBack(t *testing.T) {
 		}
 		slow := settings{DrainSeconds: 30}
 		b.createInTurn("web", spec{Target: all(), Containers: to("app:2"), Strategy: slow})
-		b.createInTurn("db", spec{Target: inplace.Target{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "db"}}}, Containers: to("app:3"), Strategy: slow})
+		b.createInTurn("db",
+			spec{Target: inplace.Target{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "db"}}},
+				Containers: to("app:3"), Strategy: slow})
 		b.until("draining", "db", time.Minute, func(*rollout) bool { return b.unready() == 2 })
 		common := b.pod("db-2")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "db-2"}, common.UID, func(p *corev1.Pod) bool {
 			p.Labels = map[string]string{"app": "db", "also": "web"}
 			return true
 		})
-		b.create("also", spec{Target: inplace.Target{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"also": "web"}}}, Containers: to("app:4")})
+		b.create("also",
+			spec{Target: inplace.Target{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"also": "web"}}},
+				Containers: to("app:4")})
 		b.until("waiting", "also", 10*time.Second, func(r *rollout) bool {
 			return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" &&
 				strings.Contains(r.Status.Message, "InPlaceRollout db, which is at work on pod db-2")

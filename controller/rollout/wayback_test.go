@@ -217,7 +217,8 @@ func TestGateStaysShut(t *testing.T) {
 					b.addPods(2, 2, gated)
 				} else {
 					b.addStatefulSet(2, func(s *appsv1.StatefulSet) {
-						s.Spec.Template.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}
+						s.Spec.Template.Spec.ReadinessGates = []corev1.PodReadinessGate{
+							{ConditionType: inplace.ReadyGate}}
 					})
 					target = ref(kind)
 				}

@@ -221,7 +221,8 @@ func TestRefused(t *testing.T) {
 		{"no such workload", ref(workload.KindDaemonSet), func(*bed) {}, to("app:2")[0],
 			"there is no DaemonSet web in namespace ns"},
 		{"a strategy that replaces pods", ref(workload.KindStatefulSet), func(b *bed) {
-			b.addStatefulSet(1, func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType })
+			b.addStatefulSet(1,
+				func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType })
 		}, to("app:2")[0], "set updateStrategy.type to OnDelete"},
 		{"no such container", ref(workload.KindDeployment), func(b *bed) { b.addDeployment(1) },
 			change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},
@@ -276,7 +277,8 @@ func TestNotInPlace(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(3)
 		b.addStatefulSet(3)
-		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
+		user(b, &appsv1.StatefulSet{},
+			func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
 		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
 		b.until("left", "web", time.Minute,
 			func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })

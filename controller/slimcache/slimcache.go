@@ -49,7 +49,8 @@ func slimPod(in any) (any, error) {
 		var slim []corev1.Container
 		for _, c := range list {
 			kept := corev1.Container{
-				Name: c.Name, Image: c.Image, ImagePullPolicy: c.ImagePullPolicy, Ports: c.Ports, Lifecycle: c.Lifecycle,
+				Name: c.Name, Image: c.Image, ImagePullPolicy: c.ImagePullPolicy, Ports: c.Ports,
+				Lifecycle:     c.Lifecycle,
 				RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
 				StartupProbe: slimProbe(c.StartupProbe), ReadinessProbe: slimProbe(c.ReadinessProbe),
 			}
@@ -60,7 +61,8 @@ func slimPod(in any) (any, error) {
 		}
 		return slim
 	}
-	slim.Spec.Containers, slim.Spec.InitContainers = containers(pod.Spec.Containers), containers(pod.Spec.InitContainers)
+	slim.Spec.Containers, slim.Spec.InitContainers = containers(pod.Spec.Containers),
+		containers(pod.Spec.InitContainers)
 	for _, c := range pod.Spec.EphemeralContainers {
 		slim.Spec.EphemeralContainers = append(slim.Spec.EphemeralContainers,
 			corev1.EphemeralContainer{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: c.Name}})
@@ -70,7 +72,8 @@ func slimPod(in any) (any, error) {
 		for _, c := range list {
 			slim = append(slim, corev1.ContainerStatus{
 				Name: c.Name, State: c.State, Ready: c.Ready, Started: c.Started, RestartCount: c.RestartCount,
-				ContainerID: c.ContainerID, Image: c.Image, ImageID: c.ImageID, LastTerminationState: c.LastTerminationState,
+				ContainerID: c.ContainerID, Image: c.Image, ImageID: c.ImageID,
+				LastTerminationState: c.LastTerminationState,
 			})
 		}
 		return slim
@@ -98,7 +101,8 @@ func slimNode(in any) (any, error) {
 	}
 	slim := &corev1.Node{ObjectMeta: slimMeta(&node.ObjectMeta, nodes.AddressAnnotation)}
 	slim.Labels = node.Labels
-	slim.Status.Addresses, slim.Status.NodeInfo.KubeletVersion = node.Status.Addresses, node.Status.NodeInfo.KubeletVersion
+	slim.Status.Addresses, slim.Status.NodeInfo.KubeletVersion = node.Status.Addresses,
+		node.Status.NodeInfo.KubeletVersion
 	for _, c := range node.Status.Conditions {
 		if c.Type == corev1.NodeReady || c.Type == nodes.BypassedCondition {
 			// Without the times: a heartbeat is no change.

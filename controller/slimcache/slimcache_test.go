@@ -37,7 +37,8 @@ func TestPod(t *testing.T) {
 	whole := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: "ns", Name: "pod", UID: "u", ResourceVersion: "7",
-			Annotations: map[string]string{"a": "b", corev1.MirrorPodAnnotationKey: "m"}, Labels: map[string]string{"c": "d"},
+			Annotations:   map[string]string{"a": "b", corev1.MirrorPodAnnotationKey: "m"},
+			Labels:        map[string]string{"c": "d"},
 			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "x"}},
 		},
 		Spec: corev1.PodSpec{
@@ -77,7 +78,8 @@ func TestKeepsWhatChooses(t *testing.T) {
 		}},
 	}).(*corev1.Node)
 	if node.Labels["a"] != "b" || len(node.Status.Conditions) != 1 ||
-		node.Status.Conditions[0].Status != corev1.ConditionTrue || !node.Status.Conditions[0].LastHeartbeatTime.IsZero() {
+		node.Status.Conditions[0].Status != corev1.ConditionTrue ||
+		!node.Status.Conditions[0].LastHeartbeatTime.IsZero() {
 		t.Errorf("node %+v", node)
 	}
 	chosen := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: labels}, Spec: corev1.PodSpec{NodeName: "n"}}

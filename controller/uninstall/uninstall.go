@@ -150,7 +150,8 @@ func (d *departure) clean(ctx context.Context) error {
 	if !there && err == nil {
 		opened, err := podready.Leave(ctx, d.client, d.log)
 		note(err)
-		d.say("%d pods are in service again that waited at the gate %s", opened, appsv1alpha1.KruisePodReadyConditionType)
+		d.say("%d pods are in service again that waited at the gate %s", opened,
+			appsv1alpha1.KruisePodReadyConditionType)
 		kinds = append(kinds, appsv1alpha1.KruisePodReadyConditionType)
 		// Nobody else takes these off.
 		ofRequests = append(ofRequests, appsv1alpha1.UnreadyAcquiredFinalizer)

@@ -36,7 +36,8 @@ func cluster(t *testing.T, objects ...client.Object) (*departure, *bytes.Buffer)
 	var out bytes.Buffer
 	c := fake.NewClientBuilder().WithScheme(types).WithObjects(objects...).WithStatusSubresource(&corev1.Pod{}).
 		WithRESTMapper(testrestmapper.TestOnlyStaticRESTMapper(types)).
-		WithIndex(&appsv1.DaemonSet{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).
+		WithIndex(&appsv1.DaemonSet{}, "metadata.name",
+			func(o client.Object) []string { return []string{o.GetName()} }).
 		Build()
 	return &departure{client: c, namespace: "cri-proxy-system", lease: "cri-controller", log: log, out: &out}, &out
 }
@@ -47,7 +48,8 @@ func TestUninstallStops(t *testing.T) {
 	d, _ := cluster(t,
 		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller"},
 			Spec: appsv1.DeploymentSpec{Replicas: new(int32(2)), Selector: &metav1.LabelSelector{MatchLabels: labels}}},
-		&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller-1", Labels: labels}},
+		&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller-1",
+			Labels: labels}},
 	)
 	done := make(chan error, 1)
 	go func() { done <- d.stop(t.Context()) }()
@@ -137,7 +139,8 @@ func TestUninstallCleans(t *testing.T) {
 	}
 	for name, want := range map[string]corev1.ConditionStatus{"shut": corev1.ConditionTrue, "new": corev1.ConditionTrue,
 		"by-hand":     corev1.ConditionFalse,
-		"kruises-new": corev1.ConditionTrue, "kruises-orphan": corev1.ConditionTrue, "kruises-other": corev1.ConditionFalse} {
+		"kruises-new": corev1.ConditionTrue, "kruises-orphan": corev1.ConditionTrue,
+		"kruises-other": corev1.ConditionFalse} {
 		var p corev1.Pod
 		get(name, &p)
 		if len(p.Status.Conditions) != 1 || p.Status.Conditions[0].Status != want {

@@ -53,7 +53,8 @@ func IsCode(err error, code int) bool {
 	return errors.As(err, &refused) && refused.Code == code
 }
 
-// Do sends in, unless it is nil, as JSON, with PATCH as a merge patch, and reads the answer into out.
+// Do sends in, unless it is nil, as JSON, with PATCH as a merge patch, and reads the answer into
+// out.
 func (c *Client) Do(ctx context.Context, method, path string, in, out any) error {
 	var body io.Reader
 	if in != nil {

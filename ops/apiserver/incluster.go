@@ -18,7 +18,8 @@ import (
 // serviceAccountDir is where kubelet puts a pod's token.
 const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// InCluster returns a client with the ServiceAccount of the pod that this process runs in. The caller closes it.
+// InCluster returns a client with the ServiceAccount of the pod that this process runs in. The
+// caller closes it.
 func InCluster() (*Client, error) {
 	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
@@ -36,6 +37,8 @@ func InCluster() (*Client, error) {
 	if !pool.AppendCertsFromPEM(ca) {
 		return nil, errors.New("ServiceAccount: ca.crt holds no PEM certificate")
 	}
-	transport := &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}, MaxIdleConns: 1}
-	return New("https://"+net.JoinHostPort(host, port), strings.TrimSpace(string(token)), &http.Client{Transport: transport, Timeout: requestTimeout}), nil
+	transport := &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool},
+		MaxIdleConns: 1}
+	return New("https://"+net.JoinHostPort(host, port), strings.TrimSpace(string(token)),
+		&http.Client{Transport: transport, Timeout: requestTimeout}), nil
 }

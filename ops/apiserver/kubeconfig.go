@@ -33,7 +33,8 @@ const (
 	pluginTimeout = time.Minute
 )
 
-// kubeconfig is what is needed of k8s.io/client-go/tools/clientcmd/api/v1.Config. Paths in it are relative to the file.
+// kubeconfig is what is needed of k8s.io/client-go/tools/clientcmd/api/v1.Config. Paths in it are
+// relative to the file.
 type kubeconfig struct {
 	CurrentContext string `yaml:"current-context"`
 	Contexts       []struct {
@@ -72,7 +73,8 @@ type user struct {
 	Exec      *plugin `yaml:"exec"`
 }
 
-// plugin is a program that prints credentials, see k8s.io/client-go/pkg/apis/clientauthentication/v1.
+// plugin is a program that prints credentials, see
+// k8s.io/client-go/pkg/apis/clientauthentication/v1.
 type plugin struct {
 	APIVersion string   `yaml:"apiVersion"`
 	Command    string   `yaml:"command"`
@@ -83,9 +85,10 @@ type plugin struct {
 	} `yaml:"env"`
 }
 
-// Connect reads a kubeconfig and the files that it names, which kubelet rotates, and returns a client of its API server. The caller
-// closes it. Nothing is dialled yet. environ is the environment of whose file it is: it has the proxies, and an exec plugin gets it. Nil is
-// that of this process.
+// Connect reads a kubeconfig and the files that it names, which kubelet rotates, and returns a
+// client of its API server. The caller closes it. Nothing is dialled yet. environ is the
+// environment of whose file it is: it has the proxies, and an exec plugin gets it. Nil is that of
+// this process.
 func Connect(ctx context.Context, file string, environ []string) (*Client, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -115,7 +118,8 @@ func clientOf(ctx context.Context, text []byte, dir string, environ []string) (*
 		return nil, fmt.Errorf("server %q: want https://host:port", cl.Server)
 	}
 	if cl.Insecure {
-		return nil, errors.New("it skips the verification of the API server's certificate, whose word decides who may command this node; give certificate-authority instead")
+		return nil, errors.New("it skips the verification of the API server's certificate, whose word decides who " +
+			"may command this node; give certificate-authority instead")
 	}
 	settings := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: cl.TLSServerName}
 	ca, err := material(dir, "certificate-authority", cl.CA, cl.CAData)
@@ -152,7 +156,8 @@ func clientOf(ctx context.Context, text []byte, dir string, environ []string) (*
 		}
 		transport.Proxy = http.ProxyURL(proxy)
 	}
-	c := New(strings.TrimSuffix(server.String(), "/"), creds.token, &http.Client{Transport: transport, Timeout: requestTimeout})
+	c := New(strings.TrimSuffix(server.String(), "/"), creds.token,
+		&http.Client{Transport: transport, Timeout: requestTimeout})
 	c.user = user
 	return c, nil
 }
@@ -214,7 +219,8 @@ func (u *user) credentials(ctx context.Context, dir string, environ []string) (c
 		return c, errors.New("client-certificate and client-key go together")
 	}
 	if c.cert == nil && c.token == "" {
-		return c, errors.New("the user has no client certificate, no token and no exec plugin: is this kubelet's own file, and has kubelet joined the cluster?")
+		return c, errors.New("the user has no client certificate, no token and no exec plugin: is this kubelet's own " +
+			"file, and has kubelet joined the cluster?")
 	}
 	return c, nil
 }
@@ -229,7 +235,8 @@ func (p *plugin) run(ctx context.Context, dir string, environ []string) (c crede
 	} else {
 		command = process.LookPath(environ, command)
 	}
-	info, err := json.Marshal(map[string]any{"apiVersion": p.APIVersion, "kind": "ExecCredential", "spec": map[string]any{"interactive": false}})
+	info, err := json.Marshal(map[string]any{"apiVersion": p.APIVersion, "kind": "ExecCredential",
+		"spec": map[string]any{"interactive": false}})
 	if err != nil {
 		return c, err
 	}

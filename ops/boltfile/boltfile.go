@@ -18,8 +18,8 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// LockPatience is how long opening waits for another process to let go of a file: a predecessor that drains holds it until its
-// operations have ended.
+// LockPatience is how long opening waits for another process to let go of a file: a predecessor
+// that drains holds it until its operations have ended.
 const LockPatience = 10 * time.Second
 
 // ErrDamaged is returned for a file that is not what was written.
@@ -29,11 +29,11 @@ var ErrDamaged = errors.New("the file is damaged")
 type Options struct {
 	// Buckets are made when they do not exist.
 	Buckets [][]byte
-	// Read, if not nil, is called whenever the file is opened, with the buckets there. It should read whatever is read later, so that
-	// damage is found here.
+	// Read, if not nil, is called whenever the file is opened, with the buckets there. It should
+	// read whatever is read later, so that damage is found here.
 	Read func(*bolt.Tx) error
-	// Lost says what a damaged file takes with it, Missing what does not work while there is no file; both go into the log. Log must be
-	// set for [Open].
+	// Lost says what a damaged file takes with it, Missing what does not work while there is no
+	// file; both go into the log. Log must be set for [Open].
 	Lost, Missing string
 	Log           logrus.FieldLogger
 	// Unsynced is for files that need not outlive the boot: writes do not wait for the disk.
@@ -54,10 +54,12 @@ type File struct {
 // ErrClosed is returned for a file that has been closed: another process may have it by then.
 var ErrClosed = errors.New("the file has been closed")
 
-// Open opens the file, which is made if it does not exist. One that is damaged is set aside under another name, for a person to look
-// at, and a new one begun. One that cannot be had for another reason is logged, and tried again by [File.DB].
+// Open opens the file, which is made if it does not exist. One that is damaged is set aside under
+// another name, for a person to look at, and a new one begun. One that cannot be had for another
+// reason is logged, and tried again by [File.DB].
 //
-// Errors, in words for a person: the file is held by another process or is not permitted to this one, or there is no such directory.
+// Errors, in words for a person: the file is held by another process or is not permitted to this
+// one, or there is no such directory.
 func Open(path string, o Options) (*File, error) {
 	f := &File{path: path, o: o}
 	log := o.Log.WithField("file", path)
@@ -81,7 +83,8 @@ func Open(path string, o Options) (*File, error) {
 	return f, nil
 }
 
-// Hopeless says that opening will go on failing until a person does something: another process has the file, or this one may not.
+// Hopeless says that opening will go on failing until a person does something: another process has
+// the file, or this one may not.
 func Hopeless(err error) bool {
 	return errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission)
 }
@@ -90,7 +93,8 @@ func Hopeless(err error) bool {
 func Explain(path string, err error) error {
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
-		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir (%w)", path, err)
+		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop "+
+			"it or choose another stateDir (%w)", path, err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
 	default:
@@ -98,8 +102,9 @@ func Explain(path string, err error) error {
 	}
 }
 
-// OpenDB opens a file, makes its buckets and reads it, once. Damage of any kind is an [ErrDamaged]: bolt panics at a page that is not
-// what it should be, and a file that has become shorter is a fault of memory.
+// OpenDB opens a file, makes its buckets and reads it, once. Damage of any kind is an [ErrDamaged]:
+// bolt panics at a page that is not what it should be, and a file that has become shorter is a
+// fault of memory.
 func OpenDB(path string, o Options) (db *bolt.DB, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -107,11 +112,13 @@ func OpenDB(path string, o Options) (db *bolt.DB, err error) {
 			db, err = nil, fmt.Errorf("%w: %v", ErrDamaged, r) // what is open of it stays so: closing would panic too
 		}
 	}()
-	// The list of free pages is kept in the file: the other way to have it (NoFreelistSync) walks the pages in a goroutine whose panic
-	// nobody can catch.
-	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: LockPatience, NoSync: o.Unsynced, FreelistType: bolt.FreelistMapType})
+	// The list of free pages is kept in the file: the other way to have it (NoFreelistSync) walks
+	// the pages in a goroutine whose panic nobody can catch.
+	db, err = bolt.Open(path, 0o600,
+		&bolt.Options{Timeout: LockPatience, NoSync: o.Unsynced, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) || errors.Is(err, bolterrors.ErrTimeout) || errors.As(err, new(syscall.Errno)) {
+		if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) || errors.Is(err, bolterrors.ErrTimeout) ||
+			errors.As(err, new(syscall.Errno)) {
 			return nil, err
 		}
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -157,7 +164,8 @@ func (f *File) IsOpen() bool {
 	return f.db != nil
 }
 
-// DB returns the open file, which it opens if that has not been possible before. After [File.Close] the error is [ErrClosed].
+// DB returns the open file, which it opens if that has not been possible before. After [File.Close]
+// the error is [ErrClosed].
 func (f *File) DB() (*bolt.DB, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -190,7 +198,8 @@ func (f *File) Reopen() {
 	f.closed = false
 }
 
-// Close lets go of the file, for good unless it is followed by [File.Reopen]: nothing opens it again meanwhile, so that another process can have it.
+// Close lets go of the file, for good unless it is followed by [File.Reopen]: nothing opens it
+// again meanwhile, so that another process can have it.
 func (f *File) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -39,7 +39,8 @@ func options(read map[string]string) (Options, *bytes.Buffer) {
 func put(f *File, n int) error {
 	return f.Update(func(tx *bolt.Tx) error {
 		for i := range n {
-			if err := tx.Bucket(bucket).Put(fmt.Appendf(nil, "key %d", i), bytes.Repeat([]byte("value"), 100)); err != nil {
+			if err := tx.Bucket(bucket).
+				Put(fmt.Appendf(nil, "key %d", i), bytes.Repeat([]byte("value"), 100)); err != nil {
 				return err
 			}
 		}
@@ -109,7 +110,8 @@ func TestDamaged(t *testing.T) {
 			if err != nil || len(aside) != 1 || !strings.Contains(said, "starting anew: things are lost") {
 				t.Fatalf("set aside are %q, %v; said %s", aside, err, said)
 			}
-			if kept, err := os.ReadFile(aside[0]); err != nil || !bytes.HasPrefix(kept, content[:page]) && !bytes.Equal(kept, content) {
+			if kept, err := os.ReadFile(aside[0]); err != nil ||
+				!bytes.HasPrefix(kept, content[:page]) && !bytes.Equal(kept, content) {
 				t.Errorf("what was set aside is something else, %v", err)
 			}
 		})
@@ -137,7 +139,8 @@ func TestCannotBeMade(t *testing.T) {
 	}
 }
 
-// A file that has been given to another process is not taken from it by who still asks here, whether it could be had before or not.
+// A file that has been given to another process is not taken from it by who still asks here,
+// whether it could be had before or not.
 func TestClosed(t *testing.T) {
 	for name, missing := range map[string]bool{"had before": false, "not had before": true} {
 		t.Run(name, func(t *testing.T) {

@@ -1,13 +1,13 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cgroup tells how much room the cgroup of a container's pod leaves for one more container, and
-// makes it larger for a while.
+// Package cgroup tells how much room the cgroup of a container's pod leaves for one more container,
+// and makes it larger for a while.
 //
 // It reads what the kernel documents in admin-guide/cgroup-v1/memory.rst, pids.rst, hugetlb.rst and
-// admin-guide/cgroup-v2.rst. Each controller is looked for on its own, because a hybrid node has some in
-// hierarchies of v1 and the others in that of v2. Names mean nothing but that of the container, which
-// carries its ID with every driver: cgroupfs (…/pod<uid>/<id>) and systemd
+// admin-guide/cgroup-v2.rst. Each controller is looked for on its own, because a hybrid node has
+// some in hierarchies of v1 and the others in that of v2. Names mean nothing but that of the
+// container, which carries its ID with every driver: cgroupfs (…/pod<uid>/<id>) and systemd
 // (…-pod<uid>.slice/cri-containerd-<id>.scope).
 package cgroup
 
@@ -32,11 +32,13 @@ const Unlimited = int64(math.MaxInt64)
 
 // System is where the kernel's files are. The zero value is this machine.
 type System struct {
-	// Root stands before /proc and before the mount points of cgroups; tests have trees of their own.
+	// Root stands before /proc and before the mount points of cgroups; tests have trees of their
+	// own.
 	Root string
 }
 
-// Pod is where a container and its pod are in the hierarchies. What it tells is read anew each time.
+// Pod is where a container and its pod are in the hierarchies. What it tells is read anew each
+// time.
 type Pod struct {
 	system                 System
 	memory, pids, hugepage place
@@ -109,7 +111,8 @@ func locate(controller, container string, groups, mounts []byte) (*place, error)
 	if root != "/" {
 		below, ok := strings.CutPrefix(in, root)
 		if !ok || !strings.HasPrefix(below, "/") {
-			return nil, fmt.Errorf("the cgroup %s of %s is not below %s, which is all that is mounted here", in, controller, root)
+			return nil, fmt.Errorf("the cgroup %s of %s is not below %s, which is all that is mounted here", in,
+				controller, root)
 		}
 		in = below
 	}
@@ -125,8 +128,8 @@ func locate(controller, container string, groups, mounts []byte) (*place, error)
 	return &place{controller: controller, v2: v2, mount: mount, path: strings.Join(elements[:of+1], "/")}, nil
 }
 
-// mountOf returns where the hierarchy of the controller is mounted, and which of its cgroups is there
-// (proc_pid_mountinfo(5)).
+// mountOf returns where the hierarchy of the controller is mounted, and which of its cgroups is
+// there (proc_pid_mountinfo(5)).
 func mountOf(controller string, v2 bool, mounts []byte) (mount, root string) {
 	for line := range strings.Lines(string(mounts)) {
 		of, kind, ok := strings.Cut(strings.TrimRight(line, "\n"), " - ")
@@ -153,8 +156,8 @@ func unescape(s string) string {
 // dir returns the directory of a cgroup by its path in the hierarchy.
 func (p *Pod) dir(at place, group string) string { return p.system.at(at.mount, group) }
 
-// above returns the cgroups whose limits count for what is added to the pod: its own and those above, without the
-// root, which has none.
+// above returns the cgroups whose limits count for what is added to the pod: its own and those
+// above, without the root, which has none.
 func (at place) above() []string {
 	var groups []string
 	for group := path.Dir(at.path); group != "/" && group != "."; group = path.Dir(group) {
@@ -165,20 +168,23 @@ func (at place) above() []string {
 
 // Room is how much of a resource can be added. The least of several cgroups counts.
 type Room struct {
-	// Free is Limit less what is used, and that can be had back; it may be negative. Unlimited if nothing limits.
+	// Free is Limit less what is used, and that can be had back; it may be negative. Unlimited if
+	// nothing limits.
 	Free int64
-	// Limit and Used are of the cgroup that leaves the least, Reclaimable is the part of Used that can be had back.
+	// Limit and Used are of the cgroup that leaves the least, Reclaimable is the part of Used that
+	// can be had back.
 	Limit, Used, Reclaimable int64
-	// Unsettled is the part of Used that is neither in Reclaimable nor the programs' own: a later look may find that it can be had
-	// back, see [StatInterval].
+	// Unsettled is the part of Used that is neither in Reclaimable nor the programs' own: a later
+	// look may find that it can be had back, see [StatInterval].
 	Unsettled int64
 	// At is that cgroup, as its path in the hierarchy.
 	At string
 }
 
-// StatInterval is how old the kernel's memory.stat may be: a cgroup's counts are summed up every two seconds (mm/memcontrol.c
-// FLUSH_TIME) and, in between, only sometimes. Kernel 6.18 showed all of a cache as dirty right after sync(2) had returned, in 13 of 287
-// tries beside a busy disk. What is used, and the limits, are always of this moment.
+// StatInterval is how old the kernel's memory.stat may be: a cgroup's counts are summed up every
+// two seconds (mm/memcontrol.c FLUSH_TIME) and, in between, only sometimes. Kernel 6.18 showed all
+// of a cache as dirty right after sync(2) had returned, in 13 of 287 tries beside a busy disk. What
+// is used, and the limits, are always of this moment.
 const StatInterval = 2500 * time.Millisecond
 
 func unlimited() Room { return Room{Free: Unlimited, Limit: Unlimited} }
@@ -190,8 +196,8 @@ func (r Room) least(other Room) Room {
 	return r
 }
 
-// Memory returns how much memory can be added to the pod before the kernel kills one of its processes, or one of the
-// processes beside it.
+// Memory returns how much memory can be added to the pod before the kernel kills one of its
+// processes, or one of the processes beside it.
 func (p *Pod) Memory() (Room, error) { return p.memoryOf(p.memory.above()) }
 
 // MemoryAbove is Memory without the pod's own limit, and with what the machine has available.
@@ -260,8 +266,8 @@ func (p *Pod) memoryRoom(group, child string) (Room, error) {
 	return room, nil
 }
 
-// protected is how much of a cgroup is not taken back for those above it: memory.min of v2, which kubelet sets with
-// MemoryQoS.
+// protected is how much of a cgroup is not taken back for those above it: memory.min of v2, which
+// kubelet sets with MemoryQoS.
 func (p *Pod) protected(group string) (int64, error) {
 	if !p.memory.v2 {
 		return 0, nil
@@ -280,8 +286,9 @@ type memoryFiles struct {
 	anon, shmem                                        string
 }
 
-// clean is what the kernel takes back before it kills: pages of files that need not be written first. Of those in use lately the ones
-// that programs have mapped, such as their own code, are not counted: the kernel would have to read them again all the time.
+// clean is what the kernel takes back before it kills: pages of files that need not be written
+// first. Of those in use lately the ones that programs have mapped, such as their own code, are not
+// counted: the kernel would have to read them again all the time.
 func (f memoryFiles) clean(stat map[string]int64) int64 {
 	inactive := stat[f.inactiveFile]
 	return max(0, max(inactive, inactive+stat[f.activeFile]-stat[f.mapped])-stat[f.dirty]-stat[f.writeback])
@@ -301,13 +308,15 @@ var (
 			{"memory.limit_in_bytes", "memory.usage_in_bytes"},
 			{"memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"},
 		},
-		inactiveFile: "total_inactive_file", activeFile: "total_active_file", mapped: "total_mapped_file", dirty: "total_dirty", writeback: "total_writeback",
+		inactiveFile: "total_inactive_file", activeFile: "total_active_file", mapped: "total_mapped_file",
+		dirty: "total_dirty", writeback: "total_writeback",
 		anon: "total_rss", shmem: "total_shmem",
 	}
 	memoryV2 = memoryFiles{
 		limits:       []limitFiles{{"memory.max", "memory.current"}},
-		inactiveFile: "inactive_file", activeFile: "active_file", mapped: "file_mapped", dirty: "file_dirty", writeback: "file_writeback",
-		anon: "anon", shmem: "shmem",
+		inactiveFile: "inactive_file", activeFile: "active_file", mapped: "file_mapped", dirty: "file_dirty",
+		writeback: "file_writeback",
+		anon:      "anon", shmem: "shmem",
 	}
 )
 
@@ -327,8 +336,8 @@ func (s System) machine() (Room, error) {
 	return Room{Free: available * kib, Limit: total * kib, Used: (total - available) * kib, At: "the node"}, nil
 }
 
-// MemoryUsed returns the container's working set, as kubelet has it (cAdvisor container/libcontainer/handler.go): without what has not
-// been used lately.
+// MemoryUsed returns the container's working set, as kubelet has it (cAdvisor
+// container/libcontainer/handler.go): without what has not been used lately.
 func (p *Pod) MemoryUsed() (int64, error) {
 	files := memoryV1
 	if p.memory.v2 {
@@ -367,7 +376,8 @@ func (p *Pod) PidsUsed() (int64, error) {
 	return readNumber(p.dir(p.pids, p.pids.path), "pids.current")
 }
 
-// Hugepages returns how many bytes of huge pages of a size can be added to the pod. The size is as CRI has it: 2MB.
+// Hugepages returns how many bytes of huge pages of a size can be added to the pod. The size is as
+// CRI has it: 2MB.
 func (p *Pod) Hugepages(size string) (Room, error) {
 	room := unlimited()
 	limit, used := "hugetlb."+size+".limit_in_bytes", "hugetlb."+size+".usage_in_bytes"
@@ -415,7 +425,8 @@ func parseNumber(file, s string) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", file, err)
 	}
-	// v1 has the largest number of pages that a long can count in place of "max" (mm/page_counter.c PAGE_COUNTER_MAX).
+	// v1 has the largest number of pages that a long can count in place of "max" (mm/page_counter.c
+	// PAGE_COUNTER_MAX).
 	if n >= math.MaxInt64&^(1<<20-1) {
 		return Unlimited, nil
 	}

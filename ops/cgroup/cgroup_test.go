@@ -53,20 +53,24 @@ const (
 // memory makes the files of a cgroup of v1.
 func memoryOfV1(files map[string]string, dir, limit string, used, inactive int) {
 	files[dir+"/memory.limit_in_bytes"], files[dir+"/memory.usage_in_bytes"] = limit, strconv.Itoa(used)
-	files[dir+"/memory.memsw.limit_in_bytes"], files[dir+"/memory.memsw.usage_in_bytes"] = unlimitedV1, strconv.Itoa(used)
-	files[dir+"/memory.stat"] = fmt.Sprintf("inactive_file 7\ntotal_inactive_file %d\ntotal_active_file 999999999\ntotal_mapped_file 999999999\ntotal_dirty 4096", inactive+4096)
+	files[dir+"/memory.memsw.limit_in_bytes"], files[dir+"/memory.memsw.usage_in_bytes"] = unlimitedV1,
+		strconv.Itoa(used)
+	files[dir+"/memory.stat"] = fmt.Sprintf("inactive_file 7\ntotal_inactive_file %d\ntotal_active_file "+
+		"999999999\ntotal_mapped_file 999999999\ntotal_dirty 4096", inactive+4096)
 }
 
 func memoryOfV2(files map[string]string, dir, limit string, used, inactive int) {
 	files[dir+"/memory.max"], files[dir+"/memory.current"] = limit, strconv.Itoa(used)
-	files[dir+"/memory.stat"] = fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty 1000\nfile_writeback 96", used-inactive, inactive+1096)
+	files[dir+"/memory.stat"] = fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty 1000\nfile_writeback 96",
+		used-inactive, inactive+1096)
 }
 
 // What is found in the trees that drivers and versions make.
 func TestFind(t *testing.T) {
 	const m1, m2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
 	cgroupfs := "/kubepods/burstable/podu-1/" + id
-	systemd := "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice/cri-containerd-" + id + ".scope"
+	systemd := "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice/cri-containerd-" + id +
+		".scope"
 	v1 := func(at string) string {
 		return "9:name=systemd:" + at + "\n8:pids:" + at + "\n4:memory:" + at + "\n2:cpu,cpuacct:" + at + "\n0::/"
 	}
@@ -84,10 +88,12 @@ func TestFind(t *testing.T) {
 				memoryOfV1(f, m1+"/kubepods", "1073741824", 100*mib, 0)
 				memoryOfV1(f, m1, unlimitedV1, 5, 0)
 			},
-			want: Room{Free: 6 * mib, Limit: 64 * mib, Used: 60 * mib, Reclaimable: 2 * mib, At: "/kubepods/burstable/podu-1"},
+			want: Room{Free: 6 * mib, Limit: 64 * mib, Used: 60 * mib, Reclaimable: 2 * mib,
+				At: "/kubepods/burstable/podu-1"},
 		},
 		{
-			name: "v1, systemd, with cgroups of the container's own", groups: v1(systemd + "/init.scope"), mounts: mountsV1,
+			name: "v1, systemd, with cgroups of the container's own", groups: v1(systemd + "/init.scope"),
+			mounts: mountsV1,
 			files: func(f map[string]string) {
 				memoryOfV1(f, m1+filepath.Dir(systemd), "67108864", 60*mib, 0)
 				memoryOfV1(f, m1+"/kubepods.slice/kubepods-burstable.slice", unlimitedV1, 60*mib, 0)
@@ -116,7 +122,8 @@ func TestFind(t *testing.T) {
 			want: Room{Free: 2 * mib, Limit: 60 * mib, Used: 59 * mib, Reclaimable: mib, At: "/kubepods"},
 		},
 		{
-			name: "v1, mounted from a cgroup on", groups: v1("/machine/a" + cgroupfs), mounts: strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine/a /sys/fs/cgroup/memory"),
+			name: "v1, mounted from a cgroup on", groups: v1("/machine/a" + cgroupfs),
+			mounts: strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine/a /sys/fs/cgroup/memory"),
 			files: func(f map[string]string) {
 				memoryOfV1(f, m1+"/kubepods/burstable/podu-1", "67108864", 60*mib, 0)
 				memoryOfV1(f, m1+"/kubepods/burstable", unlimitedV1, 60*mib, 0)
@@ -141,23 +148,28 @@ func TestFind(t *testing.T) {
 				memoryOfV2(f, m2+"/kubepods/burstable", "max", 60*mib, 0)
 				memoryOfV2(f, m2+"/kubepods", "max", 60*mib, 0)
 			},
-			want: Room{Free: 6 * mib, Limit: 64 * mib, Used: 60 * mib, Reclaimable: 2 * mib, At: "/kubepods/burstable/podu-1"},
+			want: Room{Free: 6 * mib, Limit: 64 * mib, Used: 60 * mib, Reclaimable: 2 * mib,
+				At: "/kubepods/burstable/podu-1"},
 		},
 		{
 			name: "v2, a cache that is in use", groups: "0::" + cgroupfs, mounts: mountV2,
 			files: func(f map[string]string) {
 				memoryOfV2(f, m2+"/kubepods/burstable/podu-1", "67108864", 64*mib, 0)
-				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf("inactive_file %d\nactive_file %d\nfile_mapped %d\nfile_dirty %d", 8*mib, 50*mib, 20*mib, mib)
+				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf(
+					"inactive_file %d\nactive_file %d\nfile_mapped %d\nfile_dirty %d", 8*mib, 50*mib, 20*mib, mib)
 			},
-			want: Room{Free: 37 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 37 * mib, At: "/kubepods/burstable/podu-1"},
+			want: Room{Free: 37 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 37 * mib,
+				At: "/kubepods/burstable/podu-1"},
 		},
 		{
 			name: "v2, a cache that was dirty at the last count", groups: "0::" + cgroupfs, mounts: mountV2,
 			files: func(f map[string]string) {
 				memoryOfV2(f, m2+"/kubepods/burstable/podu-1", "67108864", 64*mib, 0)
-				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf("anon %d\nshmem %d\ninactive_file %d\nfile_dirty %d", 3*mib, mib, 50*mib, 45*mib)
+				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf(
+					"anon %d\nshmem %d\ninactive_file %d\nfile_dirty %d", 3*mib, mib, 50*mib, 45*mib)
 			},
-			want: Room{Free: 5 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 5 * mib, Unsettled: 55 * mib, At: "/kubepods/burstable/podu-1"},
+			want: Room{Free: 5 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 5 * mib, Unsettled: 55 * mib,
+				At: "/kubepods/burstable/podu-1"},
 		},
 		{
 			name: "v2, nothing limits", groups: "0::" + cgroupfs, mounts: mountV2,
@@ -192,12 +204,19 @@ func TestFind(t *testing.T) {
 
 func TestFindNot(t *testing.T) {
 	for name, tc := range map[string]struct{ groups, mounts, want string }{
-		"another container":      {"4:memory:/kubepods/podu/" + strings.Repeat("f", 64), mountsV1, "is none of container"},
-		"in one hierarchy only":  {"8:pids:/kubepods/podu/" + id + "\n4:memory:/system.slice", mountsV1, "of memory is none of container"},
-		"no pod":                 {"4:memory:/" + id, mountsV1, "has no pod"},
-		"outside the namespace":  {"4:memory:/../../kubepods/podu/" + id, mountsV1, "outside of this process' cgroup namespace"},
-		"beside what is mounted": {"4:memory:/other/podu/" + id, strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine /sys/fs/cgroup/memory"), "is not below /machine"},
-		"a sibling of that":      {"4:memory:/machine2/podu/" + id, strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine /sys/fs/cgroup/memory"), "is not below /machine"},
+		"another container": {"4:memory:/kubepods/podu/" + strings.Repeat("f", 64), mountsV1,
+			"is none of container"},
+		"in one hierarchy only": {"8:pids:/kubepods/podu/" + id + "\n4:memory:/system.slice", mountsV1,
+			"of memory is none of container"},
+		"no pod": {"4:memory:/" + id, mountsV1, "has no pod"},
+		"outside the namespace": {"4:memory:/../../kubepods/podu/" + id, mountsV1,
+			"outside of this process' cgroup namespace"},
+		"beside what is mounted": {"4:memory:/other/podu/" + id,
+			strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine /sys/fs/cgroup/memory"),
+			"is not below /machine"},
+		"a sibling of that": {"4:memory:/machine2/podu/" + id,
+			strings.ReplaceAll(mountsV1, " / /sys/fs/cgroup/memory", " /machine /sys/fs/cgroup/memory"),
+			"is not below /machine"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := tree(t, map[string]string{"proc/7/cgroup": tc.groups, "proc/self/mountinfo": tc.mounts})
@@ -223,8 +242,9 @@ func TestFindNot(t *testing.T) {
 func TestPidsAndHugepages(t *testing.T) {
 	for version, f := range map[string]map[string]string{
 		"v1": {
-			"proc/7/cgroup":       "4:pids:/kubepods/podu/" + id + "\n5:hugetlb:/kubepods/podu/" + id,
-			"proc/self/mountinfo": mountsV1 + "\n" + "38 31 0:36 / /sys/fs/cgroup/hugetlb rw - cgroup cgroup rw,hugetlb",
+			"proc/7/cgroup": "4:pids:/kubepods/podu/" + id + "\n5:hugetlb:/kubepods/podu/" + id,
+			"proc/self/mountinfo": mountsV1 + "\n" +
+				"38 31 0:36 / /sys/fs/cgroup/hugetlb rw - cgroup cgroup rw,hugetlb",
 			"sys/fs/cgroup/pids/kubepods/podu/" + id + "/pids.current":       "33",
 			"sys/fs/cgroup/pids/kubepods/podu/pids.max":                      "40",
 			"sys/fs/cgroup/pids/kubepods/podu/pids.current":                  "35",
@@ -280,7 +300,8 @@ func TestMemoryAbove(t *testing.T) {
 	s := tree(t, files)
 	p, err := s.Find(7, id)
 	must(t, err)
-	if r, err := p.MemoryAbove(); err != nil || r != (Room{Free: 512 << 10, Limit: 1024 << 10, Used: 512 << 10, At: "the node"}) {
+	if r, err := p.MemoryAbove(); err != nil ||
+		r != (Room{Free: 512 << 10, Limit: 1024 << 10, Used: 512 << 10, At: "the node"}) {
 		t.Errorf("got %+v, %v", r, err)
 	}
 	must(t, os.WriteFile(s.at("proc/meminfo"), []byte("MemTotal: 2048 kB\nMemAvailable: 1024 kB\n"), 0o600))
@@ -297,7 +318,8 @@ func TestRaise(t *testing.T) {
 	page := int64(os.Getpagesize())
 	for version, v2 := range map[string]bool{"v1": false, "v2": true} {
 		t.Run(version, func(t *testing.T) {
-			files := map[string]string{"proc/7/cgroup": "4:memory:/kubepods/podu/" + id, "proc/self/mountinfo": mountsV1}
+			files := map[string]string{"proc/7/cgroup": "4:memory:/kubepods/podu/" + id,
+				"proc/self/mountinfo": mountsV1}
 			dir, limit := "sys/fs/cgroup/memory/kubepods/podu", "memory.limit_in_bytes"
 			if v2 {
 				files = map[string]string{"proc/7/cgroup": "0::/kubepods/podu/" + id, "proc/self/mountinfo": mountV2}
@@ -381,7 +403,8 @@ func TestRaise(t *testing.T) {
 					t.Errorf("with more in use than that: %v", err)
 				}
 				has(limit, strconv.Itoa(80*mib))
-				must(t, os.WriteFile(s.at(dir, "memory.stat"), []byte(fmt.Sprintf("active_file %d\ninactive_file %d\n", 4*mib, 4*mib)), 0o600))
+				must(t, os.WriteFile(s.at(dir, "memory.stat"),
+					[]byte(fmt.Sprintf("active_file %d\ninactive_file %d\n", 4*mib, 4*mib)), 0o600))
 				must(t, r.TakeBack(nil))
 				has(limit, strconv.Itoa(64*mib))
 			}
@@ -409,7 +432,8 @@ func TestNoRaise(t *testing.T) {
 	}
 }
 
-// On this machine's own cgroups, whatever they are: the kernel's files are as this package reads and writes them.
+// On this machine's own cgroups, whatever they are: the kernel's files are as this package reads
+// and writes them.
 func TestKernel(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("makes cgroups, which is root's")
@@ -420,7 +444,8 @@ func TestKernel(t *testing.T) {
 	must(t, err)
 	mine := func(controller string) string {
 		for line := range strings.Lines(string(groups)) {
-			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); len(f) == 3 && strings.Contains(","+f[1]+",", ","+controller+",") {
+			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); len(f) == 3 &&
+				strings.Contains(","+f[1]+",", ","+controller+",") {
 				return f[1]
 			}
 		}
@@ -444,7 +469,8 @@ func TestKernel(t *testing.T) {
 		made[pod] = true
 		t.Cleanup(func() { must(t, errors.Join(os.Remove(filepath.Join(pod, id)), os.Remove(pod))) })
 		if v2 {
-			if err := os.WriteFile(filepath.Join(pod, "cgroup.subtree_control"), []byte("+memory +pids"), 0); err != nil {
+			if err := os.WriteFile(filepath.Join(pod, "cgroup.subtree_control"), []byte("+memory +pids"),
+				0); err != nil {
 				t.Skipf("the controllers are not enabled here: %v", err)
 			}
 		}
@@ -474,7 +500,8 @@ func TestKernel(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(pids, "pids.max"), []byte("5"), 0))
 	room, err := p.Memory()
 	must(t, err)
-	if room.Limit != 32*mib || room.At != name || room.Free <= 0 || room.Free > 32*mib || room.Free != room.Limit-room.Used+room.Reclaimable {
+	if room.Limit != 32*mib || room.At != name || room.Free <= 0 || room.Free > 32*mib ||
+		room.Free != room.Limit-room.Used+room.Reclaimable {
 		t.Errorf("memory: %+v", room)
 	}
 	if room, err := p.Pids(); err != nil || room != (Room{Free: 4, Limit: 5, Used: 1, At: name}) {

@@ -14,9 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Raise is by how much the limit of a pod's memory has been raised, or is about to be. It is kept in a journal, so that
-// whoever finds it can take it back. Several may be in force for one pod, of one container each: what the limit was before
-// all of them is the same Base then. The caller lets only one call on the raises of a pod happen at a time.
+// Raise is by how much the limit of a pod's memory has been raised, or is about to be. It is kept
+// in a journal, so that whoever finds it can take it back. Several may be in force for one pod, of
+// one container each: what the limit was before all of them is the same Base then. The caller lets
+// only one call on the raises of a pod happen at a time.
 type Raise struct {
 	// Dir is the pod's cgroup.
 	Dir string `json:"dir"`
@@ -26,12 +27,13 @@ type Raise struct {
 	Base int64 `json:"base"`
 	// By is what this one adds.
 	By int64 `json:"by"`
-	// Swap is Base for memory and swap together, which v1 does not let be below that of memory; 0 for none.
+	// Swap is Base for memory and swap together, which v1 does not let be below that of memory; 0
+	// for none.
 	Swap int64 `json:"swap,omitempty"`
 }
 
-// maxRaises bounds those of one pod that are told from limits that others have set. A pod has as many as containers are replaced in
-// it at once.
+// maxRaises bounds those of one pod that are told from limits that others have set. A pod has as
+// many as containers are replaced in it at once.
 const maxRaises = 12
 
 const swapFile = "memory.memsw.limit_in_bytes"
@@ -43,8 +45,8 @@ func (r *Raise) file() string {
 	return memoryV1.limits[0].limit
 }
 
-// PlanRaise returns the raise of the pod's own limit by that many bytes; nil if the pod has none. others are those that are in
-// force, of this pod and of others.
+// PlanRaise returns the raise of the pod's own limit by that many bytes; nil if the pod has none.
+// others are those that are in force, of this pod and of others.
 func (p *Pod) PlanRaise(by int64, others []Raise) (*Raise, error) {
 	if p.memory.path == "" {
 		return nil, nil
@@ -86,7 +88,8 @@ func (p *Pod) PlanRaise(by int64, others []Raise) (*Raise, error) {
 	return r, nil
 }
 
-// among returns what the raises among all add that belong together with this one, which may be among them or not.
+// among returns what the raises among all add that belong together with this one, which may be
+// among them or not.
 func (r *Raise) among(all []Raise) []int64 {
 	var by []int64
 	for _, o := range all {
@@ -97,8 +100,9 @@ func (r *Raise) among(all []Raise) []int64 {
 	return by
 }
 
-// is reports whether the limit is base with some of the raises, or none: a process may have ended before it put one of them, or the end
-// of one, into force. Any other limit has been set by somebody else.
+// is reports whether the limit is base with some of the raises, or none: a process may have ended
+// before it put one of them, or the end of one, into force. Any other limit has been set by
+// somebody else.
 func is(limit, base int64, by []int64) bool {
 	if len(by) == 0 {
 		return limit == base
@@ -113,8 +117,8 @@ func sum(base int64, by []int64) int64 {
 	return base
 }
 
-// Apply puts the raise into force, beside others. It does nothing if somebody else has set another limit since it was planned,
-// and says whether it has; nor if the pod is gone.
+// Apply puts the raise into force, beside others. It does nothing if somebody else has set another
+// limit since it was planned, and says whether it has; nor if the pod is gone.
 func (r *Raise) Apply(others []Raise) (applied bool, err error) {
 	with := append(r.among(others), r.By)
 	now, err := readNumber(r.Dir, r.file())
@@ -139,8 +143,8 @@ func (r *Raise) Apply(others []Raise) (applied bool, err error) {
 // ErrInUse is returned by TakeBack when more memory is in use than the limit would be.
 var ErrInUse = errors.New("more memory is in use")
 
-// TakeBack takes the raise out of force, and leaves that of others. A limit that somebody else has set is left alone. It may be
-// tried again after ErrInUse.
+// TakeBack takes the raise out of force, and leaves that of others. A limit that somebody else has
+// set is left alone. It may be tried again after ErrInUse.
 func (r *Raise) TakeBack(others []Raise) error {
 	left := r.among(others)
 	with := append([]int64{r.By}, left...)
@@ -168,7 +172,8 @@ func (r *Raise) TakeBack(others []Raise) error {
 
 func (r *Raise) lower(to int64) error {
 	if r.V2 {
-		// The kernel kills what does not fit (cgroup-v2.rst, memory.max), where v1 refuses the limit.
+		// The kernel kills what does not fit (cgroup-v2.rst, memory.max), where v1 refuses the
+		// limit.
 		used, err := readNumber(r.Dir, memoryV2.limits[0].used)
 		if err != nil {
 			return gone(err)

@@ -15,13 +15,13 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // Clone returns the request that creates the successor of a container: req, which created the
 // incumbent, with everything changed that kubelet would change on a restart
 // (kuberuntime_container.go generateContainerConfig). applied are the resources that were set on
-// the incumbent since. token becomes the value of [interceptors.StagedAnnotation].
+// the incumbent since. token becomes the value of [view.StagedAnnotation].
 func Clone(
 	req *runtimeapi.CreateContainerRequest, applied *runtimeapi.LinuxContainerResources, attempt uint32, token string,
 ) (*runtimeapi.CreateContainerRequest, error) {
@@ -37,7 +37,7 @@ func Clone(
 		c.Annotations = map[string]string{}
 	}
 	c.Annotations[AnnotationRestartCount] = strconv.FormatUint(uint64(attempt), 10)
-	c.Annotations[interceptors.StagedAnnotation] = token
+	c.Annotations[view.StagedAnnotation] = token
 	if c.GetLinux() != nil && applied != nil {
 		c.Linux.Resources = OverlayResources(c.Linux.Resources, applied)
 	}

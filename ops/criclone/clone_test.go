@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
@@ -41,7 +41,7 @@ func TestClone(t *testing.T) {
 					criclone.AnnotationRestartCount:    "3",
 					criclone.AnnotationTerminationPath: "/dev/termination-log",
 					criclone.AnnotationHash:            "abc",
-					interceptors.StagedAnnotation:      "earlier",
+					view.StagedAnnotation:              "earlier",
 				},
 				Mounts: []*runtimeapi.Mount{
 					{ContainerPath: "/data", HostPath: "/d"},
@@ -69,7 +69,8 @@ func TestClone(t *testing.T) {
 			name:    "resources applied since",
 			applied: &runtimeapi.LinuxContainerResources{CpusetCpus: "2-3", MemoryLimitInBytes: 9},
 			want: func(c *runtimeapi.ContainerConfig) {
-				c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 1, CpusetCpus: "2-3", MemoryLimitInBytes: 9}
+				c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 1, CpusetCpus: "2-3",
+					MemoryLimitInBytes: 9}
 			},
 		},
 		{
@@ -115,7 +116,7 @@ func TestClone(t *testing.T) {
 			want.Config.Metadata.Attempt = 4
 			want.Config.LogPath = "app/4.log"
 			want.Config.Annotations[criclone.AnnotationRestartCount] = "4"
-			want.Config.Annotations[interceptors.StagedAnnotation] = someToken
+			want.Config.Annotations[view.StagedAnnotation] = someToken
 			for _, m := range want.Config.GetMounts() {
 				if m.GetContainerPath() == "/dev/termination-log" {
 					m.HostPath = "/pods/u/containers/app/01234567"
@@ -139,7 +140,7 @@ func TestClone(t *testing.T) {
 	bare, err := criclone.Clone(&runtimeapi.CreateContainerRequest{
 		Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{}},
 	}, nil, 1, someToken)
-	if err != nil || bare.GetConfig().GetAnnotations()[interceptors.StagedAnnotation] != someToken {
+	if err != nil || bare.GetConfig().GetAnnotations()[view.StagedAnnotation] != someToken {
 		t.Errorf("got %v, %v", bare, err)
 	}
 }
@@ -186,11 +187,13 @@ func TestTerminationFile(t *testing.T) {
 		"the file is a link":   config(filepath.Join(dir, "link")),
 		"the directory is one": web,
 	} {
-		if err := criclone.MakeTerminationFile(c); err == nil || !strings.Contains(err.Error(), "termination message file") {
+		if err := criclone.MakeTerminationFile(c); err == nil ||
+			!strings.Contains(err.Error(), "termination message file") {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
-	// The pod mounts a volume at the same place: the volume and the pod's file in it are left alone.
+	// The pod mounts a volume at the same place: the volume and the pod's file in it are left
+	// alone.
 	volume := filepath.Join(root, "pods", "u", "volumes", "kubernetes.io~empty-dir", "v")
 	for name, c := range map[string]*runtimeapi.ContainerConfig{
 		"a volume":                          config(volume),

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/environment"
 )
 
@@ -22,7 +22,7 @@ import (
 //
 // Kubelet builds some lists from Go maps, so Diff ignores the order of envs (the last of a name
 // counts), mounts, devices and CDI_devices. It also ignores what only cri-proxy sets
-// ([interceptors.StagedAnnotation], [environment.PartsAnnotation]) and the name of the termination
+// ([view.StagedAnnotation], [environment.PartsAnnotation]) and the name of the termination
 // message file on the host, which is random (kubelet_pods.go, kuberuntime_container.go makeMounts).
 // For linux.resources there is [ResourcesDiffer]; the sandbox's config belongs to the sandbox. All
 // other fields count, fields of newer CRI versions too.
@@ -52,7 +52,7 @@ func (d difference) config(ours, asked *runtimeapi.ContainerConfig) {
 	byKey(d, "CDI_devices.", listsOf(ours.GetCDIDevices(), cdiName), listsOf(asked.GetCDIDevices(), cdiName))
 	d.strings("labels.", ours.GetLabels(), asked.GetLabels())
 	d.strings("annotations.", ours.GetAnnotations(), asked.GetAnnotations())
-	delete(d, "annotations."+interceptors.StagedAnnotation)
+	delete(d, "annotations."+view.StagedAnnotation)
 	delete(d, "annotations."+environment.PartsAnnotation)
 
 	d.fields("metadata.", ours.GetMetadata().ProtoReflect(), asked.GetMetadata().ProtoReflect())
@@ -159,7 +159,8 @@ func AlignMounts(ours, asked *runtimeapi.CreateContainerRequest) *runtimeapi.Cre
 	ours = proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 	for _, m := range ours.GetConfig().GetMounts() {
 		if m.GetImage() != nil {
-			// The pod's annotations, which change with the patch (kuberuntime_manager.go getImageVolumes).
+			// The pod's annotations, which change with the patch (kuberuntime_manager.go
+			// getImageVolumes).
 			m.Image.Annotations = annotations[m.GetContainerPath()]
 		}
 		host := paths[m.GetContainerPath()]

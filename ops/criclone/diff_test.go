@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
@@ -98,8 +98,8 @@ func filled() *runtimeapi.CreateContainerRequest {
 	return req
 }
 
-// changes makes one change after another to m and everything in it. It calls check after each change
-// and takes the change back.
+// changes makes one change after another to m and everything in it. It calls check after each
+// change and takes the change back.
 func changes(m protoreflect.Message, path string, f *filler, check func(path string)) {
 	unknown := m.GetUnknown()
 	m.SetUnknown(protowire.AppendVarint(protowire.AppendTag(slices.Clone(unknown), 1999, protowire.VarintType), 7))
@@ -116,7 +116,11 @@ func changes(m protoreflect.Message, path string, f *filler, check func(path str
 		case fd.IsMap():
 			entries := m.Mutable(fd).Map()
 			var keys []protoreflect.MapKey
-			entries.Range(func(k protoreflect.MapKey, _ protoreflect.Value) bool { keys = append(keys, k); return true })
+			entries.Range(func(k protoreflect.MapKey,
+				_ protoreflect.Value) bool {
+				keys = append(keys, k)
+				return true
+			})
 			for _, k := range keys {
 				before := entries.Get(k)
 				entries.Clear(k)
@@ -240,7 +244,7 @@ func TestDiffNames(t *testing.T) {
 		{name: "nothing", edit: func(*runtimeapi.ContainerConfig) {}},
 		{
 			name: "mark of ours",
-			edit: func(c *runtimeapi.ContainerConfig) { delete(c.Annotations, interceptors.StagedAnnotation) },
+			edit: func(c *runtimeapi.ContainerConfig) { delete(c.Annotations, view.StagedAnnotation) },
 		},
 		{
 			name: "termination message file",
@@ -253,7 +257,8 @@ func TestDiffNames(t *testing.T) {
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 2}
 		}},
 		{
-			name: "value of a variable", edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Value = []byte("secret") },
+			name: "value of a variable",
+			edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Value = []byte("secret") },
 			want: []string{"envs.A"},
 		},
 		{
@@ -282,7 +287,8 @@ func TestDiffNames(t *testing.T) {
 			name: "CDI device", edit: func(c *runtimeapi.ContainerConfig) { c.CDIDevices = nil },
 			want: []string{"CDI_devices.vendor/class=0"},
 		},
-		{name: "image", edit: func(c *runtimeapi.ContainerConfig) { c.Image.Image = "sha256:b" }, want: []string{"image"}},
+		{name: "image", edit: func(c *runtimeapi.ContainerConfig) { c.Image.Image = "sha256:b" },
+			want: []string{"image"}},
 		{
 			name: "attempt and log",
 			edit: func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt, c.LogPath = 5, "app/5.log" },
@@ -292,7 +298,8 @@ func TestDiffNames(t *testing.T) {
 			name: "annotation", edit: func(c *runtimeapi.ContainerConfig) { c.Annotations["a/b"] = "2" },
 			want: []string{"annotations.a/b"},
 		},
-		{name: "label", edit: func(c *runtimeapi.ContainerConfig) { delete(c.Labels, "l") }, want: []string{"labels.l"}},
+		{name: "label", edit: func(c *runtimeapi.ContainerConfig) { delete(c.Labels, "l") },
+			want: []string{"labels.l"}},
 		{name: "user", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{RunAsUser: &runtimeapi.Int64Value{}}
 		}, want: []string{"linux.security_context"}},
@@ -310,7 +317,7 @@ func TestDiffNames(t *testing.T) {
 				Envs:     []*runtimeapi.KeyValue{{Key: "A", Value: []byte("1")}, {Key: "B"}},
 				Labels:   map[string]string{"l": "1", criclone.LabelPodUID: "1", criclone.LabelContainer: "app"},
 				Annotations: map[string]string{
-					"a/b": "1", interceptors.StagedAnnotation: "token", criclone.AnnotationTerminationPath: "/dev/log",
+					"a/b": "1", view.StagedAnnotation: "token", criclone.AnnotationTerminationPath: "/dev/log",
 				},
 				LogPath: "app/1.log",
 				Mounts: []*runtimeapi.Mount{

@@ -30,7 +30,8 @@ func CheckImage(
 		}
 		c := req.GetConfig()
 		if len(c.GetCommand())+len(c.GetArgs())+len(config.Config.Entrypoint)+len(config.Config.Cmd) == 0 {
-			return fmt.Errorf("image %s has neither an entrypoint nor a command, and the container has no command either: "+
+			return fmt.Errorf("image %s has neither an entrypoint nor a command, and the container has no command "+
+				"either: "+
 				"there is nothing to run", want.GetImage())
 		}
 	}

@@ -165,7 +165,8 @@ func TestAdoptImageUser(t *testing.T) {
 			after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2),
 		},
 		{
-			name: "name to none", username: "www", before: &runtimeapi.Image{Username: "www"}, after: &runtimeapi.Image{},
+			name: "name to none", username: "www", before: &runtimeapi.Image{Username: "www"},
+			after:   &runtimeapi.Image{},
 			wantUID: uid(0),
 		},
 		{
@@ -173,11 +174,13 @@ func TestAdoptImageUser(t *testing.T) {
 			wantUID: uid(2),
 		},
 		{
-			name: "the same", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)}, after: &runtimeapi.Image{Uid: uid(1)},
+			name: "the same", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)},
+			after:   &runtimeapi.Image{Uid: uid(1)},
 			wantUID: uid(1),
 		},
 		{
-			name: "the pod's", uid: uid(1), before: &runtimeapi.Image{Uid: uid(3)}, after: &runtimeapi.Image{Uid: uid(2)},
+			name: "the pod's", uid: uid(1), before: &runtimeapi.Image{Uid: uid(3)},
+			after:   &runtimeapi.Image{Uid: uid(2)},
 			wantUID: uid(1),
 		},
 		{
@@ -186,12 +189,14 @@ func TestAdoptImageUser(t *testing.T) {
 		},
 		{name: "no old image", uid: uid(0), after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(0)},
 		{name: "no user", before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}},
-		{name: "no security context", noContext: true, before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}},
+		{name: "no security context", noContext: true, before: &runtimeapi.Image{},
+			after: &runtimeapi.Image{Uid: uid(2)}},
 		{name: "not Linux", noLinux: true, before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{
-				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tt.uid, RunAsUsername: tt.username},
+				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tt.uid,
+					RunAsUsername: tt.username},
 			}}
 			if tt.noContext {
 				c.Linux.SecurityContext = nil

@@ -19,7 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
@@ -106,7 +106,8 @@ func (c *Client) ReadRequest(ctx context.Context, id, sandbox string) (*runtimea
 	gate.Strip(config)
 	for _, m := range config.GetMounts() {
 		if m.GetImage() != nil {
-			// containerd fills in where it mounted the image volume (container_create.go mutateMounts).
+			// containerd fills in where it mounted the image volume (container_create.go
+			// mutateMounts).
 			m.HostPath = ""
 		}
 	}
@@ -116,7 +117,8 @@ func (c *Client) ReadRequest(ctx context.Context, id, sandbox string) (*runtimea
 				"which the runtime's record cannot tell: let kubelet restart it once (delete the pod)", id, kv.GetKey())
 		}
 	}
-	sb, err := c.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox, Verbose: true})
+	sb, err := c.Runtime.PodSandboxStatus(ctx,
+		&runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox, Verbose: true})
 	if err != nil {
 		return nil, fmt.Errorf("reading the sandbox's config: %w", err)
 	}
@@ -139,7 +141,7 @@ func (c *Client) FindStaged(ctx context.Context, sandbox, token string) (string,
 		return "", fmt.Errorf("listing containers: %w", err)
 	}
 	for _, found := range list.GetContainers() {
-		if found.GetAnnotations()[interceptors.StagedAnnotation] == token {
+		if found.GetAnnotations()[view.StagedAnnotation] == token {
 			return found.GetId(), nil
 		}
 	}

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
@@ -116,7 +116,8 @@ func TestStartOnce(t *testing.T) {
 			name: "away for too long", errs: repeat(errAway, 100), status: &runtimeapi.ContainerStatus{State: created},
 			calls: crinode.MaxTries, says: "starting the new container: connection refused",
 		},
-		{name: "runs already", errs: repeat(errBroken, 1), status: &runtimeapi.ContainerStatus{State: running}, calls: 1},
+		{name: "runs already", errs: repeat(errBroken, 1), status: &runtimeapi.ContainerStatus{State: running},
+			calls: 1},
 		{
 			name: "has run and ended", errs: repeat(errBroken, 1), calls: 1,
 			status: &runtimeapi.ContainerStatus{State: exited, StartedAt: 1, Reason: "Completed"},
@@ -237,7 +238,7 @@ func TestInspect(t *testing.T) {
 
 func TestFindStaged(t *testing.T) {
 	f := newFake()
-	f.containers[0].Annotations = map[string]string{interceptors.StagedAnnotation: "token"}
+	f.containers[0].Annotations = map[string]string{view.StagedAnnotation: "token"}
 	for token, want := range map[string]string{"token": "a1", "other": ""} {
 		if got, err := newClient(f).FindStaged(t.Context(), "new", token); err != nil || got != want {
 			t.Errorf("%s: got %q, %v, want %q", token, got, err, want)
@@ -267,7 +268,8 @@ func TestBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &deadlines{}
 		rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(d))
-		if _, err := rt.Version(t.Context(), &runtimeapi.VersionRequest{}); err != nil || d.left != crinode.CallTimeout {
+		if _, err := rt.Version(t.Context(), &runtimeapi.VersionRequest{}); err != nil ||
+			d.left != crinode.CallTimeout {
 			t.Errorf("a call has %s, %v", d.left, err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)

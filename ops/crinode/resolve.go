@@ -21,8 +21,8 @@ type Target struct {
 	Attempt            uint32 // of the successor
 }
 
-// Sandbox returns the pod's running sandbox. It returns a [*operation.Outcome] if the pod has none, and other
-// errors for the runtime's.
+// Sandbox returns the pod's running sandbox. It returns a [*operation.Outcome] if the pod has none,
+// and other errors for the runtime's.
 func (c *Client) Sandbox(ctx context.Context, pod *opsv1.PodRef) (*runtimeapi.PodSandbox, error) {
 	labels := map[string]string{
 		criclone.LabelPodNamespace: pod.GetNamespace(), criclone.LabelPodName: pod.GetName(),
@@ -61,7 +61,8 @@ func (c *Client) Sandbox(ctx context.Context, pod *opsv1.PodRef) (*runtimeapi.Po
 // Resolve finds the running container of the pod that want names, and checks the preconditions.
 // With force the container may be another than the one that want expects.
 //
-// It returns a [*operation.Outcome] for what the caller got wrong, and other errors for the runtime's.
+// It returns a [*operation.Outcome] for what the caller got wrong, and other errors for the
+// runtime's.
 func (c *Client) Resolve(
 	ctx context.Context, pod *opsv1.PodRef, want *opsv1.ContainerRestart, force bool,
 ) (*Target, error) {
@@ -101,8 +102,9 @@ func (c *Client) Resolve(
 	}
 	t.Incumbent = newest.GetId()
 	if expected := bareID(want.GetExpectedContainerId()); expected != "" && expected != t.Incumbent && !force {
-		return nil, operation.Failf(opsv1.ReasonExpectedIDDiffers, "container %q is %s now, not %s: it has been restarted since; "+
-			"ask again without an expected ID, or with force", want.GetName(), t.Incumbent, expected)
+		return nil, operation.Failf(opsv1.ReasonExpectedIDDiffers,
+			"container %q is %s now, not %s: it has been restarted since; "+
+				"ask again without an expected ID, or with force", want.GetName(), t.Incumbent, expected)
 	}
 	if newest.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return nil, operation.Failf(opsv1.ReasonContainerNotRunning, "container %q is not running (%s): "+

@@ -62,7 +62,8 @@ func podLabels() map[string]string {
 // and job beside it, of which job has ended. The pod had another sandbox before.
 func newFake() *fakeRuntime {
 	const running, exited = runtimeapi.ContainerState_CONTAINER_RUNNING, runtimeapi.ContainerState_CONTAINER_EXITED
-	container := func(id, name string, at int64, state runtimeapi.ContainerState, restarts string) *runtimeapi.Container {
+	container := func(id, name string, at int64, state runtimeapi.ContainerState,
+		restarts string) *runtimeapi.Container {
 		return &runtimeapi.Container{
 			Id: id, PodSandboxId: "new", CreatedAt: at, State: state,
 			Metadata:    &runtimeapi.ContainerMetadata{Name: name},
@@ -140,7 +141,8 @@ func TestResolve(t *testing.T) {
 			got, err := (&crinode.Client{Runtime: f}).Resolve(t.Context(), pod, tt.want, tt.force)
 			if tt.reason != "" {
 				var failure *operation.Outcome
-				if !errors.As(err, &failure) || failure.Reason != tt.reason || !strings.Contains(failure.Message, tt.says) {
+				if !errors.As(err, &failure) || failure.Reason != tt.reason ||
+					!strings.Contains(failure.Message, tt.says) {
 					t.Errorf("got %v, want a failure %s: %s", err, tt.reason, tt.says)
 				}
 				return

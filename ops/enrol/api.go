@@ -46,7 +46,8 @@ func (c *client) bundle(ctx context.Context, namespace string) (string, error) {
 	var m struct {
 		Data map[string]string `json:"data"`
 	}
-	err := c.Do(ctx, http.MethodGet, "/api/v1/namespaces/"+url.PathEscape(namespace)+"/configmaps/"+identity.BundleName, nil, &m)
+	err := c.Do(ctx, http.MethodGet, "/api/v1/namespaces/"+url.PathEscape(namespace)+"/configmaps/"+identity.BundleName,
+		nil, &m)
 	return m.Data[identity.BundleKey], err
 }
 
@@ -80,7 +81,8 @@ func (c *client) request(ctx context.Context, nodeName string, csr []byte) (stri
 	var r signingRequest
 	r.APIVersion, r.Kind = "certificates.k8s.io/v1", "CertificateSigningRequest"
 	r.Metadata.GenerateName = "cri-proxy-" + nodeName + "-"
-	r.Spec.Request, r.Spec.SignerName, r.Spec.Usages = csr, identity.SignerName, []string{"digital signature", "server auth"}
+	r.Spec.Request, r.Spec.SignerName, r.Spec.Usages = csr, identity.SignerName,
+		[]string{"digital signature", "server auth"}
 	var made signingRequest
 	err := c.Do(ctx, http.MethodPost, requestsPath, &r, &made)
 	return made.Metadata.Name, err

@@ -33,17 +33,18 @@ import (
 
 const nodeName = "node-1"
 
-// standIn answers as an API server with a controller behind it does, at a speed and with faults that a real one cannot be made to have. The
-// real ones are in test/deploy.
+// standIn answers as an API server with a controller behind it does, at a speed and with faults
+// that a real one cannot be made to have. The real ones are in test/deploy.
 type standIn struct {
-	mu      sync.Mutex
-	ca      *authority
-	life    time.Duration
-	away    bool                                 // no connection
-	refuse  map[string]int                       // HTTP code by the last part of a path
-	change  func(*x509.Certificate) (any, error) // before it is signed; returns the public key to sign, nil: the one asked for
-	uid     string                               // of the Node
-	answer  bool                                 // requests are signed at once
+	mu     sync.Mutex
+	ca     *authority
+	life   time.Duration
+	away   bool           // no connection
+	refuse map[string]int // HTTP code by the last part of a path
+	// before it is signed; returns the public key to sign, nil: the one asked for
+	change  func(*x509.Certificate) (any, error)
+	uid     string // of the Node
+	answer  bool   // requests are signed at once
 	deny    string
 	bundle  string // what is published in place of the CA's certificate
 	made    []string
@@ -61,11 +62,13 @@ func newAuthority(t testing.TB, name string) *authority {
 	t.Helper()
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(10 * 365 * 24 * time.Hour),
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().
+				Add(-time.Hour), NotAfter: time.Now().Add(10 * 365 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der := must(x509.CreateCertificate(rand.Reader, template, template, key.Public(), key))(t)
-	return &authority{must(x509.ParseCertificate(der))(t), key, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}
+	return &authority{must(x509.ParseCertificate(der))(t), key,
+		string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}
 }
 
 func must[T any](v T, err error) func(testing.TB) T {
@@ -79,7 +82,8 @@ func must[T any](v T, err error) func(testing.TB) T {
 }
 
 func newStandIn(t testing.TB) *standIn {
-	return &standIn{ca: newAuthority(t, "ca"), life: 10 * time.Hour, answer: true, refuse: map[string]int{}, pending: map[string][]byte{}}
+	return &standIn{ca: newAuthority(t, "ca"), life: 10 * time.Hour, answer: true, refuse: map[string]int{},
+		pending: map[string][]byte{}}
 }
 
 func (s *standIn) set(change func()) {
@@ -120,9 +124,11 @@ func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var answer any
 	switch {
 	case last == nodeName:
-		answer = map[string]any{"metadata": map[string]any{"uid": s.uid}, "status": map[string]any{"addresses": []map[string]string{
-			{"type": "InternalIP", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "2001:db8::7"}, {"type": "Hostname", "address": "elsewhere"}, {"type": "ExternalIP", "address": "203.0.113.1"},
-		}}}
+		answer = map[string]any{"metadata": map[string]any{"uid": s.uid},
+			"status": map[string]any{"addresses": []map[string]string{
+				{"type": "InternalIP", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "2001:db8::7"},
+				{"type": "Hostname", "address": "elsewhere"}, {"type": "ExternalIP", "address": "203.0.113.1"},
+			}}}
 	case last == identity.BundleName:
 		text := s.ca.pem
 		if s.bundle != "" {
@@ -170,8 +176,10 @@ func (s *standIn) sign(request []byte) []byte {
 		panic(err)
 	}
 	c := &x509.Certificate{
-		SerialNumber: big.NewInt(int64(len(s.made)) * 333), Subject: csr.Subject, DNSNames: csr.DNSNames, IPAddresses: csr.IPAddresses,
-		NotBefore: time.Now().Add(-time.Second), NotAfter: time.Now().Add(s.life), KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		SerialNumber: big.NewInt(int64(len(s.made)) * 333), Subject: csr.Subject, DNSNames: csr.DNSNames,
+		IPAddresses: csr.IPAddresses,
+		NotBefore:   time.Now().Add(-time.Second), NotAfter: time.Now().Add(s.life),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	if s.uid != "" {
 		c.URIs = []*url.URL{identity.NodeURI(s.uid)}
@@ -197,7 +205,8 @@ func (s *standIn) sign(request []byte) []byte {
 func (s *standIn) enroller(t testing.TB, dir string) (e *Enroller, log *logtest.Hook, stop func()) {
 	t.Helper()
 	logger, log := logtest.NewNullLogger()
-	e = New(Options{Kubeconfig: "/none", Namespace: identity.DefaultNamespace, NodeName: nodeName, StateDir: dir, Log: logger})
+	e = New(Options{Kubeconfig: "/none", Namespace: identity.DefaultNamespace, NodeName: nodeName,
+		StateDir: dir, Log: logger})
 	e.connect = func(context.Context) (*client, error) {
 		return &client{apiserver.New("https://api", "", &http.Client{Transport: s})}, nil
 	}

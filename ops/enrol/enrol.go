@@ -26,18 +26,20 @@ import (
 )
 
 const (
-	// refreshMost is how often the controller's CA is read at least. The controller signs with a new one only after a multiple of it.
+	// refreshMost is how often the controller's CA is read at least. The controller signs with a
+	// new one only after a multiple of it.
 	refreshMost = 10 * time.Minute
 	// refreshLeast is for certificates that live for minutes.
 	refreshLeast = 5 * time.Second
 	// pokedMost is how long the CA is not read again when strangers come, who may be anybody.
 	pokedMost = 30 * time.Second
-	// A failure is tried again after retryFirst, then after twice as long each time, up to retryMost. A denial is not taken back soon.
+	// A failure is tried again after retryFirst, then after twice as long each time, up to
+	// retryMost. A denial is not taken back soon.
 	retryFirst = 5 * time.Second
 	retryMost  = 10 * time.Minute
 	retryDeny  = time.Minute
-	// The answer to a request is looked for after askFirst, then less and less often: a request that waits for its controller must cost the
-	// API server of a large cluster next to nothing.
+	// The answer to a request is looked for after askFirst, then less and less often: a request
+	// that waits for its controller must cost the API server of a large cluster next to nothing.
 	askFirst = 500 * time.Millisecond
 	askMost  = time.Minute
 	// askFor is how long; the cluster removes requests that nobody has answered after a day.
@@ -50,7 +52,8 @@ const (
 type Options struct {
 	// Kubeconfig is kubelet's. It is read anew each time, and so are the files that it names.
 	Kubeconfig string
-	// Environ returns kubelet's environment, which has its proxies and is that of its exec plugin; nil, or what it returns, for this process's own.
+	// Environ returns kubelet's environment, which has its proxies and is that of its exec plugin;
+	// nil, or what it returns, for this process's own.
 	Environ func() []string
 	// Namespace is the controller's.
 	Namespace string
@@ -68,7 +71,8 @@ type Status struct {
 	Certificate *x509.Certificate
 	// Renewal is when it will be renewed.
 	Renewal time.Time
-	// Problem is why there is no certificate, or no new one, or no news of the controller's CA; nil: none. Since when, and when it is tried again.
+	// Problem is why there is no certificate, or no new one, or no news of the controller's CA;
+	// nil: none. Since when, and when it is tried again.
 	Problem    error
 	Since      time.Time
 	NextTry    time.Time
@@ -77,7 +81,8 @@ type Status struct {
 	Enrolments uint64    // certificates got by this process
 }
 
-// Enroller keeps the node's certificate and the controller's CA on disk, and new. [Enroller.Run] does the work.
+// Enroller keeps the node's certificate and the controller's CA on disk, and new. [Enroller.Run]
+// does the work.
 type Enroller struct {
 	o       Options
 	connect func(context.Context) (*client, error)
@@ -94,7 +99,8 @@ type Enroller struct {
 // New returns an enroller with what is on disk. It has not spoken to anybody.
 func New(o Options) *Enroller {
 	e := &Enroller{
-		o: o, poke: make(chan struct{}, 1), changed: make(chan struct{}, 1), faults: map[string]error{}, tries: map[string]*time.Time{},
+		o: o, poke: make(chan struct{}, 1), changed: make(chan struct{}, 1), faults: map[string]error{},
+		tries: map[string]*time.Time{},
 	}
 	e.connect = func(ctx context.Context) (*client, error) {
 		var environ []string
@@ -126,7 +132,8 @@ func (e *Enroller) Awaited() error {
 	return errors.New("this node has no certificate yet; it is asking the controller for one")
 }
 
-// Refresh makes the controller's CA be read soon: somebody came whose CA is not known, or who does not know this node's. It does not wait.
+// Refresh makes the controller's CA be read soon: somebody came whose CA is not known, or who does
+// not know this node's. It does not wait.
 func (e *Enroller) Refresh() {
 	select {
 	case e.poke <- struct{}{}:
@@ -184,14 +191,17 @@ func (e *Enroller) readCA(ctx context.Context) error {
 	text, err := c.bundle(ctx, e.o.Namespace)
 	switch {
 	case apiserver.IsCode(err, http.StatusNotFound):
-		return fmt.Errorf("the controller has not published its CA, ConfigMap %s/%s: is cri-controller installed, in that namespace (ops.enrol.namespace) and with identity.mode csr?", e.o.Namespace, identity.BundleName)
+		return fmt.Errorf("the controller has not published its CA, ConfigMap %s/%s: is cri-controller installed, in "+
+			"that namespace (ops.enrol.namespace) and with identity.mode csr?", e.o.Namespace, identity.BundleName)
 	case apiserver.IsCode(err, http.StatusForbidden):
-		return fmt.Errorf("reading the controller's CA: %w (are the roles of this version of cri-controller installed, and is the kubeconfig kubelet's?)", err)
+		return fmt.Errorf("reading the controller's CA: %w (are the roles of this version of cri-controller "+
+			"installed, and is the kubeconfig kubelet's?)", err)
 	case err != nil:
 		return fmt.Errorf("reading the controller's CA: %w", err)
 	}
 	if _, err := readBundle([]byte(text)); err != nil {
-		return fmt.Errorf("the CA that the controller publishes, ConfigMap %s/%s, cannot be used, the one before stays in force: %w", e.o.Namespace, identity.BundleName, err)
+		return fmt.Errorf("the CA that the controller publishes, ConfigMap %s/%s, cannot be used, the one before "+
+			"stays in force: %w", e.o.Namespace, identity.BundleName, err)
 	}
 	old, _ := os.ReadFile(CAFile(e.o.StateDir))
 	if !bytes.Equal(old, []byte(text)) {
@@ -210,8 +220,9 @@ func (e *Enroller) readCA(ctx context.Context) error {
 	return nil
 }
 
-// readNode notices that the Node is another one than the certificate is bound to: it was deleted, and kubelet has made it again. The controller takes no
-// certificate of an earlier one. A Node that cannot be read is met again when the certificate is renewed.
+// readNode notices that the Node is another one than the certificate is bound to: it was deleted,
+// and kubelet has made it again. The controller takes no certificate of an earlier one. A Node that
+// cannot be read is met again when the certificate is renewed.
 func (e *Enroller) readNode(ctx context.Context, c *client) {
 	n, err := c.node(ctx, e.o.NodeName)
 	if err != nil || n.Metadata.UID == "" {
@@ -329,11 +340,13 @@ func (e *Enroller) enrol(ctx context.Context, why string) error {
 	e.status.Enrolments++
 	e.mu.Unlock()
 	e.Refresh() // how often it looks depends on the certificate
-	log.WithFields(logrus.Fields{"request": name, "until": leaf.NotAfter.Format(time.RFC3339), "renewal": renewalOf(leaf).Format(time.RFC3339)}).Info("enrolled")
+	log.WithFields(logrus.Fields{"request": name, "until": leaf.NotAfter.Format(time.RFC3339),
+		"renewal": renewalOf(leaf).Format(time.RFC3339)}).Info("enrolled")
 	return nil
 }
 
-// ask makes a key and a request for it. The key is in memory only until there is a certificate for it.
+// ask makes a key and a request for it. The key is in memory only until there is a certificate for
+// it.
 func (e *Enroller) ask(ctx context.Context) (name string, key *ecdsa.PrivateKey, err error) {
 	c, err := e.connect(ctx)
 	if err != nil {
@@ -343,9 +356,11 @@ func (e *Enroller) ask(ctx context.Context) (name string, key *ecdsa.PrivateKey,
 	n, err := c.node(ctx, e.o.NodeName)
 	switch {
 	case apiserver.IsCode(err, http.StatusNotFound):
-		return "", nil, fmt.Errorf("there is no Node %s: has kubelet registered it, and is nodeName (--node-name) its name?", e.o.NodeName)
+		return "", nil, fmt.Errorf("there is no Node %s: has kubelet registered it, and is nodeName (--node-name) "+
+			"its name?", e.o.NodeName)
 	case apiserver.IsCode(err, http.StatusForbidden):
-		return "", nil, fmt.Errorf("reading Node %s: %w (is nodeName, --node-name, that of the kubeconfig's user?)", e.o.NodeName, err)
+		return "", nil, fmt.Errorf("reading Node %s: %w (is nodeName, --node-name, that of the kubeconfig's user?)",
+			e.o.NodeName, err)
 	case err != nil:
 		return "", nil, fmt.Errorf("reading Node %s: %w", e.o.NodeName, err)
 	}
@@ -377,11 +392,15 @@ func (e *Enroller) awaitAnswer(ctx context.Context, name string) ([]byte, error)
 		case errors.As(err, &denied), apiserver.IsCode(err, http.StatusNotFound):
 			return nil, err
 		case waited > askFor:
-			return nil, fmt.Errorf("CertificateSigningRequest %s has not been answered within %s: is cri-controller running?", name, askFor)
+			return nil, fmt.Errorf("CertificateSigningRequest %s has not been answered within %s: is cri-controller "+
+				"running?", name, askFor)
 		case err != nil:
-			e.fault(ctx, loop, fmt.Errorf("asking for the answer to CertificateSigningRequest %s: %w", name, err), pause)
+			e.fault(ctx, loop, fmt.Errorf("asking for the answer to CertificateSigningRequest %s: %w", name, err),
+				pause)
 		case waited > unanswered:
-			e.fault(ctx, loop, fmt.Errorf("CertificateSigningRequest %s waits for its answer: is cri-controller running?", name), pause)
+			e.fault(ctx, loop,
+				fmt.Errorf("CertificateSigningRequest %s waits for its answer: is cri-controller running?", name),
+				pause)
 		}
 	}
 }
@@ -399,7 +418,8 @@ func (e *Enroller) look(ctx context.Context, name string) ([]byte, error) {
 	}
 	for _, condition := range r.Status.Conditions {
 		if condition.Type == "Denied" || condition.Type == "Failed" {
-			return nil, &deniedError{fmt.Sprintf("CertificateSigningRequest %s: %s: %s: %s", name, condition.Type, condition.Reason, condition.Message)}
+			return nil, &deniedError{fmt.Sprintf("CertificateSigningRequest %s: %s: %s: %s", name, condition.Type,
+				condition.Reason, condition.Message)}
 		}
 	}
 	return r.Status.Certificate, nil
@@ -423,11 +443,14 @@ func (e *Enroller) check(ctx context.Context, cert []byte, key *ecdsa.PrivateKey
 	}
 	e.mu.Unlock()
 	if now := time.Now(); now.Before(c.NotBefore) || now.After(c.NotAfter) {
-		return nil, fmt.Errorf("it is good from %s to %s, and here it is %s: set the clock of the node, or of the controller's", c.NotBefore.Format(time.RFC3339), c.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
+		return nil, fmt.Errorf("it is good from %s to %s, and here it is %s: set the clock of the node, or of the "+
+			"controller's", c.NotBefore.Format(time.RFC3339), c.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 	}
 	if at := renewalOf(c); !at.After(time.Now()) {
 		// It would be renewed at once, and again and again.
-		return nil, fmt.Errorf("it is good until %s and to be renewed at %s, and here it is %s: set the clock of the node, or of the controller's", c.NotAfter.Format(time.RFC3339), at.Format(time.RFC3339), time.Now().Format(time.RFC3339))
+		return nil, fmt.Errorf("it is good until %s and to be renewed at %s, and here it is %s: set the clock of the "+
+			"node, or of the controller's", c.NotAfter.Format(time.RFC3339), at.Format(time.RFC3339),
+			time.Now().Format(time.RFC3339))
 	}
 	verify := func() error {
 		text, err := os.ReadFile(CAFile(e.o.StateDir))

@@ -40,13 +40,15 @@ func TestEnrol(t *testing.T) {
 			t.Fatalf("%+v", st)
 		}
 		c := st.Certificate
-		if c.Subject.CommonName != nodeName || len(c.DNSNames) != 1 || c.DNSNames[0] != nodeName || len(c.IPAddresses) != 2 {
+		if c.Subject.CommonName != nodeName || len(c.DNSNames) != 1 || c.DNSNames[0] != nodeName ||
+			len(c.IPAddresses) != 2 {
 			t.Errorf("asked for %v %v %v", c.Subject, c.DNSNames, c.IPAddresses)
 		}
 		if _, err := tls.LoadX509KeyPair(CertFile(dir), CertFile(dir)); err != nil {
 			t.Error(err)
 		}
-		for file, mode := range map[string]fs.FileMode{CertFile(dir): 0o600, CAFile(dir): 0o600, Directory(dir): 0o700 | fs.ModeDir} {
+		for file, mode := range map[string]fs.FileMode{CertFile(dir): 0o600, CAFile(dir): 0o600,
+			Directory(dir): 0o700 | fs.ModeDir} {
 			if fi, err := os.Stat(file); err != nil || fi.Mode() != mode {
 				t.Errorf("%s: %v %v", file, fi.Mode(), err)
 			}
@@ -89,7 +91,8 @@ func TestRenewal(t *testing.T) {
 		s.set(func() { s.away = true })
 		time.Sleep(12 * time.Hour)
 		st := e.Status()
-		if st.Certificate.SerialNumber.Cmp(second.SerialNumber) != 0 || st.Problem == nil || st.Failures < 10 || st.NextTry.IsZero() || time.Since(st.Since) < time.Hour {
+		if st.Certificate.SerialNumber.Cmp(second.SerialNumber) != 0 || st.Problem == nil || st.Failures < 10 ||
+			st.NextTry.IsZero() || time.Since(st.Since) < time.Hour {
 			t.Fatalf("%+v", st)
 		}
 		if !said(log, logrus.WarnLevel, "connection refused") {
@@ -100,7 +103,8 @@ func TestRenewal(t *testing.T) {
 		}
 		s.set(func() { s.away = false })
 		time.Sleep(2 * retryMost)
-		if st = e.Status(); st.Problem != nil || st.Failures != 0 || st.Certificate.SerialNumber.Cmp(second.SerialNumber) == 0 {
+		if st = e.Status(); st.Problem != nil || st.Failures != 0 ||
+			st.Certificate.SerialNumber.Cmp(second.SerialNumber) == 0 {
 			t.Fatalf("%+v", st)
 		}
 		if !said(log, logrus.InfoLevel, "in order again") {
@@ -118,14 +122,22 @@ func TestProblems(t *testing.T) {
 		most    int    // requests in that time
 	}{
 		{"no API server", func(_ testing.TB, s *standIn) { s.away = true }, time.Hour, "connection refused", 0},
-		{"no CA published", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusNotFound }, time.Hour, "has not published its CA", 0},
-		{"CA forbidden", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusForbidden }, time.Hour, "are the roles of this version", 0},
-		{"CA is nonsense", func(_ testing.TB, s *standIn) { s.bundle = "nonsense" }, time.Hour, "holds no PEM certificate", 0},
-		{"no Node yet", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusNotFound }, time.Hour, "there is no Node node-1: has kubelet registered it", 0},
-		{"another node's name", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusForbidden }, time.Hour, "is nodeName, --node-name, that of the kubeconfig's user?", 0},
-		{"requests forbidden", func(_ testing.TB, s *standIn) { s.refuse["certificatesigningrequests"] = http.StatusForbidden }, time.Hour, "creating a CertificateSigningRequest: the API server answers 403", 0},
+		{"no CA published", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusNotFound },
+			time.Hour, "has not published its CA", 0},
+		{"CA forbidden", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusForbidden },
+			time.Hour, "are the roles of this version", 0},
+		{"CA is nonsense", func(_ testing.TB, s *standIn) { s.bundle = "nonsense" }, time.Hour,
+			"holds no PEM certificate", 0},
+		{"no Node yet", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusNotFound }, time.Hour,
+			"there is no Node node-1: has kubelet registered it", 0},
+		{"another node's name", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusForbidden }, time.Hour,
+			"is nodeName, --node-name, that of the kubeconfig's user?", 0},
+		{"requests forbidden",
+			func(_ testing.TB, s *standIn) { s.refuse["certificatesigningrequests"] = http.StatusForbidden }, time.Hour,
+			"creating a CertificateSigningRequest: the API server answers 403", 0},
 		{"denied", func(_ testing.TB, s *standIn) { s.deny = "no" }, time.Hour, "Denied: NotYours: no", 12},
-		{"no controller", func(_ testing.TB, s *standIn) { s.answer = false }, 3 * time.Hour, "waits for its answer: is cri-controller running?", 3},
+		{"no controller", func(_ testing.TB, s *standIn) { s.answer = false }, 3 * time.Hour,
+			"waits for its answer: is cri-controller running?", 3},
 		{"another key", func(t testing.TB, s *standIn) {
 			s.change = func(*x509.Certificate) (any, error) {
 				key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -135,12 +147,17 @@ func TestProblems(t *testing.T) {
 		{"another node", func(_ testing.TB, s *standIn) {
 			s.change = func(c *x509.Certificate) (any, error) { c.Subject.CommonName = "other"; return nil, nil }
 		}, time.Hour, "it is for", 20},
-		{"another CA", func(t testing.TB, s *standIn) { s.bundle = newAuthority(t, "other").pem }, time.Hour, "has not signed it", 20},
+		{"another CA", func(t testing.TB, s *standIn) { s.bundle = newAuthority(t, "other").pem }, time.Hour,
+			"has not signed it", 20},
 		{"no CA at all", func(t testing.TB, s *standIn) {
 			s.bundle = string(s.sign(must(newRequestPEM())(t)))
 		}, time.Hour, "is no CA", 0},
 		{"from the future", func(_ testing.TB, s *standIn) {
-			s.change = func(c *x509.Certificate) (any, error) { c.NotBefore = time.Now().Add(time.Minute); return nil, nil }
+			s.change = func(c *x509.Certificate) (any, error) {
+				c.NotBefore = time.Now().Add(time.Minute)
+				return nil,
+					nil
+			}
 		}, time.Hour, "set the clock", 20},
 		{"all but over", func(_ testing.TB, s *standIn) {
 			s.change = func(c *x509.Certificate) (any, error) {
@@ -216,7 +233,8 @@ func TestAnotherCA(t *testing.T) {
 		s.set(func() { s.bundle = "" })
 		e.Refresh()
 		time.Sleep(pokedMost + 5*time.Second)
-		if c := e.Status().Certificate; s.requests() != 2 || c.SerialNumber.Cmp(first.SerialNumber) == 0 || c.Issuer.CommonName != "next" {
+		if c := e.Status().Certificate; s.requests() != 2 || c.SerialNumber.Cmp(first.SerialNumber) == 0 ||
+			c.Issuer.CommonName != "next" {
 			t.Errorf("%d requests, certificate of %s", s.requests(), c.Issuer)
 		}
 		// But not each time.
@@ -259,7 +277,8 @@ func TestNodeNamedByItsAddress(t *testing.T) {
 	}
 }
 
-// TestNodeIsMadeAnew: the Node is deleted and kubelet makes it again. The certificate of before is good for nobody, and the node asks for another.
+// TestNodeIsMadeAnew: the Node is deleted and kubelet makes it again. The certificate of before is
+// good for nobody, and the node asks for another.
 func TestNodeIsMadeAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, dir := newStandIn(t), t.TempDir()

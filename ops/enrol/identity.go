@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// Of a certificate's life, this part has passed when it is renewed: between 70 and 80 %, so that nodes that were enrolled together
-// are not renewed together.
+// Of a certificate's life, this part has passed when it is renewed: between 70 and 80 %, so that
+// nodes that were enrolled together are not renewed together.
 const (
 	renewFrom   = 0.7
 	renewSpread = 0.1
@@ -31,15 +31,15 @@ const (
 // Directory is where below the state directory the identity lies, for its owner only.
 func Directory(stateDir string) string { return filepath.Join(stateDir, "identity") }
 
-// CertFile is the file with the node's certificate and its key, one file so that both change at once, and CAFile that with the CAs of
-// who may command the node.
+// CertFile is the file with the node's certificate and its key, one file so that both change at
+// once, and CAFile that with the CAs of who may command the node.
 func CertFile(stateDir string) string { return filepath.Join(Directory(stateDir), "node.pem") }
 
 // CAFile is described at [CertFile].
 func CAFile(stateDir string) string { return filepath.Join(Directory(stateDir), "ca.pem") }
 
-// newRequest makes a key and a request for the node's certificate, as PEM. Nothing but the node's own name counts for who it is; addresses are
-// those that the Node object has.
+// newRequest makes a key and a request for the node's certificate, as PEM. Nothing but the node's
+// own name counts for who it is; addresses are those that the Node object has.
 func newRequest(name string, n node) (key *ecdsa.PrivateKey, csr []byte, err error) {
 	if key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, nil, err
@@ -105,7 +105,8 @@ func readBundle(text []byte) (*x509.CertPool, error) {
 
 // signedBy tells whether the certificate is one of these CAs', whatever its times.
 func signedBy(c *x509.Certificate, roots *x509.CertPool) error {
-	_, err := c.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	_, err := c.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	return err
 }
 

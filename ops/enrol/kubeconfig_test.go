@@ -21,7 +21,8 @@ import (
 	"time"
 )
 
-// apiServer is the stand-in over TLS. It lets in who has a certificate of the clients' CA, or the token, and says who.
+// apiServer is the stand-in over TLS. It lets in who has a certificate of the clients' CA, or the
+// token, and says who.
 func apiServer(t *testing.T, s *standIn, clients *authority) (server *httptest.Server, ca string, who *string) {
 	t.Helper()
 	who = new(string)
@@ -45,16 +46,19 @@ func apiServer(t *testing.T, s *standIn, clients *authority) (server *httptest.S
 	return server, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})), who
 }
 
-// clientPair is one PEM text with a client certificate and its key, as kubelet-client-current.pem is.
+// clientPair is one PEM text with a client certificate and its key, as kubelet-client-current.pem
+// is.
 func clientPair(t *testing.T, a *authority, name string) string {
 	t.Helper()
 	c := &x509.Certificate{
-		SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: name, Organization: []string{"system:nodes"}}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: name, Organization: []string{"system:nodes"}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 	der := must(x509.CreateCertificate(rand.Reader, c, a.cert, a.key.Public(), a.key))(t)
 	key := must(x509.MarshalPKCS8PrivateKey(a.key))(t)
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})) + string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})) +
+		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
 }
 
 func put(t *testing.T, dir, name, text string, mode os.FileMode) {
@@ -75,30 +79,47 @@ func TestKubeconfig(t *testing.T) {
 		who, fail           string
 		text                string // the whole file
 	}{
-		{name: "files beside it", cluster: good, user: "client-certificate: pair.pem, client-key: pair.pem", who: "system:node:node-1"},
-		{name: "data", cluster: "certificate-authority-data: " + b64(ca), user: "client-certificate-data: " + b64(pair) + ", client-key-data: " + b64(pair), who: "system:node:node-1"},
+		{name: "files beside it", cluster: good, user: "client-certificate: pair.pem, client-key: pair.pem",
+			who: "system:node:node-1"},
+		{name: "data", cluster: "certificate-authority-data: " + b64(ca), user: "client-certificate-data: " +
+			b64(pair) + ", client-key-data: " + b64(pair), who: "system:node:node-1"},
 		{name: "token", cluster: good, user: "token: secret", who: "token"},
 		{name: "token file", cluster: good, user: "tokenFile: token", who: "token"},
-		{name: "plugin with a token", cluster: good, user: `exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin, args: [token], env: [{name: WORD, value: secret}]}`, who: "token"},
-		{name: "plugin with a certificate", cluster: good, user: `exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin, args: [pair]}`, who: "system:node:node-1"},
-		{name: "other server name", cluster: good + ", tls-server-name: example.com", user: "token: secret", who: "token"},
+		{name: "plugin with a token", cluster: good,
+			user: `exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin, args: [token], env: [{name: WORD, value: secret}]}`, who: "token"},
+		{name: "plugin with a certificate", cluster: good,
+			user: `exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin, args: [pair]}`,
+			who:  "system:node:node-1"},
+		{name: "other server name", cluster: good + ", tls-server-name: example.com", user: "token: secret",
+			who: "token"},
 
 		{name: "wrong token", cluster: good, user: "token: guess", fail: "401"},
-		{name: "other CA", cluster: "certificate-authority-data: " + b64(clients.pem), user: "token: secret", fail: "unknown authority"},
-		{name: "not verified", cluster: "insecure-skip-tls-verify: true", user: "token: secret", fail: "skips the verification"},
-		{name: "no CA in it", cluster: "certificate-authority: token", user: "token: secret", fail: "no PEM certificate"},
+		{name: "other CA", cluster: "certificate-authority-data: " + b64(clients.pem), user: "token: secret",
+			fail: "unknown authority"},
+		{name: "not verified", cluster: "insecure-skip-tls-verify: true", user: "token: secret",
+			fail: "skips the verification"},
+		{name: "no CA in it", cluster: "certificate-authority: token", user: "token: secret",
+			fail: "no PEM certificate"},
 		{name: "no credentials", cluster: good, user: "", fail: "has kubelet joined the cluster?"},
 		{name: "no key", cluster: good, user: "client-certificate: pair.pem", fail: "go together"},
-		{name: "rotated away", cluster: good, user: "client-certificate: gone.pem, client-key: gone.pem", fail: "gone.pem: no such file"},
-		{name: "no base64", cluster: good, user: "client-certificate-data: '%%%'", fail: "client-certificate-data: illegal base64"},
-		{name: "plugin fails", cluster: good, user: `exec: {command: ./plugin, args: [fail]}`, fail: "plugin: exit status 3"},
-		{name: "plugin says nothing", cluster: good, user: `exec: {command: ./plugin, args: [nothing]}`, fail: "neither a token nor a certificate"},
-		{name: "plugin says nonsense", cluster: good, user: `exec: {command: ./plugin, args: [nonsense]}`, fail: "no ExecCredential"},
+		{name: "rotated away", cluster: good, user: "client-certificate: gone.pem, client-key: gone.pem",
+			fail: "gone.pem: no such file"},
+		{name: "no base64", cluster: good, user: "client-certificate-data: '%%%'",
+			fail: "client-certificate-data: illegal base64"},
+		{name: "plugin fails", cluster: good, user: `exec: {command: ./plugin, args: [fail]}`,
+			fail: "plugin: exit status 3"},
+		{name: "plugin says nothing", cluster: good, user: `exec: {command: ./plugin, args: [nothing]}`,
+			fail: "neither a token nor a certificate"},
+		{name: "plugin says nonsense", cluster: good, user: `exec: {command: ./plugin, args: [nonsense]}`,
+			fail: "no ExecCredential"},
 		{name: "no plugin", cluster: good, user: `exec: {command: no-such-program}`, fail: "not found"},
-		{name: "http", text: "{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: 'http://x'}}], users: [{name: a, user: {token: a}}]}", fail: "want https://"},
+		{name: "http", text: "{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: " +
+			"[{name: a, cluster: {server: 'http://x'}}], users: [{name: a, user: {token: a}}]}", fail: "want https://"},
 		{name: "no context", text: "{current-context: b}", fail: `no context "b"`},
-		{name: "no cluster", text: "{current-context: a, contexts: [{name: a, context: {cluster: c}}]}", fail: `no cluster "c"`},
-		{name: "no user", text: "{current-context: a, contexts: [{name: a, context: {cluster: a, user: u}}], clusters: [{name: a}]}", fail: `no user "u"`},
+		{name: "no cluster", text: "{current-context: a, contexts: [{name: a, context: {cluster: c}}]}",
+			fail: `no cluster "c"`},
+		{name: "no user", text: "{current-context: a, contexts: [{name: a, context: {cluster: a, user: u}}], " +
+			"clusters: [{name: a}]}", fail: `no user "u"`},
 		{name: "no yaml", text: "{", fail: "yaml"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -118,7 +139,9 @@ esac
 `, strings.ReplaceAll(pair, "\n", `\\n`)), 0o700)
 			text := tt.text
 			if text == "" {
-				text = fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {%s}}]}", server.URL, tt.cluster, tt.user)
+				text = fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], "+
+					"clusters: [{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {%s}}]}", server.URL,
+					tt.cluster, tt.user)
 			}
 			put(t, dir, "kubelet.conf", text, 0o600)
 			*who = ""
@@ -140,9 +163,13 @@ esac
 		dir := t.TempDir()
 		put(t, dir, "ca.pem", ca, 0o600)
 		put(t, dir, "kubelets-plugin", "#!/bin/sh\necho '{\"status\": {\"token\": \"'$WORD$OURS'\"}}'\n", 0o700)
-		put(t, dir, "kubelet.conf", fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {exec: {command: kubelets-plugin}}}]}", server.URL, good), 0o600)
+		put(t, dir, "kubelet.conf",
+			fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: "+
+				"[{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {exec: {command: kubelets-plugin}}}]}",
+				server.URL, good), 0o600)
 		t.Setenv("OURS", "not for plugins")
-		c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"), []string{"PATH=/nowhere:" + dir + ":" + os.Getenv("PATH"), "WORD=secret"}))(t)
+		c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"),
+			[]string{"PATH=/nowhere:" + dir + ":" + os.Getenv("PATH"), "WORD=secret"}))(t)
 		defer c.Close()
 		if _, err := c.node(t.Context(), nodeName); err != nil || *who != "token" {
 			t.Errorf("%q %v", *who, err)
@@ -152,7 +179,10 @@ esac
 	t.Run("rotated files are read anew", func(t *testing.T) {
 		dir := t.TempDir()
 		put(t, dir, "ca.pem", ca, 0o600)
-		put(t, dir, "kubelet.conf", fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: '%s', certificate-authority: ca.pem}}], users: [{name: a, user: {client-certificate: pair.pem, client-key: pair.pem}}]}", server.URL), 0o600)
+		put(t, dir, "kubelet.conf",
+			fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: "+
+				"[{name: a, cluster: {server: '%s', certificate-authority: ca.pem}}], users: [{name: a, user: "+
+				"{client-certificate: pair.pem, client-key: pair.pem}}]}", server.URL), 0o600)
 		for _, name := range []string{"one", "two"} {
 			put(t, dir, "pair.pem", clientPair(t, clients, name), 0o600)
 			c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"), nil))(t)

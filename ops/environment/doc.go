@@ -2,6 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package environment puts into a container's config what kubelet would compute anew: variables,
-// command line and mounts with a subPath. The controller has read the API objects; this is the rest,
-// which needs the node's files.
+// command line and mounts with a subPath. The controller has read the API objects; this is the
+// rest, which needs the node's files.
 package environment

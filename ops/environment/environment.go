@@ -67,7 +67,8 @@ func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string)
 		case slices.Contains(strings.Split(path, "/"), ".."):
 			return nil, fmt.Errorf("unable to provision SubPath `%s`: must not contain '..'", path)
 		}
-		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Dir: s.GetHostPath(), Persistent: s.GetPersistentVolume(), Expanded: s.GetExpand()}
+		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Dir: s.GetHostPath(),
+			Persistent: s.GetPersistentVolume(), Expanded: s.GetExpand()}
 	}
 	return Refresh(c, podDir, paths)
 }

@@ -66,7 +66,8 @@ func TestParse(t *testing.T) {
 		{file: "KEY='value'\nno variable", want: "value"},
 	} {
 		got, err := parse(strings.NewReader(tc.file), "KEY")
-		if got != tc.want || (err != nil) != (tc.wrong != "") || err != nil && !strings.Contains(err.Error(), tc.wrong) {
+		if got != tc.want || (err != nil) != (tc.wrong != "") ||
+			err != nil && !strings.Contains(err.Error(), tc.wrong) {
 			t.Errorf("%q: %q, %v", tc.file, got, err)
 		}
 	}
@@ -84,7 +85,8 @@ func TestApply(t *testing.T) {
 	}
 	env := &opsv1.Environment{
 		Variables: []*opsv1.Variable{
-			literal("A", "$(B)"), template("B", "$(A) $(S) $(LATER)"), template("LATER", "x"), literal("A", "\xff"), template("C", "$(A)"),
+			literal("A", "$(B)"), template("B", "$(A) $(S) $(LATER)"), template("LATER", "x"), literal("A", "\xff"),
+			template("C", "$(A)"),
 		},
 		Services: []*opsv1.Variable{literal("S", "10.0.0.1"), literal("LATER", "hidden")},
 		Command:  []string{"$(B)", "$(DEVICE)", "$(NO)"}, Args: []string{"$(S)"}, DeviceVariables: true,
@@ -101,7 +103,8 @@ func TestApply(t *testing.T) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("variables: %q, want %q", got, want)
 	}
-	if words := append(c.GetCommand(), c.GetArgs()...); !reflect.DeepEqual(words, []string{"$(B) 10.0.0.1 hidden", "0", "$(NO)", "10.0.0.1"}) {
+	if words := append(c.GetCommand(), c.GetArgs()...); !reflect.DeepEqual(words,
+		[]string{"$(B) 10.0.0.1 hidden", "0", "$(NO)", "10.0.0.1"}) {
 		t.Errorf("command line: %q", words)
 	}
 }
@@ -124,7 +127,8 @@ func TestRefresh(t *testing.T) {
 	if err := os.Symlink("..2026_11_30_10_00_00.2", filepath.Join(pod, config, "..data")); err != nil {
 		t.Fatal(err)
 	}
-	for link, to := range map[string]string{config + "/key": "..data/key", config + "/out": "/etc/passwd", empty + "/link": "/etc", empty + "/absolute": filepath.Join(pod, empty, "part")} {
+	for link, to := range map[string]string{config + "/key": "..data/key", config + "/out": "/etc/passwd",
+		empty + "/link": "/etc", empty + "/absolute": filepath.Join(pod, empty, "part")} {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(pod, link)), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -142,15 +146,20 @@ func TestRefresh(t *testing.T) {
 	}{
 		{name: "moved", host: bound, part: SubPath{Volume: "cm", Path: "key"}, want: now},
 		{name: "as it is", host: now, part: SubPath{Volume: "cm", Path: "key"}, want: now},
-		{name: "a key that is gone", host: bound, part: SubPath{Volume: "cm", Path: "no"}, want: filepath.Join(pod, config, "no")},
+		{name: "a key that is gone", host: bound, part: SubPath{Volume: "cm", Path: "no"},
+			want: filepath.Join(pod, config, "no")},
 		{name: "a link out of it", host: bound, part: SubPath{Volume: "cm", Path: "out"}},
 		{name: "a path out of it", host: bound, part: SubPath{Volume: "cm", Path: "../e/part"}},
-		{name: "what a container may write", host: part, part: SubPath{Volume: "e", Path: "part"}, want: part, others: true},
+		{name: "what a container may write", host: part, part: SubPath{Volume: "e", Path: "part"}, want: part,
+			others: true},
 		{name: "what was replaced", host: bound, part: SubPath{Volume: "e", Path: "part"}, want: part, others: true},
-		{name: "what is not there yet", host: bound, part: SubPath{Volume: "e", Path: "to/come"}, want: filepath.Join(pod, empty, "to/come"), others: true},
-		{name: "of the host's", host: bound, part: SubPath{Volume: "h", Path: "part", Dir: filepath.Join(pod, empty)}, want: part, others: true},
+		{name: "what is not there yet", host: bound, part: SubPath{Volume: "e", Path: "to/come"},
+			want: filepath.Join(pod, empty, "to/come"), others: true},
+		{name: "of the host's", host: bound, part: SubPath{Volume: "h", Path: "part", Dir: filepath.Join(pod, empty)},
+			want: part, others: true},
 		{name: "a link of a container's", host: "/etc", part: SubPath{Volume: "e", Path: "link"}},
-		{name: "an absolute link that stays in it", host: bound, part: SubPath{Volume: "e", Path: "absolute"}, want: part, others: true},
+		{name: "an absolute link that stays in it", host: bound, part: SubPath{Volume: "e", Path: "absolute"},
+			want: part, others: true},
 		{name: "what was removed", host: filepath.Join(pod, "gone"), part: SubPath{Volume: "other", Path: "x"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -159,7 +168,8 @@ func TestRefresh(t *testing.T) {
 			if (len(parts) > 0) != tc.others {
 				t.Errorf("parts that others can change: %v", parts)
 			}
-			if got := c.GetMounts()[0].GetHostPath(); tc.want != "" && (err != nil || got != tc.want) || tc.want == "" && err == nil {
+			if got := c.GetMounts()[0].GetHostPath(); tc.want != "" && (err != nil || got != tc.want) ||
+				tc.want == "" && err == nil {
 				t.Errorf("mounted from %s, error %v", got, err)
 			}
 		})
@@ -195,7 +205,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// Later restarts bring no paths: what an earlier one has mounted from a volume is still a part that others can change.
+// Later restarts bring no paths: what an earlier one has mounted from a volume is still a part that
+// others can change.
 func TestRefreshKnowsParts(t *testing.T) {
 	root := t.TempDir()
 	pod := filepath.Join(root, "pods", "uid")
@@ -204,12 +215,15 @@ func TestRefreshKnowsParts(t *testing.T) {
 		name, host, noted string
 		want              string // the volume's directory; empty: it is no part
 	}{
-		{name: "of an emptyDir", host: within("volumes/kubernetes.io~empty-dir/e/part"), want: within("volumes/kubernetes.io~empty-dir/e")},
+		{name: "of an emptyDir", host: within("volumes/kubernetes.io~empty-dir/e/part"),
+			want: within("volumes/kubernetes.io~empty-dir/e")},
 		{name: "all of an emptyDir", host: within("volumes/kubernetes.io~empty-dir/e")},
-		{name: "of a CSI volume", host: within("volumes/kubernetes.io~csi/pv/mount/a/b"), want: within("volumes/kubernetes.io~csi/pv/mount")},
+		{name: "of a CSI volume", host: within("volumes/kubernetes.io~csi/pv/mount/a/b"),
+			want: within("volumes/kubernetes.io~csi/pv/mount")},
 		{name: "all of a CSI volume", host: within("volumes/kubernetes.io~csi/pv/mount")},
 		{name: "bound by kubelet", host: within("volume-subpaths/e/app/0")},
-		{name: "where symlinks lead", host: "/data/pods/uid/volumes/kubernetes.io~nfs/n/part", want: "/data/pods/uid/volumes/kubernetes.io~nfs/n"},
+		{name: "where symlinks lead", host: "/data/pods/uid/volumes/kubernetes.io~nfs/n/part",
+			want: "/data/pods/uid/volumes/kubernetes.io~nfs/n"},
 		{name: "of the host's, noted", host: "/srv/data/part", noted: "/srv/data", want: "/srv/data"},
 		{name: "of the host's", host: "/srv/data/part"},
 	} {
@@ -283,7 +297,8 @@ func TestMakeDir(t *testing.T) {
 // The pod's directory is where kubelet has it, and not where a part was found to be.
 func TestPodDir(t *testing.T) {
 	c := &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{
-		{HostPath: "/data/kubelet/pods/uid/volumes/kubernetes.io~empty-dir/e/part"}, {HostPath: "/var/lib/kubelet/pods/uid/containers/app/0a1b2c3d"},
+		{HostPath: "/data/kubelet/pods/uid/volumes/kubernetes.io~empty-dir/e/part"},
+		{HostPath: "/var/lib/kubelet/pods/uid/containers/app/0a1b2c3d"},
 	}}
 	if got := PodDir(c, "uid"); got != "/var/lib/kubelet/pods/uid" {
 		t.Error(got)

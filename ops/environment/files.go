@@ -21,8 +21,9 @@ import (
 // maxFile bounds a file of variables; it is a container's own, in a volume.
 const maxFile = 1 << 20
 
-// PodDir returns kubelet's directory of the pod, ROOT/pods/UID, found in the mounts of a container of
-// its: those of the termination message file, /etc/hosts and most volumes are below. Empty: there is none.
+// PodDir returns kubelet's directory of the pod, ROOT/pods/UID, found in the mounts of a container
+// of its: those of the termination message file, /etc/hosts and most volumes are below. Empty:
+// there is none.
 func PodDir(c *runtimeapi.ContainerConfig, uid string) string {
 	within, first := "/pods/"+uid+"/", ""
 	for _, m := range c.GetMounts() {
@@ -41,8 +42,8 @@ func PodDir(c *runtimeapi.ContainerConfig, uid string) string {
 	return first
 }
 
-// fromFile reads one variable of a file in an emptyDir volume. It is empty if there is none, which is
-// an error unless the variable is optional.
+// fromFile reads one variable of a file in an emptyDir volume. It is empty if there is none, which
+// is an error unless the variable is optional.
 func fromFile(f *opsv1.FileKey, podDir string) (string, error) {
 	if podDir == "" {
 		return "", fmt.Errorf("failed to get host path for volume %q", f.GetVolume())
@@ -64,7 +65,8 @@ func fromFile(f *opsv1.FileKey, podDir string) (string, error) {
 	return value, nil
 }
 
-// openWithin opens a path below dir, and nothing that is not, whatever symlinks somebody puts there.
+// openWithin opens a path below dir, and nothing that is not, whatever symlinks somebody puts
+// there.
 func openWithin(dir, path string, flags, resolve uint64) (int, error) {
 	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -29,12 +29,13 @@ type SubPath struct {
 	Expanded bool
 }
 
-// Parts are the mounts of a container, by container path, that name a path in a volume which containers can write, with the
-// directory of that volume. Somebody may have led the path out of the volume by the time that the runtime mounts it: see
-// [Parts.Check].
+// Parts are the mounts of a container, by container path, that name a path in a volume which
+// containers can write, with the directory of that volume. Somebody may have led the path out of
+// the volume by the time that the runtime mounts it: see [Parts.Check].
 type Parts map[string]string
 
-// PartsAnnotation is on a container that has some: what is made of its config later must not take the paths for kubelet's.
+// PartsAnnotation is on a container that has some: what is made of its config later must not take
+// the paths for kubelet's.
 const PartsAnnotation = "cri-proxy.io/parts"
 
 // PartsOf reads the annotation. One that is no such list has none.
@@ -74,19 +75,21 @@ const (
 )
 
 // published are the plugins whose volumes kubelet alone writes, and containers only read
-// (pkg/volume/util/atomic_writer.go). What they show moves to a new directory at each change, and the old
-// one is removed.
+// (pkg/volume/util/atomic_writer.go). What they show moves to a new directory at each change, and
+// the old one is removed.
 var published = []string{ //nolint:gochecknoglobals // a constant
 	"kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api",
 }
 
-// Refresh makes mounts with a subPath show what the volume has now, as kubelet does at each start. paths
-// are the parts of volumes by container path; a mount of which it says nothing keeps its part.
+// Refresh makes mounts with a subPath show what the volume has now, as kubelet does at each start.
+// paths are the parts of volumes by container path; a mount of which it says nothing keeps its
+// part.
 //
-// A volume that kubelet alone writes is mounted from where its file is, and so is a part of an emptyDir or a hostPath
-// or any other volume that was replaced since kubelet bound it, which is told. Where a volume cannot be found, what
-// kubelet has bound stays, and the restart is refused if that is known to be gone. What a restart before has mounted from a volume
-// stays one of the parts: see [PartsAnnotation].
+// A volume that kubelet alone writes is mounted from where its file is, and so is a part of an
+// emptyDir or a hostPath or any other volume that was replaced since kubelet bound it, which is
+// told. Where a volume cannot be found, what kubelet has bound stays, and the restart is refused if
+// that is known to be gone. What a restart before has mounted from a volume stays one of the parts:
+// see [PartsAnnotation].
 func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubPath) (Parts, error) {
 	had, parts := PartsOf(c.GetAnnotations()), Parts{}
 	for _, m := range c.GetMounts() {
@@ -125,7 +128,8 @@ func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubP
 	return parts, nil
 }
 
-// below returns what of a path is below the pod's directory. That is found by its end: the way there may be another one through symlinks.
+// below returns what of a path is below the pod's directory. That is found by its end: the way
+// there may be another one through symlinks.
 func below(path, podDir string) (rest string, ok bool) {
 	if podDir == "" {
 		return "", false
@@ -146,8 +150,9 @@ func isBound(path, podDir string) bool {
 	return ok && strings.HasPrefix(rest, subPathsDir+"/")
 }
 
-// volumeOf returns the directory of a volume that containers can write, of which a path in the pod's directory is a part; kubelet itself
-// mounts such a volume as a whole, or binds its parts elsewhere.
+// volumeOf returns the directory of a volume that containers can write, of which a path in the
+// pod's directory is a part; kubelet itself mounts such a volume as a whole, or binds its parts
+// elsewhere.
 func volumeOf(path, podDir string) string {
 	rest, ok := below(path, podDir)
 	words := strings.Split(rest, "/")
@@ -183,14 +188,16 @@ func refresh(m *runtimeapi.Mount, podDir string, part SubPath) (string, error) {
 	if st, ok := bound.Sys().(*syscall.Stat_t); ok && st.Nlink == 0 {
 		return "", fmt.Errorf("%s was removed since it was mounted, and %s", part.Path, advice)
 	}
-	if root := rootOf(m.GetHostPath()); part.Expanded && root != "" && !strings.HasSuffix(root, "/"+filepath.Clean(part.Path)) {
+	if root := rootOf(m.GetHostPath()); part.Expanded && root != "" &&
+		!strings.HasSuffix(root, "/"+filepath.Clean(part.Path)) {
 		return "", fmt.Errorf("%s is not what is mounted there, and %s", part.Path, advice)
 	}
 	return "", nil
 }
 
-// dir finds where kubelet has mounted the volume: in a directory of its plugin, by the name of the volume in the pod or of
-// its PersistentVolume (kubelet_getters.go getPodVolumeDir). Empty: it cannot be told.
+// dir finds where kubelet has mounted the volume: in a directory of its plugin, by the name of the
+// volume in the pod or of its PersistentVolume (kubelet_getters.go getPodVolumeDir). Empty: it
+// cannot be told.
 func (s SubPath) dir(podDir string) string {
 	if s.Dir != "" {
 		return s.Dir
@@ -208,8 +215,8 @@ func (s SubPath) dir(podDir string) string {
 	return ""
 }
 
-// take has the mount show what the volume has there now. If it has nothing there it gets a directory, as from kubelet
-// (kubelet_pods.go makeMounts).
+// take has the mount show what the volume has there now. If it has nothing there it gets a
+// directory, as from kubelet (kubelet_pods.go makeMounts).
 func take(m *runtimeapi.Mount, volume, path string) error {
 	real, err := filepath.EvalSymlinks(volume)
 	if err != nil {
@@ -228,7 +235,8 @@ func take(m *runtimeapi.Mount, volume, path string) error {
 	return err
 }
 
-// makeDir makes the directories of a path below dir that do not exist, with the mode of dir (pkg/volume/util/subpath doSafeMakeDir).
+// makeDir makes the directories of a path below dir that do not exist, with the mode of dir
+// (pkg/volume/util/subpath doSafeMakeDir).
 func makeDir(dir, path string) error {
 	var of unix.Stat_t
 	if err := unix.Stat(dir, &of); err != nil {
@@ -236,7 +244,8 @@ func makeDir(dir, path string) error {
 	}
 	words := strings.Split(filepath.Clean(path), "/")
 	for i := range words {
-		parent, err := openWithin(dir, filepath.Join(append([]string{"."}, words[:i]...)...), unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_BENEATH)
+		parent, err := openWithin(dir, filepath.Join(append([]string{"."}, words[:i]...)...),
+			unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_BENEATH)
 		if err != nil {
 			return err
 		}
@@ -249,7 +258,8 @@ func makeDir(dir, path string) error {
 	return nil
 }
 
-// makeIn makes a directory, unless there is one. What somebody puts in its place meanwhile is left alone.
+// makeIn makes a directory, unless there is one. What somebody puts in its place meanwhile is left
+// alone.
 func makeIn(parent int, name string, mode uint32) error {
 	switch err := unix.Mkdirat(parent, name, 0o700); {
 	case errors.Is(err, unix.EEXIST):
@@ -265,8 +275,8 @@ func makeIn(parent int, name string, mode uint32) error {
 	return unix.Fchmod(fd, mode) // the umask may have taken bits away, and mkdir knows no setgid
 }
 
-// Check finds out whether what the process has mounted is in the volumes: it must be called before anything of the container
-// runs. mounts are those that the container was made with.
+// Check finds out whether what the process has mounted is in the volumes: it must be called before
+// anything of the container runs. mounts are those that the container was made with.
 func (p Parts) Check(mounts []*runtimeapi.Mount, pid int) error {
 	for _, m := range mounts {
 		dir, ok := p[m.GetContainerPath()]
@@ -290,7 +300,8 @@ func (p Parts) Check(mounts []*runtimeapi.Mount, pid int) error {
 			return err
 		}
 		if want != got {
-			return fmt.Errorf("what is mounted at %s is not what its volume has: somebody has changed it meanwhile", m.GetContainerPath())
+			return fmt.Errorf("what is mounted at %s is not what its volume has: somebody has changed it meanwhile",
+				m.GetContainerPath())
 		}
 	}
 	return nil
@@ -312,8 +323,8 @@ func identity(dir, path string, resolve uint64) (file, error) {
 	return file{dev: st.Dev, ino: st.Ino}, nil
 }
 
-// resolve returns where the path below dir really is, below dir too. A symlink may be absolute, as for kubelet (doBindSubPath), if it
-// leads back there.
+// resolve returns where the path below dir really is, below dir too. A symlink may be absolute, as
+// for kubelet (doBindSubPath), if it leads back there.
 func resolve(dir, path string) (string, error) {
 	fd, err := openWithin(dir, path, unix.O_PATH, unix.RESOLVE_BENEATH)
 	if errors.Is(err, unix.EXDEV) {
@@ -345,7 +356,8 @@ func SameFile(a, b string) bool {
 }
 
 // partOf finds out of which part of a volume a mount is: from the path of a file that Refresh has
-// given it, or else from what the kernel says is bound there. false: it is no part, or nothing tells.
+// given it, or else from what the kernel says is bound there. false: it is no part, or nothing
+// tells.
 func partOf(path, podDir string) (SubPath, bool) {
 	rest, ok := below(path, podDir)
 	if !ok {
@@ -371,7 +383,8 @@ func partOf(path, podDir string) (SubPath, bool) {
 	return SubPath{}, false
 }
 
-// timeless takes off a path in a published volume the directory of its moment, /..2006_01_02_15_04_05.N.
+// timeless takes off a path in a published volume the directory of its moment,
+// /..2006_01_02_15_04_05.N.
 func timeless(path string) (string, bool) {
 	path = strings.TrimSuffix(path, "//deleted")
 	moment, part, ok := strings.Cut(strings.TrimPrefix(path, "/"), "/")

@@ -27,16 +27,18 @@ const (
 	device = "cri-proxy.io/gate=wait"
 	// specFile is the name of the CDI spec.
 	specFile = "cri-proxy.json"
-	// mountPoint is where the container has the gate. /dev is a tmpfs of the container's own, so that nothing
-	// is left in its root file system, and it is there when that is read-only.
+	// mountPoint is where the container has the gate. /dev is a tmpfs of the container's own, so
+	// that nothing is left in its root file system, and it is there when that is read-only.
 	mountPoint = "/dev/.cri-proxy"
 
 	hookName = "hook"
 	fifoName = "gate"
 
-	// spec is a CDI spec with an OCI hook (https://github.com/cncf-tags/container-device-interface/blob/main/SPEC.md).
+	// spec is a CDI spec with an OCI hook
+	// (https://github.com/cncf-tags/container-device-interface/blob/main/SPEC.md).
 	spec = `{"cdiVersion":"0.6.0","kind":"cri-proxy.io/gate","devices":[{"name":"wait","containerEdits":{"hooks":[` +
-		`{"hookName":"startContainer","path":"` + mountPoint + `/` + hookName + `","args":["` + hookName + `","` + mountPoint + `/` + fifoName + `"]}]}}]}` + "\n"
+		`{"hookName":"startContainer","path":"` + mountPoint + `/` + hookName + `","args":["` + hookName + `","` +
+		mountPoint + `/` + fifoName + `"]}]}}]}` + "\n"
 )
 
 // ErrNotHeld is returned when a container does not wait at its gate and never will.
@@ -115,7 +117,8 @@ func (g *Gate) Make() error {
 	}
 	// A copy for each container, because a runtime with SELinux labels the files for it.
 	program, fifo := filepath.Join(g.dir, hookName), filepath.Join(g.dir, fifoName)
-	// The hook of a process before this one may be running there: it could not be written to, and would take the byte.
+	// The hook of a process before this one may be running there: it could not be written to, and
+	// would take the byte.
 	for _, old := range []string{program, fifo} {
 		if err := os.Remove(old); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -131,8 +134,9 @@ func (g *Gate) Make() error {
 	return errors.Join(os.Chmod(g.dir, 0o755), os.Chmod(program, 0o755), os.Chmod(fifo, 0o666))
 }
 
-// writeProgram writes the hook while this process starts no other: that one would have the file open for writing until it runs its own
-// program, and the kernel runs none that somebody writes to (ETXTBSY).
+// writeProgram writes the hook while this process starts no other: that one would have the file
+// open for writing until it runs its own program, and the kernel runs none that somebody writes to
+// (ETXTBSY).
 func writeProgram(path string) error {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
@@ -152,7 +156,8 @@ func Fits(c *runtimeapi.ContainerConfig) error {
 // Inject puts the gate before the container's entrypoint.
 func (g *Gate) Inject(c *runtimeapi.ContainerConfig) {
 	c.CDIDevices = append(c.CDIDevices, &runtimeapi.CDIDevice{Name: device})
-	c.Mounts = append(c.Mounts, &runtimeapi.Mount{HostPath: g.dir, ContainerPath: mountPoint, Readonly: true, SelinuxRelabel: true})
+	c.Mounts = append(c.Mounts, &runtimeapi.Mount{HostPath: g.dir, ContainerPath: mountPoint, Readonly: true,
+		SelinuxRelabel: true})
 }
 
 // Strip takes a gate out of a config as Inject has put it in.
@@ -162,7 +167,8 @@ func Strip(c *runtimeapi.ContainerConfig) {
 }
 
 // Await waits until the hook waits, asking failed from time to time whether that is still to be
-// expected. It returns failed's error, or ctx's. From then on the hook notices when this process ends.
+// expected. It returns failed's error, or ctx's. From then on the hook notices when this process
+// ends.
 func (g *Gate) Await(ctx context.Context, failed func() error) error {
 	wait := time.Millisecond
 	for {
@@ -236,15 +242,16 @@ func (g *Gate) Exists() bool {
 	return err == nil
 }
 
-// Waiting reports whether the runtime's process has not executed the entrypoint yet: until then it is called runc:[2:INIT]
-// (runc, libcontainer/nsenter/nsexec.c) or crun. It is false for a process that is gone.
+// Waiting reports whether the runtime's process has not executed the entrypoint yet: until then it
+// is called runc:[2:INIT] (runc, libcontainer/nsenter/nsexec.c) or crun. It is false for a process
+// that is gone.
 func Waiting(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 	return err == nil && (bytes.HasPrefix(b, []byte("runc:[")) || string(b) == "crun\n")
 }
 
-// Program is what a process executes, as the kernel tells it. Two are equal if nothing has been executed in between, unless that was the
-// same file under the same name.
+// Program is what a process executes, as the kernel tells it. Two are equal if nothing has been
+// executed in between, unless that was the same file under the same name.
 type Program struct {
 	name        string
 	device, ino uint64

@@ -193,7 +193,8 @@ func TestHookSurvivesItsWriters(t *testing.T) {
 	next.Leave()
 }
 
-// A writer that is there for a moment, before the hook has noticed that the one before is gone, is not lost.
+// A writer that is there for a moment, before the hook has noticed that the one before is gone, is
+// not lost.
 func TestHookBetweenWriters(t *testing.T) {
 	g := made(t)
 	p := run(t, g, nil)
@@ -218,7 +219,8 @@ func TestHookIsLeftOpenHanded(t *testing.T) {
 	must(t, err)
 	readers := 0
 	for _, fd := range fds {
-		if to, err := os.Readlink("/proc/" + itoa(p.cmd.Process.Pid) + "/fd/" + fd.Name()); err == nil && strings.HasSuffix(to, "/"+fifoName) {
+		if to, err := os.Readlink("/proc/" + itoa(p.cmd.Process.Pid) + "/fd/" + fd.Name()); err == nil &&
+			strings.HasSuffix(to, "/"+fifoName) {
 			readers++
 		}
 	}
@@ -314,7 +316,8 @@ func TestMake(t *testing.T) {
 	if !g.Exists() {
 		t.Error("it does not exist")
 	}
-	for name, want := range map[string]fs.FileMode{"": fs.ModeDir | 0o755, hookName: 0o755, fifoName: fs.ModeNamedPipe | 0o666} {
+	for name, want := range map[string]fs.FileMode{"": fs.ModeDir | 0o755, hookName: 0o755,
+		fifoName: fs.ModeNamedPipe | 0o666} {
 		st, err := os.Lstat(filepath.Join(g.dir, name))
 		must(t, err)
 		if st.Mode() != want {
@@ -329,8 +332,8 @@ func TestMake(t *testing.T) {
 	}
 }
 
-// A hook of a process before may still be running when its gate is made anew: it neither is in the way nor
-// takes the byte that is for the next one.
+// A hook of a process before may still be running when its gate is made anew: it neither is in the
+// way nor takes the byte that is for the next one.
 func TestMakeWhileTheHookRuns(t *testing.T) {
 	g := made(t)
 	before := run(t, g, nil)
@@ -370,7 +373,9 @@ func TestMakeBesideOtherStarts(t *testing.T) {
 	for range 300 {
 		must(t, g.Make())
 		var ended *exec.ExitError
-		if err := exec.Command(filepath.Join(g.dir, hookName), filepath.Join(g.dir, "none")).Run(); !errors.As(err, &ended) { // it has run, in vain
+		// it has run, in vain
+		if err := exec.Command(filepath.Join(g.dir, hookName), filepath.Join(g.dir, "none")).
+			Run(); !errors.As(err, &ended) {
 			t.Errorf("the hook is not run: %v", err)
 			break
 		}
@@ -546,11 +551,13 @@ func TestWriteSpec(t *testing.T) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	must(t, d.Decode(&got))
-	if len(got.Devices) != 1 || got.Kind+"="+got.Devices[0].Name != device || len(got.Devices[0].ContainerEdits.Hooks) != 1 {
+	if len(got.Devices) != 1 || got.Kind+"="+got.Devices[0].Name != device ||
+		len(got.Devices[0].ContainerEdits.Hooks) != 1 {
 		t.Fatalf("spec is %+v", got)
 	}
 	h := got.Devices[0].ContainerEdits.Hooks[0]
-	if h.HookName != "startContainer" || h.Path != "/dev/.cri-proxy/hook" || strings.Join(h.Args, " ") != "hook /dev/.cri-proxy/gate" {
+	if h.HookName != "startContainer" || h.Path != "/dev/.cri-proxy/hook" ||
+		strings.Join(h.Args, " ") != "hook /dev/.cri-proxy/gate" {
 		t.Errorf("hook is %+v", h)
 	}
 
@@ -566,7 +573,8 @@ func TestWriteSpec(t *testing.T) {
 		"another content": func() error { return os.WriteFile(file, []byte("{}"), 0o600) },
 		"gone":            func() error { return os.Remove(file) },
 		"half of an earlier try": func() error {
-			return errors.Join(os.Remove(file), os.WriteFile(filepath.Join(dir, "."+specFile+".tmp"), []byte("{"), 0o600))
+			return errors.Join(os.Remove(file),
+				os.WriteFile(filepath.Join(dir, "."+specFile+".tmp"), []byte("{"), 0o600))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -592,14 +600,16 @@ func TestWriteSpec(t *testing.T) {
 func TestInjectAndStrip(t *testing.T) {
 	own := &runtimeapi.ContainerConfig{
 		CDIDevices: []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}},
-		Mounts:     []*runtimeapi.Mount{{HostPath: "/data", ContainerPath: "/data"}, {HostPath: "/x", ContainerPath: "/dev/.cri-proxy-not"}},
+		Mounts: []*runtimeapi.Mount{{HostPath: "/data", ContainerPath: "/data"},
+			{HostPath: "/x", ContainerPath: "/dev/.cri-proxy-not"}},
 	}
 	c := proto.Clone(own).(*runtimeapi.ContainerConfig)
 	At("/state/gates/1").Inject(c)
 	if len(c.GetCDIDevices()) != 2 || c.GetCDIDevices()[1].GetName() != device {
 		t.Errorf("devices are %v", c.GetCDIDevices())
 	}
-	want := &runtimeapi.Mount{HostPath: "/state/gates/1", ContainerPath: mountPoint, Readonly: true, SelinuxRelabel: true}
+	want := &runtimeapi.Mount{HostPath: "/state/gates/1", ContainerPath: mountPoint, Readonly: true,
+		SelinuxRelabel: true}
 	if len(c.GetMounts()) != 3 || !proto.Equal(c.GetMounts()[2], want) {
 		t.Errorf("mounts are %v", c.GetMounts())
 	}
@@ -621,7 +631,8 @@ func TestFits(t *testing.T) {
 		"/data": true, "/dev/shm": true, "/dev/termination-log": true, "/devices": true,
 		"/dev": false, "/dev/": false, "/./dev": false, "/dev/.cri-proxy": false, "/dev/x/../.cri-proxy/": false,
 	} {
-		err := Fits(&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: "/a"}, {ContainerPath: at}}})
+		err := Fits(
+			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: "/a"}, {ContainerPath: at}}})
 		if (err == nil) != want {
 			t.Errorf("a mount at %s: %v", at, err)
 		}

@@ -23,7 +23,8 @@ func (p *Panic) Error() string {
 func Try(log logrus.FieldLogger, f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).Error("the daemon would have panicked; please report this")
+			log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).
+				Error("the daemon would have panicked; please report this")
 			err = &Panic{Value: p}
 		}
 	}()
@@ -35,7 +36,8 @@ func Do(log logrus.FieldLogger, f func()) bool {
 	return Try(log, func() error { f(); return nil }) == nil
 }
 
-// pause is how long Keep waits after a panic. What is kept is not urgent, and the next time may be as bad.
+// pause is how long Keep waits after a panic. What is kept is not urgent, and the next time may be
+// as bad.
 const pause = time.Minute
 
 // Keep runs f, which works until ctx ends, again after a panic. It returns when f does.

@@ -21,7 +21,8 @@ func TestTry(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(&out)
 	var p *guard.Panic
-	if err := guard.Try(log, func() error { panic("the reason") }); !errors.As(err, &p) || p.Value != "the reason" || !strings.Contains(err.Error(), "the reason") {
+	if err := guard.Try(log, func() error { panic("the reason") }); !errors.As(err, &p) || p.Value != "the reason" ||
+		!strings.Contains(err.Error(), "the reason") {
 		t.Errorf("got %v", err)
 	}
 	if s := out.String(); !strings.Contains(s, "the reason") || !strings.Contains(s, "TestTry") {

@@ -59,8 +59,8 @@ const maxOutput = 512
 func (r *Runner) exec(ctx context.Context, a *opsv1.ExecAction, container string) error {
 	req := &runtimeapi.ExecSyncRequest{ContainerId: container, Cmd: a.GetCommand()}
 	if by, ok := ctx.Deadline(); ok {
-		// With a timeout the runtime kills the command; a cancelled call would leave it running. The
-		// timeout is in whole seconds and rounded up, so that the hook gets the last part too.
+		// With a timeout the runtime kills the command; a cancelled call would leave it running.
+		// The timeout is in whole seconds and rounded up, so that the hook gets the last part too.
 		req.Timeout = max(1, int64((time.Until(by)+time.Second-1)/time.Second))
 	}
 	resp, err := r.runtime.ExecSync(ctx, req)

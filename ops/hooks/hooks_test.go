@@ -92,7 +92,8 @@ func TestRecordedPreStop(t *testing.T) {
 				Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}},
 			}),
 		},
-		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: httpHook(&opsv1.HTTPGetAction{Port: 9090})},
+		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`,
+			want: httpHook(&opsv1.HTTPGetAction{Port: 9090})},
 		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, err: `the container has no port named "81"`},
 		{name: "port 0", recorded: `{"httpGet":{"port":0}}`, err: "0 is not a port number"},
 		{name: "port too high", recorded: `{"httpGet":{"port":"big"}}`, err: "70000 is not a port number"},
@@ -201,7 +202,8 @@ func TestHTTPHook(t *testing.T) {
 			},
 			{
 				name: "credentials", a: at("/", &opsv1.HTTPHeader{Name: "Authorization", Value: "x"}),
-				want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", credentials: "x"}},
+				want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*",
+					credentials: "x"}},
 			},
 			{name: "an error is an answer", a: at("/busy"), want: []seen{plain("/busy")}},
 			{name: "redirect on the host", a: at("/moved"), want: []seen{plain("/moved"), plain("/there")}},
@@ -327,7 +329,8 @@ func FuzzRecordedPreStop(f *testing.F) {
 		f.Add(s, `[{"name":"web","containerPort":80}]`)
 	}
 	f.Fuzz(func(t *testing.T, hook, ports string) {
-		h, err := hooks.RecordedPreStop(map[string]string{criclone.AnnotationPreStop: hook, criclone.AnnotationPorts: ports})
+		h, err := hooks.RecordedPreStop(map[string]string{criclone.AnnotationPreStop: hook,
+			criclone.AnnotationPorts: ports})
 		if h != nil && (err != nil || h.GetAction() == nil) {
 			t.Errorf("hook %v with error %v", h, err)
 		}

@@ -53,7 +53,8 @@ func (c *Change) loadImages(ctx context.Context, ref, old string) error {
 			continue
 		}
 		err := c.node.Runtime.Retry(ctx, func() error {
-			st, err := c.node.Service.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+			st, err := c.node.Service.ImageStatus(ctx,
+				&runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
 			*into = st.GetImage()
 			return err
 		})
@@ -79,7 +80,8 @@ func (c *Change) useSpec(ctx context.Context, config *runtimeapi.ContainerConfig
 	case err != nil:
 		return err
 	case now == nil:
-		return operation.Failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
+		return operation.Failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?",
+			name)
 	case now.GetId() == config.GetImage().GetImage():
 		return nil
 	}
@@ -98,9 +100,10 @@ func (c *Change) useSpec(ctx context.Context, config *runtimeapi.ContainerConfig
 			return err
 		}
 	} else if criclone.NonRootByImage(config, old) && criclone.IsRoot(criclone.ImageUser(now)) {
-		return operation.Failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
-			"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
-			"decide", name)
+		return operation.Failf(opsv1.ReasonImageUnfit,
+			"image %s has moved to one that runs as root, and the one that runs "+
+				"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
+				"decide", name)
 	}
 	c.c.Log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
 	criclone.SetImage(config, name, now.GetId())
@@ -128,8 +131,9 @@ func (c *Change) ApplyVolumes(ctx context.Context, config *runtimeapi.ContainerC
 		case err != nil:
 			return err
 		case now == nil:
-			return operation.Failf(opsv1.ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it "+
-				"removed just now?", v.GetReference(), v.GetContainerPath())
+			return operation.Failf(opsv1.ReasonPullFailed,
+				"image %s of the volume at %s is not on the node any more: was it "+
+					"removed just now?", v.GetReference(), v.GetContainerPath())
 		}
 		config.Mounts[i].Image.Image = now.GetId()
 	}

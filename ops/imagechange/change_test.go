@@ -134,20 +134,23 @@ func TestPull(t *testing.T) {
 			ch, o := change(t, n, disk, tt.c)
 			err := ch.Pull(t.Context())
 			var out *operation.Outcome
-			if errors.As(err, &out) != (tt.reason != "") || out != nil && out.Reason != tt.reason || out == nil && err != nil {
+			if errors.As(err, &out) != (tt.reason != "") || out != nil && out.Reason != tt.reason ||
+				out == nil && err != nil {
 				t.Errorf("got %v, want %q", err, tt.reason)
 			}
 			owner := ""
 			for _, p := range images.pulls {
 				owner = p.GetOwner()
-				if p.GetPinFor().AsDuration() != 24*time.Hour || !strings.HasPrefix(p.GetUid(), strings.ToLower(o.Kind())+"-") {
+				if p.GetPinFor().AsDuration() != 24*time.Hour ||
+					!strings.HasPrefix(p.GetUid(), strings.ToLower(o.Kind())+"-") {
 					t.Errorf("pull %v", p)
 				}
 			}
 			if owner != tt.owner {
 				t.Errorf("pulled for %q, want %q", owner, tt.owner)
 			}
-			if told := o.Snapshot().GetContainers()[0].GetPull(); (told != nil) != (tt.owner != "") || told.GetImage() != "" {
+			if told := o.Snapshot().GetContainers()[0].GetPull(); (told != nil) != (tt.owner != "") ||
+				told.GetImage() != "" {
 				t.Errorf("told of the pull: %v", told)
 			}
 		})

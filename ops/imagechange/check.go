@@ -163,17 +163,21 @@ func (c *Change) Plan(ctx context.Context, at *crinode.Target) (*store.Override,
 	c.pinOld(ctx, at)
 	switch {
 	case nonRoot && criclone.IsRoot(criclone.ImageUser(c.image)):
-		return nil, operation.Failf(opsv1.ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the "+
-			"pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
+		return nil, operation.Failf(opsv1.ReasonImageUnfit,
+			"image %s runs as root and that of the pod's spec does not: the "+
+				"pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
 	case spec == "":
-		return nil, operation.Failf(opsv1.ReasonCreateFailed, "kubelet does not tell which image the spec of container %q "+
-			"has, so that an override could not last", c.spec.GetName())
+		return nil, operation.Failf(opsv1.ReasonCreateFailed,
+			"kubelet does not tell which image the spec of container %q "+
+				"has, so that an override could not last", c.spec.GetName())
 	case now != nil && name == spec:
-		return nil, operation.Failf(opsv1.ReasonImageUnchanged, "%s is the image of the pod's spec: revert the override "+
-			"instead", name)
+		return nil, operation.Failf(opsv1.ReasonImageUnchanged,
+			"%s is the image of the pod's spec: revert the override "+
+				"instead", name)
 	case name == runs && c.old.GetId() == c.image.GetId():
-		return nil, operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s already: leave the image out to "+
-			"restart it", c.spec.GetName(), name)
+		return nil, operation.Failf(opsv1.ReasonImageUnchanged,
+			"container %q has image %s already: leave the image out to "+
+				"restart it", c.spec.GetName(), name)
 	}
 	pod := c.c.Operation.Pod()
 	return &store.Override{
@@ -213,7 +217,8 @@ func (c *Change) CheckUpgrade(ctx context.Context) (onlyKubelet string, err erro
 	case was == c.want.GetImage():
 		return "", c.sameName(ctx, config)
 	case config.GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(config.GetMetadata().GetName(), was):
-		return "kubelet's hash of the container is not that of its name and image, so it would not take over a container " +
+		return "kubelet's hash of the container is not that of its name and image, so it would not take over a " +
+			"container " +
 			"made here (is kubelet older than 1.31?)", nil
 	}
 	return "", nil
@@ -225,16 +230,18 @@ func (c *Change) CheckUpgrade(ctx context.Context) (onlyKubelet string, err erro
 func (c *Change) sameName(ctx context.Context, config *runtimeapi.ContainerConfig) error {
 	name := c.want.GetImage()
 	if c.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		return operation.Failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already: kubelet would "+
-			"leave it as it is (restart it instead)", c.spec.GetName(), name)
+		return operation.Failf(opsv1.ReasonImageUnchanged,
+			"container %q has image %s in its spec already: kubelet would "+
+				"leave it as it is (restart it instead)", c.spec.GetName(), name)
 	}
 	now, err := c.node.find(ctx, name)
 	if err != nil {
 		return err
 	}
 	if now == nil {
-		return operation.Failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed "+
-			"meanwhile?", name)
+		return operation.Failf(opsv1.ReasonPullFailed,
+			"the runtime does not know %s, which has been pulled: was it removed "+
+				"meanwhile?", name)
 	}
 	runs := config.GetImage().GetImage()
 	old, err := c.node.find(ctx, runs)

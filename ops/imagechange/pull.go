@@ -98,8 +98,9 @@ func (c *Change) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) error
 		case image != nil:
 			return nil
 		case want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER:
-			return operation.Failf(opsv1.ReasonErrImageNeverPull, "Container image %q is not present with pull policy of "+
-				"Never", want.GetImage())
+			return operation.Failf(opsv1.ReasonErrImageNeverPull,
+				"Container image %q is not present with pull policy of "+
+					"Never", want.GetImage())
 		}
 	}
 	return c.pull(ctx, want)
@@ -123,7 +124,8 @@ func (c *Change) pullOnce(ctx context.Context, want *opsv1.ContainerUpgrade) (ag
 	credentials, forgotten, others := c.c.Operation.Credentials()
 	c.c.Failpoint("pulling")
 	req := &opsv1.PullRequest{
-		Uid: kindOf(c.c.Operation) + "-" + operation.RandomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(),
+		Uid: kindOf(c.c.Operation) + "-" + operation.RandomToken(), Image: want.GetImage(),
+		Policy:      want.GetPullPolicy(),
 		Credentials: credentials, Owner: pinOwner(c.c.Operation),
 	}
 	if c.want != nil { // else as kubelet's own
@@ -214,7 +216,8 @@ func pinFor(o *operation.Operation) time.Duration {
 func (c *Change) pinOld(ctx context.Context, at *crinode.Target) {
 	ctx, cancel := context.WithTimeout(ctx, pinTimeout)
 	defer cancel()
-	st, err := c.node.Runtime.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
+	st, err := c.node.Runtime.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
 		o := c.c.Operation
 		err = c.node.Puller.Pin(ctx, st.GetStatus().GetImageRef(), pinOwner(o), time.Now().Add(pinFor(o)))
@@ -246,8 +249,9 @@ func (n *Node) inspect(ctx context.Context, name string) (*runtimeapi.ImageStatu
 	case err != nil:
 		return nil, fmt.Errorf("reading the image: %w", err)
 	case st.GetImage() == nil:
-		return nil, operation.Failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it "+
-			"removed meanwhile?", name)
+		return nil, operation.Failf(opsv1.ReasonPullFailed,
+			"the runtime does not know %s, which has been pulled: was it "+
+				"removed meanwhile?", name)
 	}
 	return st, nil
 }

@@ -13,9 +13,10 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Config is the config of the image (internal/cri/server/images/image_status.go verboseImageInfo), or nil with a runtime that does not
-// tell it. Only platform, entrypoint and command are in it: who makes an image chooses how long its history and its lists are, and three bytes
-// of them become eighty.
+// Config is the config of the image (internal/cri/server/images/image_status.go verboseImageInfo),
+// or nil with a runtime that does not tell it. Only platform, entrypoint and command are in it: who
+// makes an image chooses how long its history and its lists are, and three bytes of them become
+// eighty.
 func Config(st *runtimeapi.ImageStatusResponse) *imagespec.Image {
 	var info struct {
 		Spec *struct {
@@ -33,8 +34,9 @@ func Config(st *runtimeapi.ImageStatusResponse) *imagespec.Image {
 	}
 }
 
-// CheckPlatform returns an error if the image called name cannot run on a node of that system and architecture: containerd pulls such an
-// image when there is no other to choose from. It is as lenient as containerd's choice: an amd64 node runs 386 too. Variants are ignored.
+// CheckPlatform returns an error if the image called name cannot run on a node of that system and
+// architecture: containerd pulls such an image when there is no other to choose from. It is as
+// lenient as containerd's choice: an amd64 node runs 386 too. Variants are ignored.
 func CheckPlatform(image *imagespec.Image, name, os, arch string) error {
 	if image.OS == "" || image.Architecture == "" {
 		return nil // containerd takes it for its own

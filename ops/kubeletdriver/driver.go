@@ -1,9 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package kubeletdriver hands kubelet's StopContainer and CreateContainer in a slot to the operation
-// that has the slot. [Restart] lets a stop of kubelet's join a restart that is under way. [Upgrade]
-// lets kubelet's stop drive an upgrade.
+// Package kubeletdriver hands kubelet's StopContainer and CreateContainer in a slot to the
+// operation that has the slot. [Restart] lets a stop of kubelet's join a restart that is under way.
+// [Upgrade] lets kubelet's stop drive an upgrade.
 package kubeletdriver
 
 import (
@@ -14,8 +14,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Creation is a CreateContainer of kubelet's in the slot. The operation calls Adopt or GiveWay at most
-// once. If it calls neither, kubelet's call goes on when the operation has ended.
+// Creation is a CreateContainer of kubelet's in the slot. The operation calls Adopt or GiveWay at
+// most once. If it calls neither, kubelet's call goes on when the operation has ended.
 type Creation struct {
 	Request *runtimeapi.CreateContainerRequest
 	answer  chan adoption // has room for one

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // RestartOptions are what a [Restart] needs. All are required.
@@ -44,7 +44,7 @@ type Restart struct {
 	left        bool // the restart goes on in another process
 }
 
-var _ interceptors.Driver = (*Restart)(nil)
+var _ view.Driver = (*Restart)(nil)
 
 // NewRestart returns a driver that gives way to every stop until Listen.
 func NewRestart(o RestartOptions) *Restart {
@@ -67,9 +67,9 @@ func (r *Restart) SetJoined() {
 	r.joined = true
 }
 
-// Show says that kubelet has been shown the successor, and whether kubelet is stopping the incumbent, by
-// a call that has perhaps not come here yet. It reports whether a stop has joined, or is about to. If
-// none has, none will.
+// Show says that kubelet has been shown the successor, and whether kubelet is stopping the
+// incumbent, by a call that has perhaps not come here yet. It reports whether a stop has joined, or
+// is about to. If none has, none will.
 func (r *Restart) Show(stopping bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,8 +88,8 @@ func (r *Restart) IsShown() bool {
 	}
 }
 
-// Shortened returns a channel that is closed once kubelet has had the incumbent stopped within less than
-// its grace.
+// Shortened returns a channel that is closed once kubelet has had the incumbent stopped within less
+// than its grace.
 func (r *Restart) Shortened() <-chan struct{} { return r.shortened }
 
 // End says that the restart answers no more. left says that another process goes on with it.
@@ -100,7 +100,7 @@ func (r *Restart) End(left bool) {
 	close(r.over)
 }
 
-// Stop implements [interceptors.Driver].
+// Stop implements [view.Driver].
 func (r *Restart) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !r.begin() {
 		return false, nil
@@ -173,7 +173,7 @@ func (r *Restart) hurry(ctx context.Context, grace time.Duration) {
 	}
 }
 
-// Create implements [interceptors.Driver]. Kubelet creates in the slot after its stop has joined.
+// Create implements [view.Driver]. Kubelet creates in the slot after its stop has joined.
 // Whoever else does waits for the restart to end.
 func (r *Restart) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
 	if !r.hasJoined() {

@@ -9,7 +9,7 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // Upgrade passes on to an upgrade what kubelet does in its slot.
@@ -18,10 +18,10 @@ type Upgrade struct {
 	stops chan Stop
 }
 
-var _ interceptors.Driver = (*Upgrade)(nil)
+var _ view.Driver = (*Upgrade)(nil)
 
-// Stop is a StopContainer of the incumbent. The operation calls Answer at most once. If it does not,
-// it gives way when it has ended: kubelet's own stop does no harm then.
+// Stop is a StopContainer of the incumbent. The operation calls Answer at most once. If it does
+// not, it gives way when it has ended: kubelet's own stop does no harm then.
 type Stop struct {
 	Grace  int64     // in seconds
 	answer chan bool // has room for one
@@ -30,8 +30,8 @@ type Stop struct {
 // Answer tells kubelet that its stop has been done; with false the operation gives way.
 func (s Stop) Answer(done bool) { s.answer <- done }
 
-// NewUpgrade returns a driver that gives way to every call until Listen. It calls shorten when kubelet
-// stops a container once more, within less time than there is left.
+// NewUpgrade returns a driver that gives way to every call until Listen. It calls shorten when
+// kubelet stops a container once more, within less time than there is left.
 func NewUpgrade(shorten func(ctx context.Context, grace time.Duration)) *Upgrade {
 	return &Upgrade{driver: newDriver(shorten), stops: make(chan Stop)}
 }
@@ -62,7 +62,7 @@ func (u *Upgrade) StopBy(by time.Time) {
 // End says that the operation answers no more.
 func (u *Upgrade) End() { close(u.over) }
 
-// Stop implements [interceptors.Driver].
+// Stop implements [view.Driver].
 func (u *Upgrade) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !u.listens() {
 		return false, nil
@@ -84,7 +84,7 @@ func (u *Upgrade) isSooner(grace time.Duration) bool {
 	return u.isSoonerLocked(grace)
 }
 
-// Create implements [interceptors.Driver].
+// Create implements [view.Driver].
 func (u *Upgrade) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
 	if !u.listens() {
 		return "", false

@@ -55,7 +55,8 @@ func (k *Keeper) AwaitJudged(ctx context.Context) error {
 			return ctx.Err()
 		}
 		if err != nil {
-			k.Log.WithError(err).Warn("the runtime does not list its containers; kubelet is told of none before it does")
+			k.Log.WithError(err).
+				Warn("the runtime does not list its containers; kubelet is told of none before it does")
 			if err := crinode.Sleep(ctx, time.Second); err != nil {
 				return err
 			}
@@ -149,8 +150,9 @@ func (l *slot) hideLocked(incumbent, newest *runtimeapi.Container) {
 	for _, s := range l.left {
 		s.claim = l.k.View.Stray(l.at, s.sandbox, s.token, s.id, "")
 		l.k.left[l.at] = true
-		l.k.Log.WithFields(s.fields()).Warn("hidden: a staged container of an operation that this version does not know; " +
-			"it is taken away when kubelet wants its place")
+		l.k.Log.WithFields(s.fields()).
+			Warn("hidden: a staged container of an operation that this version does not know; " +
+				"it is taken away when kubelet wants its place")
 	}
 	if len(l.left) > 0 && l.hold != nil {
 		l.hold.Drive(givesWay{})
@@ -261,5 +263,6 @@ func (l *slot) list(ctx context.Context, sandbox string) ([]*runtimeapi.Containe
 
 // byAge sorts containers, the oldest first.
 func byAge(list []*runtimeapi.Container) {
-	slices.SortFunc(list, func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
+	slices.SortFunc(list,
+		func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
 }

@@ -44,7 +44,8 @@ func (f *fakeRuntime) ContainerStatus(
 ) (*runtimeapi.ContainerStatusResponse, error) {
 	for _, c := range f.containers {
 		if c.GetId() == r.GetContainerId() {
-			return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState()}},
+			return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(),
+					State: c.GetState()}},
 				nil
 		}
 	}
@@ -138,7 +139,8 @@ func TestKeeperTakesStraysAway(t *testing.T) {
 			k.Clear(ctx, &wg)
 			if refused := k.Refuse(slot); refused != nil {
 				var out *operation.Outcome
-				if !errors.As(refused, &out) || out.Reason != opsv1.ReasonJournalVersion || tt.name != "of another version" {
+				if !errors.As(refused, &out) || out.Reason != opsv1.ReasonJournalVersion ||
+					tt.name != "of another version" {
 					t.Errorf("refused: %v", refused)
 				}
 				cancel() // nobody wants the slot

@@ -40,7 +40,8 @@ func (l *slot) letPass(ctx context.Context) (over bool) {
 	err := l.openGate(ctx, g)
 	switch {
 	case err == nil:
-		log.Warn("a container that no operation knows was waiting at its gate, and the one before it has ended: it begins")
+		log.Warn("a container that no operation knows was waiting at its gate, and the one before it has " +
+			"ended: it begins")
 		now := time.Now()
 		l.k.Records.SetStarted(s.id, now)
 		l.k.View.SetStarted(s.id, now)
@@ -83,7 +84,8 @@ func (l *slot) openGate(ctx context.Context, g *gate.Gate) error {
 	err := g.Await(ctx, func() error {
 		st, info, err := l.k.Node.Inspect(ctx, id)
 		switch {
-		case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
+		case status.Code(err) == codes.NotFound, err == nil &&
+			st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return errPassed
 		case err == nil && l.k.Switchover.OfContainer(info.PID, id) == nil && !gate.Waiting(info.PID):
 			return errPassed

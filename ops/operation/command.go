@@ -37,7 +37,8 @@ func RestartCommand(req *opsv1.RestartRequest, given Environments) Command {
 // UpgradeCommand returns the command of a request whose environments have been taken out.
 func UpgradeCommand(req *opsv1.PrepareUpgradeRequest, given Environments) Command {
 	return Command{
-		Restart: restartOf(req), Upgrade: withoutCredentials(req), Credentials: req.GetCredentials(), Environments: given,
+		Restart: restartOf(req), Upgrade: withoutCredentials(req), Credentials: req.GetCredentials(),
+		Environments: given,
 	}
 }
 

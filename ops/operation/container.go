@@ -9,7 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -33,8 +33,8 @@ func (o *Operation) Records() []store.Container {
 func (c *Container) Request() *opsv1.ContainerRestart { return c.op.restart.GetContainers()[c.i] }
 
 // Slot is the container's slot.
-func (c *Container) Slot() interceptors.Slot {
-	return interceptors.Slot{PodUID: c.op.Pod().GetUid(), Container: c.Request().GetName()}
+func (c *Container) Slot() view.Slot {
+	return view.Slot{PodUID: c.op.Pod().GetUid(), Container: c.Request().GetName()}
 }
 
 // Record returns a copy of the journal's part.
@@ -62,8 +62,9 @@ func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOp
 }
 
 // End is Write for the container's last step. If all other containers have ended, the end of the
-// operation is on disk with the same write: the next process finds nothing left to do. Nobody is told
-// of that before [Operation.Conclude], so that the container's slot can be released in between.
+// operation is on disk with the same write: the next process finds nothing left to do. Nobody is
+// told of that before [Operation.Conclude], so that the container's slot can be released in
+// between.
 func (c *Container) End(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
@@ -121,14 +122,14 @@ func (c *Container) Show(f func(status *opsv1.ContainerOperation)) {
 }
 
 // Claim is what the process before this one had in the container's slot; nil if it had nothing.
-func (c *Container) Claim() *interceptors.Claim {
+func (c *Container) Claim() *view.Claim {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
 	return c.op.claims[c.i]
 }
 
 // SetClaim sets [Container.Claim].
-func (c *Container) SetClaim(claim *interceptors.Claim) {
+func (c *Container) SetClaim(claim *view.Claim) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
 	c.op.claims[c.i] = claim

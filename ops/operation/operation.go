@@ -17,7 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -49,7 +49,7 @@ type Operation struct {
 	// certain has the containers of an upgrade whose successor is known to be what kubelet asks
 	// for.
 	certain map[string]bool
-	claims  map[int]*interceptors.Claim
+	claims  map[int]*view.Claim
 	stays   []Stay // for metrics and traces
 }
 
@@ -83,7 +83,7 @@ func newOperation(c Command, op *opsv1.Operation, disk *store.Store) *Operation 
 			createTime: op.GetCreateTime().AsTime(),
 		},
 		credentials: c.Credentials, environments: c.Environments,
-		op: op, disk: disk, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
+		op: op, disk: disk, claims: map[int]*view.Claim{}, certain: map[string]bool{},
 		changed: make(chan struct{}), cancelled: make(chan struct{}), committed: make(chan struct{}),
 		supplied: make(chan struct{}),
 	}
@@ -221,8 +221,9 @@ func (o *Operation) saveLocked() error {
 		return err
 	}
 	r := &store.Record{
-		Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, CommitRequested: o.commitRequested,
-		Credentials: o.forgotten || o.final == nil && len(o.credentials) > 0, Environments: o.hadEnvironment,
+		Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid,
+		CommitRequested: o.commitRequested,
+		Credentials:     o.forgotten || o.final == nil && len(o.credentials) > 0, Environments: o.hadEnvironment,
 	}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
@@ -283,7 +284,8 @@ func (o *Operation) latestLocked() *opsv1.Operation {
 	return o.op
 }
 
-// endLocked is the public state of an operation whose end is in the journal, or was to be; else nil.
+// endLocked is the public state of an operation whose end is in the journal, or was to be; else
+// nil.
 func (o *Operation) endLocked() *opsv1.Operation {
 	if latest := o.latestLocked(); latest.GetFinishTime() != nil {
 		return latest
@@ -485,8 +487,8 @@ func (o *Operation) finishedLocked() *opsv1.Operation {
 
 // Conclude marks the operation finished if all its containers have ended, and calls ended before
 // watchers are told. ended must not call the operation. Conclude writes the end, unless
-// [Container.End] has. It returns the journal's error if the end could not be written; the operation
-// is finished anyway.
+// [Container.End] has. It returns the journal's error if the end could not be written; the
+// operation is finished anyway.
 func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) (err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

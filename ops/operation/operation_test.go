@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
@@ -204,7 +204,8 @@ func stored(t *testing.T, d *store.Store) (o *operation.Operation) {
 	return o
 }
 
-// The end of the last container is the end of the operation in the journal. Watchers are told later.
+// The end of the last container is the end of the operation in the journal. Watchers are told
+// later.
 func TestEnd(t *testing.T) {
 	d := disk(t, t.TempDir())
 	c := operation.RestartCommand(&opsv1.RestartRequest{
@@ -294,7 +295,7 @@ func TestEndIsNotWritten(t *testing.T) {
 }
 
 func TestTurns(t *testing.T) {
-	turns, slot := operation.NewTurns(), interceptors.Slot{PodUID: "uid", Container: "app"}
+	turns, slot := operation.NewTurns(), view.Slot{PodUID: "uid", Container: "app"}
 	up := upgrade(t, disk(t, t.TempDir()))
 	if over := turns.Hold(slot, up); over != nil {
 		t.Error("an upgrade does not get a slot that nobody wants")

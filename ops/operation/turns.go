@@ -6,7 +6,7 @@ package operation
 import (
 	"sync"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // Turns says who goes first in a slot: a restart goes before an upgrade that nobody has committed.
@@ -19,9 +19,9 @@ import (
 type Turns struct {
 	mu sync.Mutex // guards all following fields
 	// held has the upgrades that have a slot.
-	held map[interceptors.Slot]*Operation
+	held map[view.Slot]*Operation
 	// wanted has the slots that restarts wait for.
-	wanted map[interceptors.Slot]*wanted
+	wanted map[view.Slot]*wanted
 }
 
 // wanted is how many restarts wait for a slot.
@@ -32,12 +32,12 @@ type wanted struct {
 
 // NewTurns returns turns of slots that nobody has.
 func NewTurns() *Turns {
-	return &Turns{held: map[interceptors.Slot]*Operation{}, wanted: map[interceptors.Slot]*wanted{}}
+	return &Turns{held: map[view.Slot]*Operation{}, wanted: map[view.Slot]*wanted{}}
 }
 
 // Want says that a restart waits for the slot. It returns the upgrade that has the slot, which the
 // caller must have taken back; nil for none. The caller must call got when it waits no more.
-func (t *Turns) Want(slot interceptors.Slot) (holder *Operation, got func()) {
+func (t *Turns) Want(slot view.Slot) (holder *Operation, got func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	w := t.wanted[slot]
@@ -58,7 +58,7 @@ func (t *Turns) Want(slot interceptors.Slot) (holder *Operation, got func()) {
 
 // Hold says that the upgrade has the slot. If restarts wait for the slot, Hold returns a channel
 // that is closed when none does any more: the upgrade must give the slot up until then.
-func (t *Turns) Hold(slot interceptors.Slot, upgrade *Operation) <-chan struct{} {
+func (t *Turns) Hold(slot view.Slot, upgrade *Operation) <-chan struct{} {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if w := t.wanted[slot]; w != nil {
@@ -70,7 +70,7 @@ func (t *Turns) Hold(slot interceptors.Slot, upgrade *Operation) <-chan struct{}
 
 // Keep says that the upgrade had the slot in the process before this one. It reports whether a
 // restart waits for the slot: the caller must then have the upgrade taken back.
-func (t *Turns) Keep(slot interceptors.Slot, upgrade *Operation) (isWanted bool) {
+func (t *Turns) Keep(slot view.Slot, upgrade *Operation) (isWanted bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.held[slot] = upgrade
@@ -78,7 +78,7 @@ func (t *Turns) Keep(slot interceptors.Slot, upgrade *Operation) (isWanted bool)
 }
 
 // Leave ends Hold.
-func (t *Turns) Leave(slot interceptors.Slot, upgrade *Operation) {
+func (t *Turns) Leave(slot view.Slot, upgrade *Operation) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.held[slot] == upgrade {

@@ -22,8 +22,8 @@ const (
 	DefaultSocket = "/var/lib/kubelet/pods-api/pods-api.sock"
 
 	// getPod is a method of service Pods (k8s.io/kubelet/pkg/apis/pods/v1alpha1/api.proto). Its
-	// request and its response have one field each, a string and bytes with number 1: on the wire they
-	// are a StringValue and a BytesValue.
+	// request and its response have one field each, a string and bytes with number 1: on the wire
+	// they are a StringValue and a BytesValue.
 	getPod = "/v1alpha1.Pods/GetPod"
 
 	// timeout bounds a call: kubelet answers from memory, and calls of its own wait for ours.

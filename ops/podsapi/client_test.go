@@ -87,14 +87,16 @@ func rich() *corev1.Pod {
 		ObjectMeta: metav1.ObjectMeta{
 			Name: "web-0", Namespace: "shop", UID: "u-1", ResourceVersion: "17", CreationTimestamp: metav1.Unix(1, 0),
 			DeletionGracePeriodSeconds: &grace,
-			Labels:                     map[string]string{"a": "b"}, OwnerReferences: []metav1.OwnerReference{{UID: "owner", Name: "web"}},
+			Labels:                     map[string]string{"a": "b"},
+			OwnerReferences:            []metav1.OwnerReference{{UID: "owner", Name: "web"}},
 		},
 		Spec: corev1.PodSpec{
 			NodeName: "n1", TerminationGracePeriodSeconds: &grace,
 			InitContainers: []corev1.Container{{Name: "sidecar", Image: "proxy:v1"}},
 			Containers: []corev1.Container{{
 				Name: "app", Image: "app:v2", Env: []corev1.EnvVar{{Name: "X", Value: "y"}},
-				StartupProbe:  &corev1.Probe{InitialDelaySeconds: 1, TimeoutSeconds: 2, PeriodSeconds: 300, FailureThreshold: 4},
+				StartupProbe: &corev1.Probe{InitialDelaySeconds: 1, TimeoutSeconds: 2, PeriodSeconds: 300,
+					FailureThreshold: 4},
 				LivenessProbe: &corev1.Probe{PeriodSeconds: 5},
 			}, {Name: "log", Image: "registry.example/log@sha256:0"}},
 			EphemeralContainers: []corev1.EphemeralContainer{
@@ -102,8 +104,9 @@ func rich() *corev1.Pod {
 		},
 		Status: corev1.PodStatus{
 			Phase: corev1.PodRunning, Message: "m", PodIP: "10.0.0.1",
-			Conditions:            []corev1.PodCondition{{Type: corev1.PodReady, Reason: "r"}},
-			ContainerStatuses:     []corev1.ContainerStatus{{Name: "app", Image: "app:v1", ContainerID: "containerd://c1"}},
+			Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Reason: "r"}},
+			ContainerStatuses: []corev1.ContainerStatus{
+				{Name: "app", Image: "app:v1", ContainerID: "containerd://c1"}},
 			InitContainerStatuses: []corev1.ContainerStatus{{Name: "sidecar", ContainerID: "containerd://c0"}},
 		},
 	}
@@ -121,7 +124,8 @@ func TestPod(t *testing.T) {
 		{name: "running", edit: func(*corev1.Pod) {},
 			want: Pod{UID: "u-1", Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
 		{name: "deleted", edit: func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(2, 0)} },
-			want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
+			want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images, StartupPeriods: periods,
+				Running: running}},
 		{name: "evicted", edit: func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason = corev1.PodFailed, "Evicted" },
 			want: Pod{UID: "u-1", Phase: "Failed", Reason: "Evicted", Images: images,
 				StartupPeriods: periods, Running: running}},
@@ -165,9 +169,14 @@ func TestUnavailable(t *testing.T) {
 		{name: "gate off", serve: func(t *testing.T, socket string) { serve(t, socket, nil) }},
 		{name: "kubelet starts",
 			serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.FailedPrecondition)) }},
-		{name: "rate limit", serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.ResourceExhausted)) }},
+		{name: "rate limit",
+			serve: func(t *testing.T, socket string) { serve(t, socket, answer(codes.ResourceExhausted)) }},
 		{name: "hangs", serve: func(t *testing.T, socket string) {
-			serve(t, socket, func(ctx context.Context, _ string) ([]byte, error) { <-ctx.Done(); return nil, ctx.Err() })
+			serve(t, socket, func(ctx context.Context, _ string) ([]byte, error) {
+				<-ctx.Done()
+				return nil,
+					ctx.Err()
+			})
 		}},
 		{name: "does not even speak", serve: func(t *testing.T, socket string) {
 			l, err := net.Listen("unix", socket)
@@ -248,7 +257,8 @@ func TestPodNonsense(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			socket := filepath.Join(t.TempDir(), "s")
 			serve(t, socket, func(context.Context, string) ([]byte, error) { return tt.raw, nil })
-			if _, err := patient(socket).Pod(t.Context(), "u-1"); err == nil || !strings.Contains(err.Error(), tt.want) {
+			if _, err := patient(socket).Pod(t.Context(), "u-1"); err == nil ||
+				!strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Pod: %v, want %q", err, tt.want)
 			}
 		})
@@ -271,7 +281,8 @@ func FuzzDecodePod(f *testing.F) {
 		if want.Unmarshal(b) != nil {
 			return
 		}
-		// Encoded anew: Unmarshal takes fields with a wrong wire type and merges in ways of its own.
+		// Encoded anew: Unmarshal takes fields with a wrong wire type and merges in ways of its
+		// own.
 		clean, err := want.Marshal()
 		if err != nil {
 			return

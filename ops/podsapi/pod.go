@@ -18,14 +18,14 @@ type Pod struct {
 	UID string
 	// Deleting is whether the pod has a deletion timestamp.
 	Deleting bool
-	// Phase and Reason are those of the status, kubelet's own: Failed and Evicted for an evicted pod
-	// before its containers are stopped.
+	// Phase and Reason are those of the status, kubelet's own: Failed and Evicted for an evicted
+	// pod before its containers are stopped.
 	Phase, Reason string
 	// Images are the images of the spec's containers and init containers by container name, to the
 	// letter.
 	Images map[string]string
-	// StartupPeriods are the periods of the startup probes of those containers, by container name, of
-	// those that have one.
+	// StartupPeriods are the periods of the startup probes of those containers, by container name,
+	// of those that have one.
 	StartupPeriods map[string]time.Duration
 	// Running are the IDs of those containers by which kubelet goes, as in the status
 	// ("containerd://..."), by container name.

@@ -149,9 +149,10 @@ type fakeRuntime struct {
 	pulls   []*runtimeapi.PullImageRequest
 	pulling func(ctx context.Context, req *runtimeapi.PullImageRequest) error // what a pull does at first; nil: nothing
 	answer  func(args any) proto.Message                                      // to other calls; nil: none
-	disk    string                                                            // where the images are; empty: it does not tell
-	size    uint64                                                            // of each image
-	arch    string                                                            // the same; empty: it does not tell
+	// where the images are; empty: it does not tell
+	disk    string
+	size    uint64 // of each image
+	arch    string // the same; empty: it does not tell
 	running int
 	most    int // that ran at once
 	content *contents
@@ -178,9 +179,10 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if r.disk == "" {
 			return status.Error(codes.Unimplemented, method)
 		}
-		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{
-			{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}},
-		}})
+		proto.Merge(reply.(proto.Message),
+			&runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{
+				{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}},
+			}})
 		return nil
 	case *runtimeapi.ListImagesRequest:
 		r.mu.Lock()

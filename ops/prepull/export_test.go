@@ -16,8 +16,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/pins"
 )
 
-// The tests use a puller from outside. What is below they cannot reach from there: a runtime, a disk
-// and a file in memory, and states of a pull that the fake runtime does not lead to.
+// The tests use a puller from outside. What is below they cannot reach from there: a runtime, a
+// disk and a file in memory, and states of a pull that the fake runtime does not lead to.
 
 const (
 	SweepInterval      = sweepInterval
@@ -59,7 +59,8 @@ func (p *Puller) Watch(uid string) (*opsv1.PullOperation, <-chan struct{}, error
 // List returns all pulls, or those that have not finished.
 func (p *Puller) List(activeOnly bool) []*opsv1.PullOperation { return p.list(activeOnly) }
 
-// Take accepts a pull without checking the request. Something on the node waits for it if it is urgent.
+// Take accepts a pull without checking the request. Something on the node waits for it if it is
+// urgent.
 func (p *Puller) Take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation, error) {
 	return p.take(req, urgent)
 }

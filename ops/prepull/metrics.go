@@ -24,10 +24,12 @@ func newMetrics(reg prometheus.Registerer, p *Puller) (*metrics, error) {
 			Name: "criproxy_pulls_total", Help: "Finished pulls ahead of time by result and reason.",
 		}, []string{"result", "reason"}),
 		bytes: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "criproxy_pull_bytes_total", Help: "Compressed bytes of layers that came to the node by pulls ahead of time.",
+			Name: "criproxy_pull_bytes_total",
+			Help: "Compressed bytes of layers that came to the node by pulls ahead of time.",
 		}),
 		yields: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "criproxy_pull_yields_total", Help: "Times that a pull ahead of time was cut off for one of kubelet's.",
+			Name: "criproxy_pull_yields_total",
+			Help: "Times that a pull ahead of time was cut off for one of kubelet's.",
 		}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "criproxy_pull_seconds", Help: "From the first attempt to the end of pulls that fetched something.",

@@ -129,7 +129,8 @@ func (u *pull) soFar() string {
 	if u.op.GetBytesTotal() == 0 {
 		return "the registry has not told the image's size by then"
 	}
-	return fmt.Sprintf("%s of %s are on the node", imagefs.Bytes(u.op.GetBytesDone()), imagefs.Bytes(u.op.GetBytesTotal()))
+	return fmt.Sprintf("%s of %s are on the node", imagefs.Bytes(u.op.GetBytesDone()),
+		imagefs.Bytes(u.op.GetBytesTotal()))
 }
 
 func (u *pull) notifyLocked() {

@@ -167,7 +167,8 @@ func (p *Puller) revive(r *record) error {
 		u.op.Phase, u.op.Reason = opsv1.PullPhase_PULL_WAITING, opsv1.PullReasonInQueue
 		if u.wants {
 			u.op.Reason = opsv1.PullReasonCredentialsNeeded
-			u.op.Message = "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
+			u.op.Message = "cri-proxy was restarted and does not keep credentials: waiting for the command to be " +
+				"repeated"
 		}
 	}
 	p.pulls[u.op.GetUid()] = u

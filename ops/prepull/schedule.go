@@ -142,9 +142,11 @@ func (r *round) decide(u *pull) bool {
 		return true
 	case r.running >= p.parallel && u.urgent:
 		u.waitLocked(opsv1.PullReasonInQueue, fmt.Sprintf(
-			"%d pulls that something waits for and %d of %d others at once are under way", r.urgent, r.running, p.parallel))
+			"%d pulls that something waits for and %d of %d others at once are under way", r.urgent, r.running,
+			p.parallel))
 	case r.running >= p.parallel:
-		u.waitLocked(opsv1.PullReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", r.running, p.parallel))
+		u.waitLocked(opsv1.PullReasonInQueue,
+			fmt.Sprintf("%d of %d pulls at once are under way", r.running, p.parallel))
 	default: // an urgent one too, when there are more of these than places for them
 		r.running++
 		return true

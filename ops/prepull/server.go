@@ -163,7 +163,8 @@ func (s *Server) ListPins(ctx context.Context, _ *opsv1.ListPinsRequest) (*opsv1
 // ReleasePins implements [opsv1.ImagesServer].
 func (s *Server) ReleasePins(ctx context.Context, req *opsv1.ReleasePinsRequest) (*opsv1.ReleasePinsResponse, error) {
 	if req.GetOwner() == "" {
-		return nil, status.Error(codes.InvalidArgument, "owner is empty: name whose pins are to end, as ListPins shows it")
+		return nil, status.Error(codes.InvalidArgument,
+			"owner is empty: name whose pins are to end, as ListPins shows it")
 	}
 	n, err := s.p.pins.Release(ctx, func(k pins.Key, _ *pins.Pin) bool {
 		return k.Owner == req.GetOwner() && (req.GetImageId() == "" || req.GetImageId() == k.ImageID)

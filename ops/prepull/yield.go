@@ -177,7 +177,8 @@ func (y *yielder) actOnLocked(u *pull, now time.Time, s yield.Seen, pulls []*yie
 		wanted = false
 	}
 	if changed = u.layers.Decide(now, wanted, come, pulls); changed {
-		p.log.WithFields(u.fields()).WithField("kubelets", yield.Names(pulls)).WithField("aside", u.layers.Pause().On()).
+		p.log.WithFields(u.fields()).WithField("kubelets", yield.Names(pulls)).
+			WithField("aside", u.layers.Pause().On()).
 			Debug("kubelet's pull wants layers of ours")
 	}
 	if u.stop != nil && !u.cut && y.pauseLocked(u) != "" && len(fetches) > 0 {

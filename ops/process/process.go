@@ -17,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process is one that runs on this machine. The start time keeps it apart from another one that gets its number later.
+// Process is one that runs on this machine. The start time keeps it apart from another one that
+// gets its number later.
 type Process struct {
 	PID   int
 	Start string // in the kernel's own unit, since boot
@@ -26,8 +27,8 @@ type Process struct {
 // ErrForeign is the error for a process of another PID namespace, which has no number here.
 var ErrForeign = errors.New("the process is of another PID namespace")
 
-// Peer is the process at the other end of a Unix socket: who listens, for one that has been dialled, and who has dialled, for
-// one that has been accepted.
+// Peer is the process at the other end of a Unix socket: who listens, for one that has been
+// dialled, and who has dialled, for one that has been accepted.
 //
 // Errors: conn is no Unix socket, or the process has ended.
 func Peer(proc string, conn net.Conn) (Process, error) {
@@ -41,7 +42,10 @@ func Peer(proc string, conn net.Conn) (Process, error) {
 	}
 	var cred *unix.Ucred
 	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+	if err := raw.Control(func(fd uintptr) {
+		cred,
+			cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
 		return Process{}, err
 	}
 	if cerr != nil {
@@ -98,8 +102,8 @@ func (p Process) Args(proc string) ([]string, error) { return p.strings(proc, "c
 
 // Environ is the environment that it was started with, as [os.Environ] has it. It may hold secrets.
 //
-// Errors: the process has ended, or is not to be looked into: that takes CAP_SYS_PTRACE, or its user and no more
-// capabilities than ours.
+// Errors: the process has ended, or is not to be looked into: that takes CAP_SYS_PTRACE, or its
+// user and no more capabilities than ours.
 func (p Process) Environ(proc string) ([]string, error) { return p.strings(proc, "environ") }
 
 func (p Process) strings(proc, file string) ([]string, error) {

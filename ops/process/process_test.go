@@ -36,7 +36,8 @@ func TestListener(t *testing.T) {
 	if environ, err := p.Environ("/proc"); err != nil || Getenv(environ, "PATH") == "" {
 		t.Errorf("%v", err)
 	}
-	if exe, err := os.Executable(); err != nil || !strings.HasPrefix(filepath.Base(exe), p.Name("/proc")) || p.Name("/proc") == "" {
+	if exe, err := os.Executable(); err != nil || !strings.HasPrefix(filepath.Base(exe), p.Name("/proc")) ||
+		p.Name("/proc") == "" {
 		t.Errorf("%s: %q %v", exe, p.Name("/proc"), err)
 	}
 	before := p
@@ -62,7 +63,8 @@ func TestGetenvAndLookPath(t *testing.T) {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
-	for name, want := range map[string]string{"program": filepath.Join(dir, "program"), "text": "text", "none": "none"} {
+	for name, want := range map[string]string{"program": filepath.Join(dir, "program"), "text": "text",
+		"none": "none"} {
 		if got := LookPath(environ, name); got != want {
 			t.Errorf("%s: %q", name, got)
 		}

@@ -21,7 +21,8 @@ func Getenv(environ []string, name string) string {
 	return ""
 }
 
-// Proxies are those of an environment, as a Go program takes them from its own ([net/http.ProxyFromEnvironment]).
+// Proxies are those of an environment, as a Go program takes them from its own
+// ([net/http.ProxyFromEnvironment]).
 func Proxies(environ []string) *httpproxy.Config {
 	either := func(name string) string {
 		if v := Getenv(environ, name); v != "" {
@@ -30,11 +31,13 @@ func Proxies(environ []string) *httpproxy.Config {
 		return Getenv(environ, strings.ToLower(name))
 	}
 	return &httpproxy.Config{
-		HTTPProxy: either("HTTP_PROXY"), HTTPSProxy: either("HTTPS_PROXY"), NoProxy: either("NO_PROXY"), CGI: Getenv(environ, "REQUEST_METHOD") != "",
+		HTTPProxy: either("HTTP_PROXY"), HTTPSProxy: either("HTTPS_PROXY"), NoProxy: either("NO_PROXY"),
+		CGI: Getenv(environ, "REQUEST_METHOD") != "",
 	}
 }
 
-// LookPath finds a program that is named without a directory as a process with that environment would. It returns the name itself if there is none.
+// LookPath finds a program that is named without a directory as a process with that environment
+// would. It returns the name itself if there is none.
 func LookPath(environ []string, name string) string {
 	for _, dir := range filepath.SplitList(Getenv(environ, "PATH")) {
 		if path := filepath.Join(dir, name); filepath.IsAbs(path) {

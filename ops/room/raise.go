@@ -157,7 +157,8 @@ func (r *Room) Lower(ctx context.Context) bool {
 		}
 		if !errors.Is(err, cgroup.ErrInUse) || time.Now().After(until) {
 			raised := r.record().Raised
-			r.c.Warn("the pod's limit of memory stays %s higher than its %s: %v; kubelet sets it when the pod is resized",
+			r.c.Warn("the pod's limit of memory stays %s higher than its %s: %v; kubelet sets it when the pod is "+
+				"resized",
 				mebi(raised.By), mebi(raised.Base), err)
 			return true
 		}

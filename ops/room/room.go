@@ -116,7 +116,8 @@ func (r *Room) RefuseGate(ctx context.Context) string {
 			pids, err = pod.Pids()
 		}
 		if err == nil && pids.Free < gatePids {
-			return fmt.Sprintf("the pod has %s, less than the %d that runc takes for a container that waits at its gate",
+			return fmt.Sprintf("the pod has %s, less than the %d that runc takes for a container that waits at "+
+				"its gate",
 				pidsOf(pids), gatePids)
 		}
 	}

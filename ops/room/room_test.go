@@ -168,7 +168,8 @@ func TestRefuseGate(t *testing.T) {
 		},
 		{
 			name: "no process IDs", set: func(f *files) { f.set(pod+"pids.current", "990") },
-			want: "the pod has 10 process IDs free (limit 1000, 990 used, in /kubepods/podu), less than the 24 that runc takes",
+			want: "the pod has 10 process IDs free (limit 1000, 990 used, in /kubepods/podu), less than the 24 that " +
+				"runc takes",
 		},
 		{name: "not known", set: func(f *files) { f.set("proc/1/cgroup", "nonsense") }},
 	} {
@@ -178,7 +179,8 @@ func TestRefuseGate(t *testing.T) {
 				tt.set(f)
 			}
 			o := newOperation(t, f, &fakeRuntime{})
-			if got := o.room.RefuseGate(t.Context()); got != tt.want && (tt.want == "" || !strings.Contains(got, tt.want)) {
+			if got := o.room.RefuseGate(t.Context()); got != tt.want && (tt.want == "" ||
+				!strings.Contains(got, tt.want)) {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})

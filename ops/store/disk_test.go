@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -70,7 +70,7 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 		return &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Image: image}}
 	}
 	// Each of these would wait for ever.
-	other := interceptors.Slot{PodUID: "other", Container: "app"}
+	other := view.Slot{PodUID: "other", Container: "app"}
 	if applied, err := s.Apply(t.Context(), other, request("x:1")); applied || err != nil {
 		t.Errorf("in another slot: %v, %v", applied, err)
 	}

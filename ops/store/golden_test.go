@@ -29,7 +29,8 @@ var goldenTime = time.Date(2026, 11, 30, 12, 0, 0, 123456789, time.UTC)
 // goldenUpgrade is the request of the golden upgrade.
 func goldenUpgrade() *opsv1.PrepareUpgradeRequest {
 	return &opsv1.PrepareUpgradeRequest{
-		Uid: "golden", Pod: &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: podUID}, Requester: "test", Owner: "owner",
+		Uid: "golden", Pod: &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: podUID}, Requester: "test",
+		Owner:       "owner",
 		Containers:  []*opsv1.ContainerUpgrade{{Name: "app", ExpectedContainerId: "old", Image: "app:v2"}},
 		HoldTimeout: durationpb.New(time.Minute),
 	}
@@ -61,7 +62,8 @@ func goldenRecord(t *testing.T, upgrade bool, at store.Step) *store.Record {
 		Step: at, Sandbox: "sandbox", Incumbent: "old", Successor: "new", Token: "0123456789abcdef0123456789abcdef",
 		Retried: true, StopBy: goldenTime, PostStarted: true, PostDone: true, Method: "gate",
 		Override: &store.Override{
-			PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug", ImageID: "sha256:debug",
+			PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug",
+			ImageID:   "sha256:debug",
 			SpecImage: "app:v1", NonRoot: true, Since: goldenTime, Requester: "test", Operation: "golden",
 		},
 		Grace: 30, HoldSince: goldenTime, Asked: true, StopFirst: true, Joined: true,
@@ -90,7 +92,8 @@ func TestGoldenRecords(t *testing.T) {
 					message   proto.Message
 					got, want *[]byte
 				}{
-					{&opsv1.Operation{}, &got.Operation, &want.Operation}, {&opsv1.RestartRequest{}, &got.Request, &want.Request},
+					{&opsv1.Operation{}, &got.Operation, &want.Operation},
+					{&opsv1.RestartRequest{}, &got.Request, &want.Request},
 					{&opsv1.PrepareUpgradeRequest{}, &got.Upgrade, &want.Upgrade},
 				} {
 					other := proto.Clone(m.message)

@@ -104,7 +104,8 @@ func TestJournalFile(t *testing.T) {
 	}
 	for _, want := range []string{"operation x: ", ""} { // set aside the first time, gone the second
 		var bad error
-		if err := j.Load(func(string, *store.Record) error { return nil }, nil, func(err error) { bad = err }); err != nil {
+		if err := j.Load(func(string, *store.Record) error { return nil }, nil,
+			func(err error) { bad = err }); err != nil {
 			t.Fatal(err)
 		}
 		if got := fmt.Sprint(bad); (bad == nil) != (want == "") || !strings.Contains(got, want) {

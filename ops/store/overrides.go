@@ -21,6 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
@@ -44,8 +45,8 @@ type Override struct {
 }
 
 // Slot is the slot that has the override.
-func (o *Override) Slot() interceptors.Slot {
-	return interceptors.Slot{PodUID: o.PodUID, Container: o.Container}
+func (o *Override) Slot() view.Slot {
+	return view.Slot{PodUID: o.PodUID, Container: o.Container}
 }
 
 // Stale reports whether the pod's spec has been patched while the proxy was not in the path: the
@@ -81,11 +82,11 @@ type Overrides struct {
 	writing sync.Mutex
 
 	mu     sync.Mutex // guards all following fields
-	bySlot map[interceptors.Slot]*Override
+	bySlot map[view.Slot]*Override
 	// unwritten is what the journal does not have yet; nil for an override that has ended. The next
 	// write of an operation takes it along: a step and what it means for the slot are on disk
 	// together.
-	unwritten map[interceptors.Slot]*Override
+	unwritten map[view.Slot]*Override
 }
 
 var _ interceptors.Overrides = (*Overrides)(nil)
@@ -98,7 +99,7 @@ func OpenOverrides(j *Journal, img runtimeapi.ImageServiceClient, log logrus.Fie
 			Name: "criproxy_image_overrides_lost_total",
 			Help: "Image overrides that ended because their image was not on the node any more.",
 		}),
-		bySlot: map[interceptors.Slot]*Override{}, unwritten: map[interceptors.Slot]*Override{},
+		bySlot: map[view.Slot]*Override{}, unwritten: map[view.Slot]*Override{},
 	}
 	err := j.loadOverrides(func(key string, raw []byte) {
 		o := &Override{}
@@ -129,7 +130,7 @@ func (s *Overrides) Removed() <-chan struct{} { return s.removed }
 func (s *Overrides) Dirty() <-chan struct{} { return s.dirty }
 
 // Of returns the slot's override, or nil.
-func (s *Overrides) Of(slot interceptors.Slot) *Override {
+func (s *Overrides) Of(slot view.Slot) *Override {
 	if !s.Any() {
 		return nil
 	}
@@ -140,7 +141,7 @@ func (s *Overrides) Of(slot interceptors.Slot) *Override {
 
 // Set makes o the slot's override, none if it is nil, and returns the one before. The change is on
 // disk with the next write.
-func (s *Overrides) Set(slot interceptors.Slot, o *Override) (before *Override) {
+func (s *Overrides) Set(slot view.Slot, o *Override) (before *Override) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before = s.bySlot[slot]
@@ -228,7 +229,7 @@ func (s *Overrides) written() bool {
 //
 // Errors: the runtime is away, as a gRPC status.
 func (s *Overrides) Apply(
-	ctx context.Context, slot interceptors.Slot, req *runtimeapi.CreateContainerRequest,
+	ctx context.Context, slot view.Slot, req *runtimeapi.CreateContainerRequest,
 ) (bool, error) {
 	o := s.Of(slot)
 	if o == nil {

@@ -16,11 +16,11 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
+var appSlot = view.Slot{PodUID: podUID, Container: "app"}
 
 func someOverride() *store.Override {
 	return &store.Override{
@@ -77,9 +77,12 @@ func TestOverrideApply(t *testing.T) {
 		code           codes.Code
 	}{
 		{name: "root", spec: uid(0), debug: uid(0), applied: true, keeps: true},
-		{name: "user of the image", spec: uid(1000), debug: uid(2000), user: 1000, want: 2000, applied: true, keeps: true},
-		{name: "user of the pod", spec: uid(1000), debug: uid(2000), user: 3000, want: 3000, applied: true, keeps: true},
-		{name: "the spec's image is not to be had", debug: uid(2000), user: 1000, want: 1000, applied: true, keeps: true},
+		{name: "user of the image", spec: uid(1000), debug: uid(2000), user: 1000, want: 2000, applied: true,
+			keeps: true},
+		{name: "user of the pod", spec: uid(1000), debug: uid(2000), user: 3000, want: 3000, applied: true,
+			keeps: true},
+		{name: "the spec's image is not to be had", debug: uid(2000), user: 1000, want: 1000, applied: true,
+			keeps: true},
 		{name: "image gone", spec: uid(1000), user: 1000, want: 1000},
 		{name: "patched", spec: uid(1000), debug: uid(2000), asked: "app:v2", user: 1000, want: 1000},
 		{
@@ -117,7 +120,7 @@ func TestOverrideApply(t *testing.T) {
 			if tc.applied {
 				want.Config.Image = &runtimeapi.ImageSpec{Image: "sha256:debug", UserSpecifiedImage: "app:debug"}
 			}
-			applied, err := s.Apply(t.Context(), interceptors.Slot{PodUID: podUID, Container: tc.container}, req)
+			applied, err := s.Apply(t.Context(), view.Slot{PodUID: podUID, Container: tc.container}, req)
 			if applied != tc.applied || status.Code(err) != tc.code {
 				t.Errorf("applied: %v, %v", applied, err)
 			}

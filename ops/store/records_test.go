@@ -133,7 +133,8 @@ func TestRecordsThatAreTorn(t *testing.T) {
 				if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte("another"), 0o600); err != nil {
 					t.Fatal(err)
 				}
-			} else if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte(store.BootID()), 0o600); err != nil {
+			} else if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte(store.BootID()),
+				0o600); err != nil {
 				t.Fatal(err)
 			}
 			r := open(t, dir)

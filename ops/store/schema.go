@@ -26,9 +26,9 @@
 //	├── postStarted, postDone
 //	└── override                  the slot's image once kubelet is shown the successor
 //
-// The restart of one container makes seven writes: accepted, stage, staged, stop, started, reveal, and
-// done, which is the end of the operation too. A preStop hook adds one (stopBy, before the hook), a
-// postStart hook two (postStarted, postDone). Each container more adds six.
+// The restart of one container makes seven writes: accepted, stage, staged, stop, started, reveal,
+// and done, which is the end of the operation too. A preStop hook adds one (stopBy, before the
+// hook), a postStart hook two (postStarted, postDone). Each container more adds six.
 //
 // A binary leaves alone what it does not understand, for a binary that does: see [Journal.Load]. A
 // change that an older binary would misread (another meaning of a field or of a step, another order

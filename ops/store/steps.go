@@ -64,7 +64,8 @@ var table = map[Step]facts{
 	StepHeld:   {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, upgrade: always},
 	// A crash leaves perhaps two containers that run.
 	StepStart: {
-		begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, restart: ifStopBy, upgrade: always, runs: true,
+		begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, restart: ifStopBy,
+		upgrade: always, runs: true,
 	},
 	// A crash leaves perhaps a successor at its gate.
 	StepArm:   {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, upgrade: always, runs: true},

@@ -148,8 +148,8 @@ func TestExitWatchOfAnotherContainer(t *testing.T) {
 	w.Close()
 }
 
-// A process that has exited belongs to no container, though the kernel lists it until its parent has
-// waited for it.
+// A process that has exited belongs to no container, though the kernel lists it until its parent
+// has waited for it.
 func TestEndedProcess(t *testing.T) {
 	cmd := exec.Command("true")
 	if err := cmd.Start(); err != nil {

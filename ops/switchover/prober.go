@@ -98,7 +98,8 @@ type Prober struct {
 func NewProber(o Options) *Prober {
 	p := &Prober{
 		Machine: Machine{
-			OfContainer: OfContainer, Watch: Watch, FindPod: cgroup.System{}.Find, Now: time.Now, GateTimeout: gateTimeout,
+			OfContainer: OfContainer, Watch: Watch, FindPod: cgroup.System{}.Find, Now: time.Now,
+			GateTimeout: gateTimeout,
 		},
 		runtime: o.Runtime, log: o.Log, best: o.Best, gatesDir: gate.Dir(o.StateDir), cdiSpecDir: o.CDISpecDir,
 	}

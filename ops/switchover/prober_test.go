@@ -101,9 +101,12 @@ func TestProbe(t *testing.T) {
 		why    string
 	}{
 		{name: "containerd 2.1", config: `{"cdiSpecDirs":["/etc/cdi","DIR/cdi"]}`, want: "gate pidfd plain"},
-		{name: "containerd 2.0", config: `{"enableCDI":true,"cdiSpecDirs":["/etc/cdi","DIR/cdi"]}`, want: "gate pidfd plain"},
-		{name: "CDI is off", config: `{"enableCDI":false,"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain", why: "enable_cdi"},
-		{name: "no directories", config: `{"enableCDI":true,"cdiSpecDirs":[]}`, want: "pidfd plain", why: "cdi_spec_dirs"},
+		{name: "containerd 2.0", config: `{"enableCDI":true,"cdiSpecDirs":["/etc/cdi","DIR/cdi"]}`,
+			want: "gate pidfd plain"},
+		{name: "CDI is off", config: `{"enableCDI":false,"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain",
+			why: "enable_cdi"},
+		{name: "no directories", config: `{"enableCDI":true,"cdiSpecDirs":[]}`, want: "pidfd plain",
+			why: "cdi_spec_dirs"},
 		{name: "nothing of CDI", config: `{"enableSelinux":true}`, want: "pidfd plain", why: "cdi_spec_dirs"},
 		{name: "not JSON", config: `nothing`, want: "pidfd plain", why: "does not tell its configuration"},
 		{
@@ -128,11 +131,13 @@ func TestProbe(t *testing.T) {
 			why: "restart.method is plain",
 		},
 		{
-			name: "no place for the spec", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain", why: "CDI spec: ",
+			name: "no place for the spec", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain",
+			why:   "CDI spec: ",
 			spoil: "DIR/cdi",
 		},
 		{
-			name: "no place for gates", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain", why: "not a directory",
+			name: "no place for gates", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain",
+			why:   "not a directory",
 			spoil: "DIR/state/gates",
 		},
 	} {

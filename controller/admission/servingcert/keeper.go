@@ -45,8 +45,8 @@ const (
 	// settleFor is how long API servers get to notice a changed configuration. They watch the
 	// configurations, so it takes them milliseconds.
 	settleFor = 5 * time.Second
-	// retainFor is how long the CA of the previous certificate is kept: much longer than a replica can
-	// fail to see the new one.
+	// retainFor is how long the CA of the previous certificate is kept: much longer than a replica
+	// can fail to see the new one.
 	retainFor = time.Hour
 	// lookAgain is how often the Keeper looks at everything without an event.
 	lookAgain = 5 * time.Minute
@@ -86,7 +86,8 @@ func CacheOptions(o *cache.Options, namespace string) {
 		o.ByObject = map[client.Object]cache.ByObject{}
 	}
 	o.ByObject[&corev1.Secret{}] = cache.ByObject{
-		Namespaces: map[string]cache.Config{namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", Secret)}}}
+		Namespaces: map[string]cache.Config{
+			namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", Secret)}}}
 	o.ByObject[&admissionv1.MutatingWebhookConfiguration{}] = cache.ByObject{
 		Field: fields.OneTermEqualSelector("metadata.name", Configuration)}
 	o.ByObject[&admissionv1.ValidatingWebhookConfiguration{}] = cache.ByObject{
@@ -200,7 +201,8 @@ func (k *Keeper) look(ctx context.Context) (time.Duration, error) {
 		if err := k.write(ctx, &secret, have, trust); err != nil {
 			return 0, err
 		}
-		k.Log.WithField("until", have.cert.Leaf.NotAfter.Format(time.RFC3339)).Info("made a certificate for the webhooks")
+		k.Log.WithField("until", have.cert.Leaf.NotAfter.Format(time.RFC3339)).
+			Info("made a certificate for the webhooks")
 	case !trust.has(have.ca):
 		trust = trust.with(have.ca)
 		if err := k.write(ctx, &secret, have, trust); err != nil {

@@ -183,7 +183,8 @@ func (c *cluster) check(name string, r *replica) {
 			pool.AppendCertsFromPEM(b)
 			if _, err := shown.Leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: Service + "." + namespace + ".svc",
 				CurrentTime: time.Now()}); err != nil {
-				c.t.Fatalf("what %s shows is not trusted by webhook %d as it was %s ago: %v", name, i, time.Since(view.at), err)
+				c.t.Fatalf("what %s shows is not trusted by webhook %d as it was %s ago: %v", name, i,
+					time.Since(view.at), err)
 			}
 			c.verified[key] = true
 		}
@@ -350,7 +351,10 @@ func TestTrouble(t *testing.T) {
 		{"the Secret has no key",
 			func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, corev1.TLSPrivateKeyKey) }) }, true},
 		{"the Secret has nonsense", func(c *cluster) {
-			c.change(func(s *corev1.Secret) { s.Data[corev1.TLSCertKey], s.Data[caKey] = []byte("x"), []byte("-----BEGIN y") })
+			c.change(func(s *corev1.Secret) {
+				s.Data[corev1.TLSCertKey], s.Data[caKey] = []byte("x"),
+					[]byte("-----BEGIN y")
+			})
 		}, true},
 		{"the certificate in the Secret is for other names", func(c *cluster) {
 			other, err := generate([]string{"other.svc"}, validity)
@@ -359,7 +363,8 @@ func TestTrouble(t *testing.T) {
 				s.Data[corev1.TLSCertKey], s.Data[corev1.TLSPrivateKeyKey] = other.certPEM, other.keyPEM
 			})
 		}, true},
-		{"the CAs in the Secret are gone", func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, caKey) }) },
+		{"the CAs in the Secret are gone",
+			func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, caKey) }) },
 			false},
 		{"somebody has put other CAs into a configuration", func(c *cluster) {
 			var o admissionv1.ValidatingWebhookConfiguration
@@ -431,11 +436,13 @@ func TestSecretDeleted(t *testing.T) {
 			c.t.Errorf("what is shown does not stay: %v", err)
 		}
 		if err := third.Ready(nil); err == nil ||
-			!strings.Contains(err.Error(), "there is no Secret cri-controller-webhook-tls in namespace cri-proxy-system") {
+			!strings.Contains(err.Error(),
+				"there is no Secret cri-controller-webhook-tls in namespace cri-proxy-system") {
 			c.t.Errorf("the third one's readiness: %v", err)
 		}
 		must(c.t,
-			c.api.Create(c.t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: Secret}}))
+			c.api.Create(c.t.Context(),
+				&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: Secret}}))
 		c.run(time.Minute)
 		if c.serial("a") == before || c.serial("a") != c.serial("c") || third.Ready(nil) != nil {
 			c.t.Error("it was not made anew for all")

@@ -24,8 +24,8 @@ type Nodes interface {
 	// WatchPull calls each with the pull as it is and after changes, until each returns false or
 	// the pull has finished, and returns nil then.
 	WatchPull(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.PullOperation) bool) error
-	// CancelPull ends a pull. code is one of opsv1.CancelCode..., reason is for people. The error has
-	// codes.NotFound when the node has no pull of that UID.
+	// CancelPull ends a pull. code is one of opsv1.CancelCode..., reason is for people. The error
+	// has codes.NotFound when the node has no pull of that UID.
 	CancelPull(ctx context.Context, n nodes.Node, uid, code, reason string) (*opsv1.PullOperation, error)
 	// ListPins returns the images that the node keeps, by owner.
 	ListPins(ctx context.Context, n nodes.Node) ([]*opsv1.ImagePin, error)

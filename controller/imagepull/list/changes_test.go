@@ -36,7 +36,8 @@ func TestChildChanges(t *testing.T) {
 		{"a child's end", sameJob, image(func(j *job) { j.Status.CompletionTime = &now }), true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := list.ChildChanges().Update(event.UpdateEvent{ObjectOld: tt.before, ObjectNew: tt.after}); got != tt.want {
+			if got := list.ChildChanges().
+				Update(event.UpdateEvent{ObjectOld: tt.before, ObjectNew: tt.after}); got != tt.want {
 				t.Errorf("got %v", got)
 			}
 		})

@@ -17,11 +17,14 @@ func TestFailureOf(t *testing.T) {
 			"NotFound", "registry r.io has no such image: check",
 		},
 		// a still older node
-		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)": {"", "registry r.io cannot be used now (x: y)"},
-		"another pull of the image has just failed":                     {"", "another pull of the image has just failed"},
+		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)": {"",
+			"registry r.io cannot be used now (x: y)"},
+		"another pull of the image has just failed": {"",
+			"another pull of the image has just failed"},
 		"": {},
 	} {
-		if reason, text := pull.FailureOf(&opsv1.PullOperation{Message: message}); reason != want[0] || text != want[1] {
+		if reason, text := pull.FailureOf(&opsv1.PullOperation{Message: message}); reason != want[0] ||
+			text != want[1] {
 			t.Errorf("%q: %q, %q", message, reason, text)
 		}
 	}

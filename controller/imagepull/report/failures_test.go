@@ -18,7 +18,8 @@ func failuresOf(counts map[string]int) []v1beta1.NodePullFailure {
 	var list []v1beta1.NodePullFailure
 	for reason, count := range counts {
 		for i := range count {
-			list = append(list, v1beta1.NodePullFailure{Node: fmt.Sprintf("%s-%04d", strings.ToLower(reason), i), Reason: reason,
+			list = append(list, v1beta1.NodePullFailure{Node: fmt.Sprintf("%s-%04d", strings.ToLower(reason), i),
+				Reason:  reason,
 				Message: "says " + reason})
 		}
 	}
@@ -49,7 +50,8 @@ func TestSetFailures(t *testing.T) {
 		t.Errorf("failures %v", examples)
 	}
 	want := "NotFound on 3000 (notfound-0000, notfound-0001, notfound-0002 and 2997 more): says NotFound; " +
-		"DiskPressure on 4 (diskpressure-0000, diskpressure-0001, diskpressure-0002 and 1 more): says DiskPressure; Rare " +
+		"DiskPressure on 4 (diskpressure-0000, diskpressure-0001, diskpressure-0002 and 1 more): says " +
+		"DiskPressure; Rare " +
 		"on 1 (rare-0000): says Rare"
 	if got := report.Reasons(s); got != want {
 		t.Errorf("%s\nwant %s", got, want)

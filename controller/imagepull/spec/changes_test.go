@@ -53,15 +53,20 @@ func TestChanges(t *testing.T) {
 			node(func(n *corev1.Node) { n.Status.Conditions[0].Status = corev1.ConditionUnknown }), true},
 		{"a node's label", spec.NodeChanges(), same, node(func(n *corev1.Node) { n.Labels["a"] = "c" }), true},
 		{"a node's address", spec.NodeChanges(), same,
-			node(func(n *corev1.Node) { n.Annotations = map[string]string{nodes.AddressAnnotation: "192.0.2.2"} }), true},
-		{"a node that is deleted", spec.NodeChanges(), same, node(func(n *corev1.Node) { n.DeletionTimestamp = &now }), true},
+			node(func(n *corev1.Node) { n.Annotations = map[string]string{nodes.AddressAnnotation: "192.0.2.2"} }),
+			true},
+		{"a node that is deleted", spec.NodeChanges(), same, node(func(n *corev1.Node) { n.DeletionTimestamp = &now }),
+			true},
 
 		{"a pod's condition", spec.PodChanges(), samePod,
 			pod(func(p *corev1.Pod) { p.Status.Conditions = []corev1.PodCondition{{Type: "x"}} }), false},
-		{"a pod that has ended", spec.PodChanges(), samePod, pod(func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }),
+		{"a pod that has ended", spec.PodChanges(), samePod,
+			pod(func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }),
 			true},
-		{"a pod that is scheduled", spec.PodChanges(), pod(func(p *corev1.Pod) { p.Spec.NodeName = "" }), samePod, true},
-		{"a pod's label", spec.PodChanges(), samePod, pod(func(p *corev1.Pod) { p.Labels = map[string]string{"a": "b"} }),
+		{"a pod that is scheduled", spec.PodChanges(), pod(func(p *corev1.Pod) { p.Spec.NodeName = "" }),
+			samePod, true},
+		{"a pod's label", spec.PodChanges(), samePod,
+			pod(func(p *corev1.Pod) { p.Labels = map[string]string{"a": "b"} }),
 			true},
 
 		{"a job's status", spec.JobChanges(), sameJob, image(func(j *job) { j.Status.Active = 1 }), false},
@@ -72,7 +77,8 @@ func TestChanges(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := tt.predicate.Update(event.UpdateEvent{ObjectOld: tt.before, ObjectNew: tt.after}); got != tt.want {
+			if got := tt.predicate.Update(event.UpdateEvent{ObjectOld: tt.before,
+				ObjectNew: tt.after}); got != tt.want {
 				t.Errorf("got %v", got)
 			}
 		})

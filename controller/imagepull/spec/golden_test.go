@@ -42,7 +42,8 @@ func TestHashes(t *testing.T) {
 			"uid-1.4e594b7b74.beaf259cb8", "uid-1.4e594b7b74.beaf259cb8.3", "ImagePullJob/ns/job/uid-1",
 			"0c81efdb74", "1620d268f1", "5c0afc2fbb", "fe96437338", "list-a7b7d945e4",
 		}},
-		{"all fields", full, map[string]string{v1beta1.PinForAnnotation: "48h", v1beta1.BytesPerSecondAnnotation: "20Mi"},
+		{"all fields", full,
+			map[string]string{v1beta1.PinForAnnotation: "48h", v1beta1.BytesPerSecondAnnotation: "20Mi"},
 			spec.Limits{PinFor: 36 * time.Hour, PinPercent: 25}, []string{
 				"uid-1.25a79b8f82.f9dc6be537", "uid-1.25a79b8f82.f9dc6be537.3", "ImagePullJob/ns/job/uid-1",
 				"2e3b2974f2", "e43a17ff2a", "be4b41a377", "085981f037", "list-15009bba28",

@@ -115,7 +115,8 @@ func TestDeadlineOfRequest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := spec.Of(jobOf("a", template{
-				PullPolicy:       &v1beta1.PullPolicy{TimeoutSeconds: &tt.timeout, BackoffLimit: number(tt.attempts - 1)},
+				PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: &tt.timeout,
+					BackoffLimit: number(tt.attempts - 1)},
 				CompletionPolicy: tt.policy,
 			}))
 			if err != nil {

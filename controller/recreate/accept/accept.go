@@ -187,7 +187,8 @@ func identify(pod *corev1.Pod, name string) (Identity, error) {
 	}
 	if spec.Lifecycle != nil {
 		if _, err := pods.Hook(spec, spec.Lifecycle.PostStart, ""); err != nil {
-			return none, fmt.Errorf("container %s has a postStart handler that kubelet would stop the new container for "+
+			return none, fmt.Errorf("container %s has a postStart handler that kubelet would stop the new "+
+				"container for "+
 				"(%w): correct it in the pod's template", name, err)
 		}
 	}

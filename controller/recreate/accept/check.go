@@ -36,7 +36,8 @@ func CheckUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) error {
 	for _, key := range []string{appsv1alpha1.PodUIDLabel, appsv1alpha1.NodeNameLabel} {
 		if was := before.Labels[key]; was != "" && after.Labels[key] != was {
 			return &apierror.SpecError{Immutable: true, Message: fmt.Sprintf("label %s is immutable: "+
-				"it says which pod the request was accepted for; keep its value %q, or create another request", key, was)}
+				"it says which pod the request was accepted for; keep its value %q, or create another request", key,
+				was)}
 		}
 	}
 	for _, a := range []struct {

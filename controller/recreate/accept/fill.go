@@ -165,7 +165,8 @@ func asFilled(
 	}
 	// The container has been replaced since the request was created, or somebody invented the
 	// context.
-	if c.StatusContext.RestartCount < now.RestartCount && !startedBefore(pods.Status(pod, c.Name), crr.CreationTimestamp) {
+	if c.StatusContext.RestartCount < now.RestartCount &&
+		!startedBefore(pods.Status(pod, c.Name), crr.CreationTimestamp) {
 		return *c.StatusContext, nil
 	}
 	if c.StatusContext.RestartCount < now.RestartCount && crr.Labels[appsv1alpha1.PodUIDLabel] == string(pod.UID) {

@@ -109,7 +109,9 @@ func TestJudge(t *testing.T) {
 		{"has the image from the beginning", nil, evaluate.PodFacts{}, []func(*corev1.Pod){image("app:2")}, 0,
 			evaluate.Updated, "a", ""},
 		{"is a static pod", nil, evaluate.PodFacts{},
-			[]func(*corev1.Pod){func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "x"} }}, 0, evaluate.Broken, "a", "StaticPod"},
+			[]func(*corev1.Pod){
+				func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "x"} }}, 0,
+			evaluate.Broken, "a", "StaticPod"},
 		{"written, kubelet has not acted", changed(time.Second), evaluate.PodFacts{},
 			[]func(*corev1.Pod){image("app:2")}, 0, evaluate.Updating, "adq", ""},
 		{"new, not ready", changed(5 * time.Second), evaluate.PodFacts{Answered: true},
@@ -144,7 +146,8 @@ func TestJudge(t *testing.T) {
 		{"the new one ended and runs again", changed(5 * time.Second), evaluate.PodFacts{Answered: true},
 			[]func(*corev1.Pod){image("app:2"), container("c://3", "i2", "app:2", running(time.Second)),
 				func(p *corev1.Pod) {
-					p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ContainerID: "c://2", StartedAt: ago(4 * time.Second), FinishedAt: ago(2 * time.Second)}
+					p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{
+						ContainerID: "c://2", StartedAt: ago(4 * time.Second), FinishedAt: ago(2 * time.Second)}
 				}, ready(false, 0)}, 0, evaluate.Broken, "", "ContainerCrashed"},
 		{"the old one was in a crash loop", changed(time.Second), evaluate.PodFacts{Answered: true},
 			[]func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:1",

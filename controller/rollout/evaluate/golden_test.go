@@ -54,8 +54,9 @@ func TestGolden(t *testing.T) {
 		{"restart", m.RestartUID(pod), "uid-web.r.uid-pod.64dd6e2b52"},
 		{"owner", evaluate.OwnerOf(r), "InPlaceRollout/ns/web/uid-web"},
 		{"images", objects.Hash(g.Images), "7d265f51d6"},
-		{"mark", string(text), `{"rollout":"uid-web","revision":"e1c6230ac1","operation":"op","time":"2023-11-14T22:13:20.000005Z",` +
-			`"containers":{"app":{"image":"nginx:1","base":"nginx:0","id":"containerd://1","imageID":"sha256:1"}}}`},
+		{"mark", string(text),
+			`{"rollout":"uid-web","revision":"e1c6230ac1","operation":"op","time":"2023-11-14T22:13:20.000005Z",` +
+				`"containers":{"app":{"image":"nginx:1","base":"nginx:0","id":"containerd://1","imageID":"sha256:1"}}}`},
 	} {
 		if tt.got != tt.want {
 			t.Errorf("%s is\n  %s, want\n  %s", tt.name, tt.got, tt.want)

@@ -16,8 +16,8 @@ const (
 	// little in vain.
 	lookAheadMin = 2
 	lookAheadMax = 32
-	// updatingMax is how many pods are changed at once, whatever the budget says: each of them needs
-	// a stream to its node.
+	// updatingMax is how many pods are changed at once, whatever the budget says: each of them
+	// needs a stream to its node.
 	updatingMax = 500
 	// freeMax is how many pods are changed at once of those that are not available anyway.
 	freeMax = 10

@@ -47,7 +47,8 @@ func install(t *testing.T, config string, scripts map[string]string) (*Plugins, 
 const head = "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n"
 
 func entry(name, match, keep string) string {
-	return fmt.Sprintf("- {name: %s, matchImages: [%q], defaultCacheDuration: %s, apiVersion: credentialprovider.kubelet.k8s.io/v1, args: [get, creds], env: [{name: WHO, value: me}]}\n", name, match, keep)
+	return fmt.Sprintf("- {name: %s, matchImages: [%q], defaultCacheDuration: %s, apiVersion: "+
+		"credentialprovider.kubelet.k8s.io/v1, args: [get, creds], env: [{name: WHO, value: me}]}\n", name, match, keep)
 }
 
 // answering is a plugin that counts its calls, and gives the image, its arguments and environment
@@ -135,11 +136,12 @@ func TestHowLongAnswersAreKept(t *testing.T) {
 // they say is logged.
 func TestFailingPlugins(t *testing.T) {
 	for name, script := range map[string]string{
-		"exit code":    "echo secret >&2; exit 3",
-		"not JSON":     "echo secret",
-		"another kind": `echo '{"kind":"x","apiVersion":"credentialprovider.kubelet.k8s.io/v1","auth":{"a":{"password":"secret"}}}'`,
-		"version":      `echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1","cacheKeyType":"Image","auth":{"a":{"password":"secret"}}}'`,
-		"no key type":  strings.ReplaceAll(answering(""), "$image", "secret"),
+		"exit code": "echo secret >&2; exit 3",
+		"not JSON":  "echo secret",
+		"another " +
+			"kind": `echo '{"kind":"x","apiVersion":"credentialprovider.kubelet.k8s.io/v1","auth":{"a":{"password":"secret"}}}'`,
+		"version":     `echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1","cacheKeyType":"Image","auth":{"a":{"password":"secret"}}}'`,
+		"no key type": strings.ReplaceAll(answering(""), "$image", "secret"),
 		"bad duration": strings.ReplaceAll(answering(`"cacheKeyType":"Image","cacheDuration":"secret",`), "$image",
 			"secret"),
 		"another shape": `echo '{"auth":["secret"]}'`,
@@ -193,9 +195,13 @@ func TestConfig(t *testing.T) {
 		"slash":          {head + entry("../cloud", "a.io", "1h"), "name: want that of a program"},
 		"twice":          {head + entry("cloud", "a.io", "1h") + entry("cloud", "b.io", "1h"), "is there twice"},
 		"negative":       {head + entry("cloud", "a.io", "-1h"), "negative"},
-		"no duration":    {head + "- {name: cloud, matchImages: [a.io], apiVersion: credentialprovider.kubelet.k8s.io/v1}\n", "defaultCacheDuration: missing"},
-		"no match":       {head + "- {name: cloud, defaultCacheDuration: 1h, apiVersion: credentialprovider.kubelet.k8s.io/v1}\n", "matchImages: want at least one"},
-		"bad match":      {head + entry("cloud", "a%zz.io", "1h"), "matchImages"},
+		"no duration": {head +
+			"- {name: cloud, matchImages: [a.io], apiVersion: credentialprovider.kubelet.k8s.io/v1}\n",
+			"defaultCacheDuration: missing"},
+		"no match": {head +
+			"- {name: cloud, defaultCacheDuration: 1h, apiVersion: credentialprovider.kubelet.k8s.io/v1}\n",
+			"matchImages: want at least one"},
+		"bad match": {head + entry("cloud", "a%zz.io", "1h"), "matchImages"},
 		"version": {head + "- {name: cloud, matchImages: [a.io], defaultCacheDuration: 1h, apiVersion: v1}\n",
 			`apiVersion: "v1"; want one of`},
 	} {
@@ -206,12 +212,14 @@ func TestConfig(t *testing.T) {
 		})
 	}
 	t.Run("JSON", func(t *testing.T) {
-		if p, _, err := install(t, `{"apiVersion":"kubelet.config.k8s.io/v1beta1","kind":"CredentialProviderConfig","providers":[{"name":"cloud","matchImages":["a.io"],"defaultCacheDuration":"12h0m0s","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1"}]}`, good); err != nil || len(p.plugins) != 1 {
+		if p, _, err := install(t,
+			`{"apiVersion":"kubelet.config.k8s.io/v1beta1","kind":"CredentialProviderConfig","providers":[{"name":"cloud","matchImages":["a.io"],"defaultCacheDuration":"12h0m0s","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1"}]}`, good); err != nil || len(p.plugins) != 1 {
 			t.Error(err)
 		}
 	})
 	t.Run("service account tokens", func(t *testing.T) {
-		p, words, err := install(t, head+"- {name: cloud, matchImages: [a.io], defaultCacheDuration: 1h, apiVersion: credentialprovider.kubelet.k8s.io/v1, tokenAttributes: {requireServiceAccount: true}}\n", good)
+		p, words, err := install(t, head+"- {name: cloud, matchImages: [a.io], defaultCacheDuration: 1h, apiVersion: "+
+			"credentialprovider.kubelet.k8s.io/v1, tokenAttributes: {requireServiceAccount: true}}\n", good)
 		if err != nil || len(p.plugins) != 0 || !strings.Contains(words.String(), "service accounts") {
 			t.Errorf("%v %s", err, words)
 		}

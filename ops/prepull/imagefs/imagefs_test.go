@@ -31,9 +31,9 @@ func (r runtime) ImageFsInfo(
 	}}, nil
 }
 
-// Below the threshold of kubelet's own collection images are pulled, above it they are not. A pull that
-// something waits for is refused only if the image does not fit. A number in the configuration counts
-// as it is.
+// Below the threshold of kubelet's own collection images are pulled, above it they are not. A pull
+// that something waits for is refused only if the image does not fit. A number in the configuration
+// counts as it is.
 func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 	const gib = 1 << 30
 	disk := func(free float64) func(string, *unix.Statfs_t) error {

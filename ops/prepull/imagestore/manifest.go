@@ -120,7 +120,8 @@ func ReadBounded(ctx context.Context, from content.Provider, d ocispec.Descripto
 	case values > maxValues:
 		return nil, fmt.Errorf("%s: a manifest of %d values: %w", d.Digest, values, errdefs.ErrInvalidArgument)
 	case longest > maxText && (images.IsIndexType(d.MediaType) || images.IsManifestType(d.MediaType)):
-		return nil, fmt.Errorf("%s: a manifest with a text of %d bytes: %w", d.Digest, longest, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%s: a manifest with a text of %d bytes: %w", d.Digest, longest,
+			errdefs.ErrInvalidArgument)
 	}
 	return raw, nil
 }

@@ -187,7 +187,8 @@ func (p *Pins) List() []*opsv1.ImagePin {
 	out := make([]*opsv1.ImagePin, 0, len(p.pins))
 	for k, v := range p.pins {
 		out = append(out, &opsv1.ImagePin{
-			ImageId: k.ImageID, Image: v.Image, Owner: k.Owner, ExpireTime: timestamppb.New(v.Until), SizeBytes: int64(v.Size),
+			ImageId: k.ImageID, Image: v.Image, Owner: k.Owner, ExpireTime: timestamppb.New(v.Until),
+			SizeBytes: int64(v.Size),
 		})
 	}
 	slices.SortFunc(out, func(a, b *opsv1.ImagePin) int {

@@ -33,8 +33,9 @@ func TestExplain(t *testing.T) {
 		},
 		"missing, here": {fmt.Errorf("r.io/a:1: %w", errdefs.ErrNotFound), opsv1.PullReasonNotFound, false},
 		"401, CRI": {
-			status.Error(codes.Unknown, pull+`failed to resolve image: pull access denied, repository does not exist or may `+
-				`require authorization: authorization failed: no basic auth credentials`),
+			status.Error(codes.Unknown,
+				pull+`failed to resolve image: pull access denied, repository does not exist or may `+
+					`require authorization: authorization failed: no basic auth credentials`),
 			opsv1.PullReasonUnauthorized, false,
 		},
 		"401, here": {
@@ -42,18 +43,21 @@ func TestExplain(t *testing.T) {
 			opsv1.PullReasonUnauthorized, false,
 		},
 		"403": {
-			status.Error(codes.Unknown, pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: `+
-				`403 Forbidden`),
+			status.Error(codes.Unknown,
+				pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: `+
+					`403 Forbidden`),
 			opsv1.PullReasonUnauthorized, false,
 		},
 		"token server": {
-			status.Error(codes.Unknown, pull+`failed to authorize: failed to fetch oauth token: unexpected status from GET `+
-				`request to https://auth.r.io/token?scope=x: 401 Unauthorized`),
+			status.Error(codes.Unknown,
+				pull+`failed to authorize: failed to fetch oauth token: unexpected status from GET `+
+					`request to https://auth.r.io/token?scope=x: 401 Unauthorized`),
 			opsv1.PullReasonUnauthorized, false,
 		},
 		"429, CRI": {
-			status.Error(codes.Unknown, pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: `+
-				`429 Too Many Requests`),
+			status.Error(codes.Unknown,
+				pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: `+
+					`429 Too Many Requests`),
 			opsv1.PullReasonTooManyRequests, false,
 		},
 		"429, here": {
@@ -61,8 +65,9 @@ func TestExplain(t *testing.T) {
 			opsv1.PullReasonTooManyRequests, false,
 		},
 		"500": {
-			status.Error(codes.Unknown, pull+`unexpected status from GET request to http://r.io/v2/a/blobs/sha256:0: 500 `+
-				`Internal Server Error`),
+			status.Error(codes.Unknown,
+				pull+`unexpected status from GET request to http://r.io/v2/a/blobs/sha256:0: 500 `+
+					`Internal Server Error`),
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"503": {
@@ -70,8 +75,9 @@ func TestExplain(t *testing.T) {
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"no name": {
-			status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": dial tcp: lookup `+
-				`r.io: no such host`),
+			status.Error(codes.Unknown,
+				pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": dial tcp: lookup `+
+					`r.io: no such host`),
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"refused": {
@@ -101,18 +107,21 @@ func TestExplain(t *testing.T) {
 		},
 		"stalled": {fmt.Errorf("%w (2m0s)", registry.ErrStalled), opsv1.PullReasonRegistryUnavailable, false},
 		"unknown CA": {
-			status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": tls: failed to `+
-				`verify certificate: x509: certificate signed by unknown authority`),
+			status.Error(codes.Unknown,
+				pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": tls: failed to `+
+					`verify certificate: x509: certificate signed by unknown authority`),
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"no TLS": {
-			status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": http: server gave `+
-				`HTTP response to HTTPS client`),
+			status.Error(codes.Unknown,
+				pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": http: server gave `+
+					`HTTP response to HTTPS client`),
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"400": {
-			status.Error(codes.Unknown, pull+`unexpected status from HEAD request to http://r.io:5000/v2/a/manifests/1: 400 `+
-				`Bad Request`),
+			status.Error(codes.Unknown,
+				pull+`unexpected status from HEAD request to http://r.io:5000/v2/a/manifests/1: 400 `+
+					`Bad Request`),
 			opsv1.PullReasonRegistryUnavailable, false,
 		},
 		"whatever": {errors.New("whatever"), opsv1.PullReasonRuntimeError, false},

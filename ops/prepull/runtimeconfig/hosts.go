@@ -110,7 +110,8 @@ func (c *settings) mirrored(host string, options config.HostOptions) ([]docker.R
 			path = "/v2"
 		}
 		out = append(out, docker.RegistryHost{
-			Client: client, Authorizer: docker.NewDockerAuthorizer(authorizer...), Host: u.Host, Scheme: u.Scheme, Path: path,
+			Client: client, Authorizer: docker.NewDockerAuthorizer(authorizer...), Host: u.Host, Scheme: u.Scheme,
+			Path:         path,
 			Capabilities: docker.HostCapabilityResolve | docker.HostCapabilityPull | docker.HostCapabilityReferrers,
 		})
 	}

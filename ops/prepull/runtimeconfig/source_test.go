@@ -162,11 +162,13 @@ func TestFiles(t *testing.T) {
 		"this machine": {"version = 2\n" + mirrors, map[string]string{
 			"localhost:5000": "http://all.test/v2 http://localhost:5000/v2",
 		}},
-		"version 2, config_path": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"DIR/a\"\n", map[string]string{
+		"version 2, config_path": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = " +
+			"\"DIR/a\"\n", map[string]string{
 			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2",
 			"two.test": "https://two.test/v2",
 		}},
-		"version 3, two directories": {"version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\nconfig_path = \"DIR/none:DIR/a:DIR/b\"\n", map[string]string{
+		"version 3, two directories": {"version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\nconfig_path " +
+			"= \"DIR/none:DIR/a:DIR/b\"\n", map[string]string{
 			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2",
 			"two.test": "http://b.test/v2 https://two.test/v2",
 		}},
@@ -185,7 +187,8 @@ func TestFiles(t *testing.T) {
 				}
 			}
 			c.write(t, filepath.Join(c.dir, "conf.d", "x.toml"),
-				"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"imported.test\"]\nendpoint = [\"http://imported-mirror.test\"]\n")
+				"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"imported.test\"]\nendpoint = "+
+					"[\"http://imported-mirror.test\"]\n")
 			c.configured(t, tt.config)
 			for host, want := range tt.want {
 				if got := c.reach(t, host); got != want {
@@ -202,7 +205,8 @@ func TestFiles(t *testing.T) {
 // TestExplicitDirectoryWins: what we were told counts, and containerd's mirrors do not.
 func TestExplicitDirectoryWins(t *testing.T) {
 	c := newContainerd(t)
-	c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n")
+	c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = "+
+		"[\"http://mirror.test\"]\n")
 	c.write(t, filepath.Join(c.dir, "ours", "one.test", "hosts.toml"), "server = \"http://ours.test\"\n")
 	c.source.o.HostsDir = filepath.Join(c.dir, "ours")
 	if got, want := c.reach(t, "one.test"), "http://ours.test/v2"; got != want {
@@ -276,7 +280,8 @@ func TestProxies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, file := range []string{"version = 3\n",
-				"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n"} {
+				"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = " +
+					"[\"http://mirror.test\"]\n"} {
 				c := newContainerd(t)
 				c.write(t, filepath.Join(c.dir, "config.toml"), file)
 				c.start(t, []string{"containerd", "-c=config.toml"}, tt.environ...)
@@ -435,7 +440,8 @@ func TestUnknown(t *testing.T) {
 			if n := strings.Count(c.words.String(), "are not known"); n != 1 {
 				t.Errorf("said %d times: %s", n, &c.words)
 			}
-			c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n")
+			c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = "+
+				"[\"http://mirror.test\"]\n")
 			if got, want := c.reach(t, "one.test"), "http://mirror.test/v2 https://one.test/v2"; got != want {
 				t.Errorf("afterwards %s, want %s", got, want)
 			}
@@ -446,7 +452,8 @@ func TestUnknown(t *testing.T) {
 // TestUnknownEnvironment: the registries of a containerd count whose proxies are not known.
 func TestUnknownEnvironment(t *testing.T) {
 	c := newContainerd(t)
-	c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n")
+	c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = "+
+		"[\"http://mirror.test\"]\n")
 	at := filepath.Join(c.proc, strconv.Itoa(os.Getpid()))
 	c.write(t, filepath.Join(at, "cmdline"), "containerd\x00--config\x00DIR/config.toml\x00")
 	if err := errors.Join(os.Remove(filepath.Join(at, "environ")), os.Remove(filepath.Join(at, "cwd"))); err != nil {
