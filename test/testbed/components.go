@@ -365,9 +365,18 @@ func sourceOf(ctx context.Context, commit string) (string, error) {
 	defer os.RemoveAll(tmp)
 	archive := filepath.Join(tmp, "archive.tar")
 	// The checkout may belong to another user than the one who runs the tests.
-	git := exec.CommandContext(ctx, "git", "-c", "safe.directory=*", "-C", checkout, "archive", "--output",
-		archive, commit)
-	if out, err := git.CombinedOutput(); err != nil {
+	git := func(args ...string) ([]byte, error) {
+		args = append([]string{"-c", "safe.directory=*", "-C", checkout}, args...)
+		return exec.CommandContext(ctx, "git", args...).CombinedOutput()
+	}
+	out, err := git("archive", "--output", archive, commit)
+	if err != nil {
+		// A shallow clone lacks the commit, and its origin has it.
+		if _, fetchErr := git("fetch", "--quiet", "--unshallow"); fetchErr == nil {
+			out, err = git("archive", "--output", archive, commit)
+		}
+	}
+	if err != nil {
 		return "", fmt.Errorf("commit %s is needed, and is not in the history of %s: %w\n%s"+
 			"a shallow clone lacks it: run git fetch --unshallow, or set fetch-depth: 0 in the workflow",
 			commit, checkout, err, out)
