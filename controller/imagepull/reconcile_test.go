@@ -194,7 +194,7 @@ func TestFailedDuringReconcile(t *testing.T) {
 		begin := time.Now()
 		b.until("half done", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
 		b.mu.Lock()
-		b.slow = func() time.Duration { return max(begin.Add(2*time.Minute).Sub(time.Now()), 0) }
+		b.slow = func() time.Duration { return max(time.Until(begin.Add(2*time.Minute)), 0) }
 		b.mu.Unlock()
 		time.Sleep(3 * time.Minute)
 		synctest.Wait()

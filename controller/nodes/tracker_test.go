@@ -313,7 +313,7 @@ func TestTrackerRetry(t *testing.T) {
 		if !s.Over || s.Watched || !errors.Is(s.Err, silent) || !b.woken() || begun != 4 {
 			t.Errorf("begun %d times, given up: %+v", begun, s)
 		}
-		if end.Err != s.Err || !end.Over || end.Watched {
+		if !errors.Is(end.Err, s.Err) || !end.Over || end.Watched {
 			t.Errorf("told at the end: %+v", end)
 		}
 		if want := []time.Duration{0, time.Second, 3 * time.Second, 7 * time.Second}; !slices.Equal(gaps, want) {

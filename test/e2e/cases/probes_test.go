@@ -98,9 +98,10 @@ func stays(t testing.TB, before *corev1.Pod) func() []string {
 func TestSidecar(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
+	// A slow machine answers late, a container that does not listen refuses at once.
 	probes := func(port string) string {
-		return strings.ReplaceAll(`startupProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 60}
-    livenessProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 4}
+		return strings.ReplaceAll(`startupProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, timeoutSeconds: 5, failureThreshold: 60}
+    livenessProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, timeoutSeconds: 5, failureThreshold: 4}
     readinessProbe: {httpGet: {port: PORT, path: /readyz}, periodSeconds: 1}`, "PORT", port)
 	}
 	policies := []string{"Always", "Never"}
