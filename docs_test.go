@@ -128,4 +128,9 @@ func TestPackageTable(t *testing.T) {
 			t.Errorf("%s is not in the table of packages", name)
 		}
 	}
+	for _, name := range table {
+		if _, err := os.Stat(filepath.FromSlash(name)); err != nil {
+			t.Errorf("the table of packages has %s: %v", name, err)
+		}
+	}
 }

@@ -23,12 +23,6 @@ const (
 	tabWidth   = 4
 )
 
-// tooWide are the folders and files that [TestWidths] leaves out.
-var tooWide = []string{
-	"controller/",
-	"ops/",
-}
-
 // generated are files that a tool writes, besides Go files that say so.
 var generated = []string{"deploy/crds/", "deploy/rbac/role.yaml", "deploy/helm/cri-proxy/files/"}
 
@@ -68,7 +62,7 @@ func width(line string) int {
 // TestWidths keeps code at most 120 columns wide, and comments and documentation at most 100.
 func TestWidths(t *testing.T) {
 	check := func(file string, find func(*testing.T, string) []int) {
-		if isOneOf(file, tooWide) || isOneOf(file, generated) {
+		if isOneOf(file, generated) {
 			return
 		}
 		for _, line := range find(t, file) {

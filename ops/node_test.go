@@ -143,8 +143,9 @@ func (n *node) boot(state string) {
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up,
 		proxy.Options{
-			Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(),
-				Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
+			Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(),
+				Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine,
+				Successors: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {
@@ -160,7 +161,8 @@ func (n *node) boot(state string) {
 		grpc.WithUnaryInterceptor(
 			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
 				opts ...grpc.CallOption) error {
-				return invoke(metadata.AppendToOutgoingContext(ctx, "caller", "kubelet"), method, req, reply, cc, opts...)
+				ctx = metadata.AppendToOutgoingContext(ctx, "caller", "kubelet")
+				return invoke(ctx, method, req, reply, cc, opts...)
 			}))
 	if err != nil {
 		t.Fatal(err)

@@ -248,7 +248,9 @@ func TestMetrics(t *testing.T) {
 		"criproxy_operation_phase_duration_seconds Restart starting":  1,
 		"criproxy_operation_phase_duration_seconds Restart revealing": 1,
 		"criproxy_gate_failures_total":                                0,
-		"criproxy_journal_open":                                       1, "criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
+		"criproxy_journal_open":                                       1,
+		"criproxy_image_overrides":                                    0,
+		"criproxy_image_overrides_lost_total":                         0,
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)

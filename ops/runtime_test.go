@@ -256,7 +256,9 @@ func (f *fakeRuntime) end(c *fakeContainer, code int32, reason string) {
 	if c.process != nil {
 		c.process.kill()
 	}
-	c.status.State, c.status.FinishedAt, c.status.ExitCode, c.status.Reason = runtimeapi.ContainerState_CONTAINER_EXITED, f.now(), code, reason
+	s := c.status
+	s.State, s.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
+	s.ExitCode, s.Reason = code, reason
 	close(c.dead)
 }
 

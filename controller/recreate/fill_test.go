@@ -92,7 +92,8 @@ func TestReplacedSinceCreation(t *testing.T) {
 // yet, it is not the user who is told to leave something out.
 func TestReplacedAtCreation(t *testing.T) {
 	b := newBed(t, func(p *corev1.Pod) {
-		p.Status.ContainerStatuses[0].ContainerID, p.Status.ContainerStatuses[0].RestartCount = "containerd://newer-app", 1
+		s := &p.Status.ContainerStatuses[0]
+		s.ContainerID, s.RestartCount = "containerd://newer-app", 1
 	})
 	list := containers("app")
 	list[0].StatusContext = filledIn("containerd://old-app", 0)

@@ -17,8 +17,8 @@ import (
 // What kstatus makes of them is in deploy's TestHealth.
 func TestTellReady(t *testing.T) {
 	now := metav1.Now()
-	state := func(
-		phase appsv1alpha1.ContainerRecreateRequestPhase) []appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
+	type states = []appsv1alpha1.ContainerRecreateRequestContainerRecreateState
+	state := func(phase appsv1alpha1.ContainerRecreateRequestPhase) states {
 		return []appsv1alpha1.ContainerRecreateRequestContainerRecreateState{
 			{Name: "a", Phase: appsv1alpha1.ContainerRecreateRequestSucceeded}, {Name: "b", Phase: phase}}
 	}

@@ -222,7 +222,9 @@ func TestRefused(t *testing.T) {
 			"there is no DaemonSet web in namespace ns"},
 		{"a strategy that replaces pods", ref(workload.KindStatefulSet), func(b *bed) {
 			b.addStatefulSet(1,
-				func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType })
+				func(s *appsv1.StatefulSet) {
+					s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType
+				})
 		}, to("app:2")[0], "set updateStrategy.type to OnDelete"},
 		{"no such container", ref(workload.KindDeployment), func(b *bed) { b.addDeployment(1) },
 			change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},

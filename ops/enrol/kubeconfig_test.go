@@ -165,7 +165,8 @@ esac
 		put(t, dir, "kubelets-plugin", "#!/bin/sh\necho '{\"status\": {\"token\": \"'$WORD$OURS'\"}}'\n", 0o700)
 		put(t, dir, "kubelet.conf",
 			fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: "+
-				"[{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {exec: {command: kubelets-plugin}}}]}",
+				"[{name: a, cluster: {server: '%s', %s}}], "+
+				"users: [{name: a, user: {exec: {command: kubelets-plugin}}}]}",
 				server.URL, good), 0o600)
 		t.Setenv("OURS", "not for plugins")
 		c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"),

@@ -408,4 +408,6 @@ func rootOf(path string) string {
 }
 
 // unescape undoes what the kernel does to spaces and the like in paths.
-var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`) //nolint:gochecknoglobals // a constant
+//
+//nolint:gochecknoglobals // a constant
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)

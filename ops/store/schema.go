@@ -5,13 +5,13 @@
 //
 //	journal.db
 //	├── meta
-//	│   └── version                <varint>          the highest version of all that has been written
+//	│   └── version                <varint>          the highest version ever written
 //	├── operations
 //	│   └── <uid>                  <Record, JSON>    has a version of its own; without one it is 1
 //	├── overrides
 //	│   └── <podUID>/<container>   <Override, JSON>
 //	└── unreadable
-//	    └── <uid>                  <bytes>           unreadable records, kept for a person to look at
+//	    └── <uid>                  <bytes>           unreadable records, kept for people
 //
 // A Record:
 //

@@ -34,7 +34,8 @@ func TestGolden(t *testing.T) {
 	g := evaluate.GoalOf(r)
 	ids := map[string]string{"app": "containerd://1", "side": "containerd://2"}
 	long := g
-	long.Rollout = "a-uid-that-is-so-long-that-what-begins-with-it-would-be-longer-than-what-nodes-take-for-the-uid-of-an-operation"
+	long.Rollout = "a-uid-that-is-so-long-that-what-begins-with-it-would-be-longer-than-" +
+		"what-nodes-take-for-the-uid-of-an-operation"
 	m := &evaluate.InPlaceState{
 		Rollout: r.UID, Revision: g.Revision, Operation: "op",
 		Time: metav1.NewMicroTime(time.Unix(1700000000, 5000).UTC()),

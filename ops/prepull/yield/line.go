@@ -16,9 +16,9 @@
 //     too, first come, first served. When kubelet's pull waits for a slot and the runtime fetches
 //     ours, ours is cut off. While kubelet's fetch something, our layers are fetched without the
 //     runtime: then they take no slot and need none.
-//   - The layers ([Layers]): containerd has one ingest for each layer, and a second writer waits for
-//     the first. Our pulls let go of the layers that kubelet waits for, and go on once these are
-//     there.
+//   - The layers ([Layers]): containerd has one ingest for each layer, and a second writer waits
+//     for the first. Our pulls let go of the layers that kubelet waits for, and go on once these
+//     are there.
 //
 // Both are bounded: after [MaxPause] our pulls go on for as long in any case.
 package yield
