@@ -163,7 +163,7 @@ func TestPKI(t *testing.T) {
 		ok     bool
 	}{
 		{"cri-controller", p.Controller, true},
-		{"other client", p.OtherClient, true},
+		{"other-client", p.OtherClient, true},
 		{"cri-controller", p.Impostor, false},
 	} {
 		t.Run(filepath.Base(tc.client.Cert), func(t *testing.T) {
