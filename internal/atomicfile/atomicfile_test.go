@@ -5,10 +5,13 @@ package atomicfile_test
 
 import (
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
 	"testing/iotest"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 )
@@ -44,6 +47,32 @@ func TestWrite(t *testing.T) {
 		t.Errorf("%v, %v", all, err)
 	}
 }
+
+// TestNothingLeft looks at the directory while the content is written: a process that is killed
+// then leaves what is there.
+func TestNothingLeft(t *testing.T) {
+	dir := t.TempDir()
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR, 0o600)
+	if err != nil {
+		t.Skipf("this file system has no files without a name: %v", err)
+	}
+	_ = unix.Close(fd)
+	looked := false
+	content := readerFunc(func([]byte) (int, error) {
+		looked = true
+		if all, err := os.ReadDir(dir); err != nil || len(all) != 0 {
+			t.Errorf("%v, %v", all, err)
+		}
+		return 0, io.EOF
+	})
+	if err := atomicfile.Copy(filepath.Join(dir, "file"), content, 0o600); err != nil || !looked {
+		t.Errorf("%v, looked: %v", err, looked)
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 func TestSymlink(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "link")
