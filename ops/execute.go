@@ -53,7 +53,7 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 		}
 		failed = !r.runGuarded(ctx)
 		if ctx.Err() != nil {
-			return
+			break // the next process goes on, unless that was the last one
 		}
 	}
 	wg.Wait()

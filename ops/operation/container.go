@@ -68,10 +68,14 @@ func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOp
 func (c *Container) End(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
+	written := false // not after a panic either
+	defer func() {
+		if !written {
+			c.op.final = nil
+		}
+	}()
 	step, err := c.writeLocked(f, func() { c.op.final = c.op.finishedLocked() })
-	if err != nil {
-		c.op.final = nil
-	}
+	written = err == nil
 	return step, err
 }
 
