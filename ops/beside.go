@@ -14,7 +14,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -30,87 +29,10 @@ func (s *switcher) stopFirstFor(ctx context.Context, why string) error {
 	return s.c.stager.stageAnew(ctx, "")
 }
 
-// makeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory,
-// and stages another one, which is started when the incumbent has ended.
-func (r *Container) makeRoom(ctx context.Context) error {
-	if r.switcher.gate == nil {
-		return nil
-	}
-	why := r.room.Short(ctx)
-	if why == "" {
-		return nil
-	}
-	r.stager.stopWithin(ctx, r.successor(), crinode.MinGrace)
-	if err := r.switcher.stopFirstFor(ctx, why); err != nil {
-		return err
-	}
-	if err := r.stager.ensureStaged(ctx); err != nil {
-		return err
-	}
-	return r.write(func(c *store.Container, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
-}
-
-// resources are those that the successor gets.
-func (r *Container) resources() *runtimeapi.LinuxContainerResources {
-	return criclone.OverlayResources(r.old.request.GetConfig().GetLinux().GetResources(), r.old.applied)
-}
-
 // oomKilled is containerd's reason for a container of which the kernel has killed a process for
 // lack of memory (internal/cri/server/events.go handleEvent TaskOOM). With cgroup v1 the kernel
 // tells of the whole pod, so that the container may go on with that reason.
 const oomKilled = "OOMKilled"
-
-// tellEnd warns of an incumbent that has not ended because it was asked to.
-func (r *Container) tellEnd(ctx context.Context) {
-	if r.claim == nil || r.rec().Incumbent == "" {
-		return
-	}
-	st, err := r.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
-	if err != nil {
-		return // it is gone
-	}
-	s := st.GetStatus()
-	const killed = 128 + 9
-	oom := s.GetReason() == oomKilled
-	if s.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || s.GetExitCode() != killed && !oom {
-		return
-	}
-	ended := time.Unix(0, s.GetFinishedAt())
-	if r.old.exit.Over() {
-		ended = r.old.exit.At()
-	}
-	how := fmt.Sprintf("exit code %d", s.GetExitCode())
-	if s.GetReason() != "" {
-		how += ", " + s.GetReason()
-	}
-	why := ""
-	if oom {
-		why = " by the kernel, because memory had run out in its pod"
-	}
-	switch {
-	case s.GetExitCode() != killed:
-		r.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there",
-			how)
-	case !r.switcher.asked.IsZero() && ended.Before(r.switcher.asked):
-		r.warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully",
-			why, how, r.besideAt(ended))
-	case oom:
-		r.warn("the old container was killed%s (%s)%s: it has not ended gracefully", why, how, r.besideAt(ended))
-	}
-}
-
-// besideAt says what the successor did at that time, if that may have been the reason for
-// something.
-func (r *Container) besideAt(at time.Time) string {
-	switch {
-	case r.switcher.beside.IsZero() || at.Before(r.switcher.beside):
-		return ""
-	case r.switcher.besideUntil.IsZero() || at.Before(r.switcher.besideUntil.Add(switchover.HookTimeout)):
-		return ", while the new one was being started beside it"
-	default:
-		return ", while the new one was there beside it"
-	}
-}
 
 // besideErrors are what runc says of a start that may have failed because the incumbent has what
 // the successor needs: memory, process IDs, a device, the name of a cgroup.
@@ -157,4 +79,76 @@ func (s *switcher) giveUpOverlap(ctx context.Context, why error) error {
 		return err
 	}
 	return s.c.stager.ensureStaged(ctx)
+}
+
+// tellEnd warns of an incumbent that has not ended because it was asked to.
+func (s *switcher) tellEnd(ctx context.Context) {
+	if s.c.claim == nil || s.c.rec().Incumbent == "" {
+		return
+	}
+	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.c.rec().Incumbent})
+	if err != nil {
+		return // it is gone
+	}
+	old := st.GetStatus()
+	const killed = 128 + 9
+	oom := old.GetReason() == oomKilled
+	if old.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || old.GetExitCode() != killed && !oom {
+		return
+	}
+	ended := time.Unix(0, old.GetFinishedAt())
+	if s.c.old.exit.Over() {
+		ended = s.c.old.exit.At()
+	}
+	how := fmt.Sprintf("exit code %d", old.GetExitCode())
+	if old.GetReason() != "" {
+		how += ", " + old.GetReason()
+	}
+	why := ""
+	if oom {
+		why = " by the kernel, because memory had run out in its pod"
+	}
+	switch {
+	case old.GetExitCode() != killed:
+		s.c.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there",
+			how)
+	case !s.asked.IsZero() && ended.Before(s.asked):
+		s.c.warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully",
+			why, how, s.besideAt(ended))
+	case oom:
+		s.c.warn("the old container was killed%s (%s)%s: it has not ended gracefully", why, how, s.besideAt(ended))
+	}
+}
+
+// besideAt says what the successor did at that time, if that may have been the reason for
+// something.
+func (s *switcher) besideAt(at time.Time) string {
+	switch {
+	case s.beside.IsZero() || at.Before(s.beside):
+		return ""
+	case s.besideUntil.IsZero() || at.Before(s.besideUntil.Add(switchover.HookTimeout)):
+		return ", while the new one was being started beside it"
+	default:
+		return ", while the new one was there beside it"
+	}
+}
+
+// makeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory,
+// and stages another one, which is started when the incumbent has ended.
+func (s *switcher) makeRoom(ctx context.Context) error {
+	if s.gate == nil {
+		return nil
+	}
+	why := s.c.room.Short(ctx)
+	if why == "" {
+		return nil
+	}
+	s.c.stager.stopWithin(ctx, s.c.successor(), crinode.MinGrace)
+	if err := s.stopFirstFor(ctx, why); err != nil {
+		return err
+	}
+	if err := s.c.stager.ensureStaged(ctx); err != nil {
+		return err
+	}
+	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
 }

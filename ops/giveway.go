@@ -7,41 +7,43 @@ import (
 	"context"
 )
 
-// keepSlot is for an upgrade that had the slot in the process before this one. It may be taken back
+// slotHolder takes the slot of an image update, and lets restarts go first.
+type slotHolder struct{ c *Container }
+
+// keep is for an image update that had the slot in the process before this one. It may be taken back
 // at once.
-func (d *upgrader) keepSlot() {
-	if d.c.node.Turns.Keep(d.c.slot(), d.c.op) {
-		d.c.node.GiveWay(d.c.op, nil)
+func (s *slotHolder) keep() {
+	if s.c.node.Waiters.Keep(s.c.slot(), s.c.op) {
+		s.c.node.TakeBack(s.c.op, nil)
 	}
 }
 
-// leaveSlot says that the upgrade has the slot no more.
-func (d *upgrader) leaveSlot() { d.c.node.Turns.Leave(d.c.slot(), d.c.op) }
+// leave says that the image update has the slot no more.
+func (s *slotHolder) leave() { s.c.node.Waiters.Leave(s.c.slot(), s.c.op) }
 
-// takeUpgradeSlot is takeSlot for an upgrade.
-func (d *upgrader) takeUpgradeSlot(ctx context.Context) error {
+// take waits for the slot, and until no restart waits for it.
+func (s *slotHolder) take(ctx context.Context) error {
 	for {
-		if err := d.c.takeSlot(ctx); err != nil {
+		if err := s.c.takeSlot(ctx); err != nil {
 			return err
 		}
-		over := d.c.node.Turns.Hold(d.c.slot(), d.c.op)
+		over := s.c.node.Waiters.Hold(s.c.slot(), s.c.op)
 		if over == nil {
 			return nil
 		}
-		d.dropSlot()
+		s.drop()
 		select {
 		case <-over:
-		case <-d.c.op.Cancelled():
-			return d.c.cancelledOutcome()
+		case <-s.c.op.Cancelled():
+			return s.c.cancelledOutcome()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-// dropSlot gives up the slot of an upgrade that has nothing in the slot.
-func (d *upgrader) dropSlot() {
-	d.leaveSlot()
-	d.c.claim.Release()
-	d.c.claim = nil
+// drop gives up the slot, in which the image update has made nothing.
+func (s *slotHolder) drop() {
+	s.leave()
+	s.c.dropSlot()
 }

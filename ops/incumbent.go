@@ -33,9 +33,9 @@ type incumbent struct {
 	exit              *switchover.Exit // nil where there is none
 }
 
-// exitPatience is how long a runtime that has answered a stop may take to show the container
+// exitTimeout is how long a runtime that has answered a stop may take to show the container
 // exited; kubelet may wait for that.
-const exitPatience = 15 * time.Second
+const exitTimeout = 15 * time.Second
 
 // watchIncumbent finds out whether the incumbent runs and watches its process where that says
 // something.
@@ -104,7 +104,7 @@ func (i *incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus
 // may be late as well: containerd answers a stop at once when the process had ended before, and it
 // is still clearing that away (internal/cri/server/container_stop.go).
 func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
-	limit := exitPatience
+	limit := exitTimeout
 	if stopErr != nil {
 		limit = crinode.CallTimeout // it may be restarting
 		i.c.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
@@ -152,8 +152,8 @@ func (i *incumbent) isGone(ctx context.Context) (bool, error) {
 
 // awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that
 // is over.
-func (i *incumbent) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
-	for until := time.Now().Add(patience); ; {
+func (i *incumbent) awaitGone(ctx context.Context, within time.Duration) (bool, error) {
+	for until := time.Now().Add(within); ; {
 		last := time.Now().After(until)
 		if gone, err := i.isGone(ctx); gone || err != nil || last {
 			return gone, err
@@ -228,4 +228,29 @@ func (i *incumbent) runs(ctx context.Context) (bool, error) {
 		return false, nil
 	}
 	return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING, err
+}
+
+// hurry stops the incumbent, whose stop is under way, within that grace.
+func (i *incumbent) hurry(ctx context.Context, grace time.Duration) {
+	grace = max(grace, crinode.MinGrace)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
+	defer cancel()
+	i.c.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
+	if _, err := i.c.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: i.c.rec().Incumbent,
+		Timeout: int64(grace / time.Second)}); err != nil {
+		i.c.log.WithError(err).Warn("container not stopped sooner")
+	}
+}
+
+// podGrace is the grace of the pod's containers.
+func (i *incumbent) podGrace(ctx context.Context) time.Duration {
+	if i.load(ctx) != nil {
+		return crinode.MinGrace
+	}
+	return i.grace()
+}
+
+// resources are those that the successor gets.
+func (i *incumbent) resources() *runtimeapi.LinuxContainerResources {
+	return criclone.OverlayResources(i.request.GetConfig().GetLinux().GetResources(), i.applied)
 }

@@ -30,7 +30,7 @@ import (
 type join struct {
 	d *restarter
 
-	creates chan created
+	creates Creations
 	shown   chan struct{} // closed when kubelet has been shown the successor
 	over    chan struct{} // closed when the restart answers no more
 	sooner  chan struct{} // closed when kubelet has had the incumbent stopped within less than its grace
@@ -47,7 +47,7 @@ type join struct {
 var _ view.Driver = (*join)(nil)
 
 func newJoin(d *restarter) *join {
-	return &join{d: d, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}),
+	return &join{d: d, creates: make(Creations), shown: make(chan struct{}), over: make(chan struct{}),
 		sooner: make(chan struct{})}
 }
 
@@ -156,7 +156,7 @@ func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	if !less {
 		return
 	}
-	j.d.c.hurry(ctx, grace)
+	j.d.c.old.hurry(ctx, grace)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if !j.hurried {
@@ -171,27 +171,7 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 	if !j.hasJoined() {
 		return "", true
 	}
-	q := created{req: req, answer: make(chan adoption, 1)}
-	select {
-	case j.creates <- q:
-	case <-j.over:
-		return "", true
-	case <-ctx.Done():
-		return "", true
-	}
-	select {
-	case a := <-q.answer:
-		return a.id, true
-	case <-j.over:
-	case <-ctx.Done():
-		return "", true
-	}
-	select {
-	case a := <-q.answer: // its last
-		return a.id, true
-	default:
-		return "", true
-	}
+	return j.creates.Ask(ctx, req, j.over)
 }
 
 // joins lets kubelet's stops join from the moment on at which the restart is bound to stop the
@@ -251,23 +231,23 @@ const joinedWarning = "kubelet stopped the old container as well while it was be
 	"its stop became part of the restart"
 
 const (
-	// joinPatience is how long kubelet may take from the answer to a stop that has joined to its
+	// recreateTimeout is how long kubelet may take from the answer to a stop that has joined to its
 	// CreateContainer. Both are of one sync of the pod, with nothing in between but a look at the
 	// images, for which kubelet asks a registry where the pull policy is Always: less than a second
 	// mostly. With restartPolicy Never none comes. Where kubelet's Pods API tells that its next
 	// sync has begun there is nothing to wait for. A CreateContainer that comes later finds its
 	// name taken in the runtime, and kubelet's next sync finds the successor running
 	// (kuberuntime_manager.go computePodActions).
-	joinPatience = 30 * time.Second
-	// joinPoll is how often that is asked.
-	joinPoll = time.Second
+	recreateTimeout = 30 * time.Second
+	// recreatePoll is how often that is asked.
+	recreatePoll = time.Second
 )
 
 // awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
 func (d *restarter) awaitRecreation(ctx context.Context) error {
-	patience := time.NewTimer(joinPatience)
-	defer patience.Stop()
-	look := time.NewTicker(joinPoll)
+	timeout := time.NewTimer(recreateTimeout)
+	defer timeout.Stop()
+	look := time.NewTicker(recreatePoll)
 	defer look.Stop()
 	for {
 		select {
@@ -279,7 +259,7 @@ func (d *restarter) awaitRecreation(ctx context.Context) error {
 			}
 		case <-d.c.claim.Yielded():
 			return d.c.interrupted()
-		case <-patience.C:
+		case <-timeout.C:
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -304,27 +284,27 @@ func (d *restarter) isKnown(ctx context.Context) bool {
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (d *restarter) recreate(ctx context.Context, q created) error {
-	if q.req.GetConfig().GetMetadata().GetAttempt() > d.c.status().GetAttempt() {
+func (d *restarter) recreate(ctx context.Context, q *Creation) error {
+	if q.Request.GetConfig().GetMetadata().GetAttempt() > d.c.status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := d.c.node.Overridden(ctx, d.c.slot(), q.req)
-	differing := d.c.differs(ctx, asked)
+	asked := d.c.node.Overridden(ctx, d.c.slot(), q.Request)
+	differing := d.c.stager.differs(ctx, asked)
 	if len(differing) == 0 {
-		d.c.matchResources(ctx, asked)
-		q.answer <- adoption{id: d.c.successor(), ok: true}
+		d.c.stager.matchResources(ctx, asked)
+		q.Adopt(d.c.successor())
 		return nil
 	}
 	d.c.log.WithField("differing", differing).
 		Warn("kubelet asks for another container than the restart has made: it makes its own")
-	d.c.stager.stopWithin(ctx, d.c.successor(), min(max(d.c.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
+	d.c.stager.stopWithin(ctx, d.c.successor(), min(max(d.c.old.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
 	if err := d.c.stager.removeContainer(ctx, d.c.successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	d.c.warn("kubelet made the container once more, because it asked for another one than there was: %s",
 		strings.Join(differing, ", "))
 	d.c.setMethod(opsv1.MethodKubelet)
-	d.c.revealer.holdNext(ctx, adoptPatience)
+	d.c.revealer.holdNext(ctx, adoptTimeout)
 	return nil
 }
 

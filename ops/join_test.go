@@ -153,7 +153,7 @@ func TestLateStopAndCreation(t *testing.T) {
 // A container that is never restarted is not made anew by kubelet, which finds the successor. The
 // operation does not wait for long for what does not come.
 func TestStopJoinsWithoutCreation(t *testing.T) {
-	for tells, within := range map[bool]time.Duration{true: 2 * joinPoll, false: joinPatience} {
+	for tells, within := range map[bool]time.Duration{true: 2 * recreatePoll, false: recreateTimeout} {
 		t.Run(fmt.Sprintf("kubelet tells %v", tells), func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				if tells {

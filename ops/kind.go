@@ -65,11 +65,11 @@ func (d *restarter) Name() string { return "restart" }
 func (d *restarter) Over(left bool) { d.join.end(left) }
 
 // WantSlot implements [Kind]. A restart has the upgrade that holds the slot taken back; see
-// [operation.Turns].
+// [operation.Waiters].
 func (d *restarter) WantSlot() (got func()) {
-	holder, got := d.c.node.Turns.Want(d.c.slot())
+	holder, got := d.c.node.Waiters.Want(d.c.slot())
 	if holder != nil {
-		d.c.node.GiveWay(holder, d.c.op)
+		d.c.node.TakeBack(holder, d.c.op)
 	}
 	return got
 }
@@ -102,17 +102,25 @@ func (d *restarter) Succeeded() {}
 // Failed implements [Kind].
 func (d *restarter) Failed() {}
 
-// upgrader is the [Kind] of an upgrade.
+// upgrader is the [Kind] of an image update.
 type upgrader struct {
-	c  *Container
-	up *upgrade
+	c       *Container
+	slot    *slotHolder
+	kubelet *kubelet
+	adopter *adopter
+	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
+	// before that.
+	pending []stopped
+	asked   *Creation
+	// revealed is set once kubelet may have seen the successor.
+	revealed bool
 }
 
 var _ Kind = (*upgrader)(nil)
 
 func newUpgrader(c *Container) *upgrader {
-	d := &upgrader{c: c, up: &upgrade{kubelet: newKubelet()}}
-	d.up.hurry = c.hurry
+	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.old.hurry)}
+	d.adopter = &adopter{c: c, d: d}
 	return d
 }
 
@@ -120,7 +128,7 @@ func newUpgrader(c *Container) *upgrader {
 func (d *upgrader) Name() string { return "upgrade" }
 
 // Over implements [Kind].
-func (d *upgrader) Over(bool) { close(d.up.over) }
+func (d *upgrader) Over(bool) { close(d.kubelet.over) }
 
 // WantSlot implements [Kind].
 func (d *upgrader) WantSlot() (got func()) { return func() {} }
@@ -140,7 +148,7 @@ func (d *upgrader) Staged(rec *store.Container, status *opsv1.ContainerOperation
 }
 
 // Revealed implements [Kind].
-func (d *upgrader) Revealed() bool { return d.up.revealed }
+func (d *upgrader) Revealed() bool { return d.revealed }
 
 // IsJoint implements [Kind].
 func (d *upgrader) IsJoint() bool { return true }

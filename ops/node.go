@@ -34,10 +34,10 @@ type Node struct {
 	Hooks      *hooks.Runner
 	Images     *imagechange.Node
 	// Pods may be nil.
-	Pods   Pods
-	Turns  *operation.Turns
-	Tokens *lost.Tokens
-	Lost   *lost.Keeper
+	Pods    Pods
+	Waiters *operation.Waiters
+	Tokens  *lost.Tokens
+	Lost    *lost.Keeper
 	// Active returns the operations that have not finished. The caller must hold no lock of an
 	// operation.
 	Active func() []*operation.Operation
@@ -112,8 +112,8 @@ func (n *Node) MatchResources(ctx context.Context, id string, asked *runtimeapi.
 	return nil
 }
 
-// GiveWay takes an upgrade back that nobody has committed, for a restart, which may be nil.
-func (n *Node) GiveWay(upgrade, to *operation.Operation) {
+// TakeBack takes an upgrade back that nobody has committed, for a restart, which may be nil.
+func (n *Node) TakeBack(upgrade, to *operation.Operation) {
 	why := "it gave way to a restart, and can be prepared again"
 	if to != nil {
 		why = "it gave way to restart " + to.UID() + ", and can be prepared again"

@@ -57,8 +57,18 @@ func (s *switcher) maskWhenGone() {
 }
 
 // overlap starts the successor while the incumbent runs and waits until it has run for the time
-// asked for. The incumbent is left alone: an error from here means that it was not touched.
+// asked for. Where the successor does not start beside the incumbent, the incumbent is to be stopped
+// first from then on. An error means that the incumbent was not touched.
 func (s *switcher) overlap(ctx context.Context) error {
+	err := s.startBeside(ctx)
+	if besideFails(err) {
+		return s.giveUpOverlap(ctx, err)
+	}
+	return err
+}
+
+// startBeside starts the successor while the incumbent runs, and waits until it is ready.
+func (s *switcher) startBeside(ctx context.Context) error {
 	if err := s.c.old.load(ctx); err != nil {
 		return err
 	}
@@ -68,7 +78,7 @@ func (s *switcher) overlap(ctx context.Context) error {
 	if err := s.c.interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := s.c.room.Raise(ctx, s.c.resources()); err != nil {
+	if err := s.c.room.Raise(ctx, s.c.old.resources()); err != nil {
 		return err
 	}
 	s.c.failpoint("raised")

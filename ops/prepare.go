@@ -103,8 +103,7 @@ func (d *restarter) prepareRevert(ctx context.Context) error {
 			return err
 		}
 		// Not while the slot is taken: kubelet could not make the container anew.
-		d.c.claim.Release()
-		d.c.claim = nil
+		d.c.dropSlot()
 		if err := d.c.within(ctx, time.Now(), defaultPrepare, d.c.image.Pull); err != nil {
 			return err
 		}

@@ -101,41 +101,59 @@ func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.Cre
 	return req, nil
 }
 
+// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
+// If not, it begins only when kubelet has asked.
+func (r *Container) isCertain() bool {
+	return !r.kind.Adopted() || r.handle.IsCertain()
+}
+
 // renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make
 // now: an upgrade may have waited for its commit for long.
-func (r *Container) renewStaged(ctx context.Context) error {
-	pull, end := crinode.EndWith(ctx, r.claim.Yielded())
-	pull, endToo := crinode.EndWith(pull, r.op.Cancelled())
-	err := r.image.Repull(pull)
+func (s *stager) renewStaged(ctx context.Context) error {
+	pull, end := crinode.EndWith(ctx, s.c.claim.Yielded())
+	pull, endToo := crinode.EndWith(pull, s.c.op.Cancelled())
+	err := s.c.image.Repull(pull)
 	endToo()
 	end()
-	if gone := r.interrupted(); gone != nil {
+	if gone := s.c.interrupted(); gone != nil {
 		return gone
 	}
 	if err != nil {
 		return err
 	}
-	rec := r.rec()
-	next, err := r.stager.nextRequest(ctx, rec.Token)
+	rec := s.c.rec()
+	next, err := s.nextRequest(ctx, rec.Token)
 	if err != nil {
 		return err
 	}
-	if err := r.image.CheckNext(ctx, next); err != nil {
+	if err := s.c.image.CheckNext(ctx, next); err != nil {
 		return err
 	}
-	ours := r.node.Records.Request(rec.Successor)
+	ours := s.c.node.Records.Request(rec.Successor)
 	if ours != nil && len(criclone.Diff(ours, next)) == 0 {
 		return nil
 	}
 	if ours != nil {
-		r.log.WithField("differing", criclone.Diff(ours, next)).
+		s.c.log.WithField("differing", criclone.Diff(ours, next)).
 			Info("what kubelet would make has changed since the preparation")
 	}
-	return r.stager.stageAnew(ctx, "")
+	return s.stageAnew(ctx, "")
 }
 
-// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
-// If not, it begins only when kubelet has asked.
-func (r *Container) isCertain() bool {
-	return !r.kind.Adopted() || r.handle.IsCertain()
+// differs names what kubelet asks for otherwise than it was prepared.
+func (s *stager) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
+	ours, err := s.c.node.RequestOf(ctx, s.c.successor(), s.c.rec().Sandbox)
+	if err != nil {
+		s.c.log.WithError(err).Warn("prepared container cannot be compared")
+		return []string{"unknown"}
+	}
+	return criclone.Diff(criclone.AlignMounts(ours, asked), asked)
+}
+
+// matchResources gives the successor the resources that kubelet asks for, if they have changed
+// since it was made.
+func (s *stager) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
+	if err := s.c.node.MatchResources(ctx, s.c.successor(), asked); err != nil {
+		s.c.warn("the new container did not take the resources that kubelet asked for: %v", err)
+	}
 }

@@ -27,10 +27,10 @@ import (
 )
 
 const (
-	// hidePatience bounds the wait for answers that tell of containers and are on their way to
+	// hideTimeout bounds the wait for answers that tell of containers and are on their way to
 	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
 	// is in no state for a restart.
-	hidePatience = 10 * time.Second
+	hideTimeout = 10 * time.Second
 )
 
 // giveUp ends the container's part of an operation after a panic at an unknown place, such as in
@@ -174,7 +174,7 @@ func (r *Container) run(ctx context.Context) bool {
 			return false
 		}
 		r.stager.removeGate() // whichever process has made or opened it
-		r.tellEnd(ctx)
+		r.switcher.tellEnd(ctx)
 	}
 	if out.Phase == opsv1.Phase_PHASE_SUCCEEDED {
 		r.kind.Succeeded()
@@ -248,11 +248,8 @@ func (d *restarter) Drive(ctx context.Context) error {
 				err = d.beforeStop(ctx)
 			}
 		case store.StepStart:
-			switch err = d.c.switcher.overlap(ctx); {
-			case err == nil:
+			if err = d.c.switcher.overlap(ctx); err == nil {
 				err = d.beforeStop(ctx)
-			case besideFails(err):
-				err = d.c.switcher.giveUpOverlap(ctx, err)
 			}
 		case store.StepStop:
 			err = d.c.switcher.swap(ctx)
@@ -364,6 +361,12 @@ func (r *Container) takeSlot(ctx context.Context) error {
 	default:
 		return err
 	}
+}
+
+// dropSlot gives up the slot, in which the operation has made nothing.
+func (r *Container) dropSlot() {
+	r.claim.Release()
+	r.claim = nil
 }
 
 func (r *Container) cancelledOutcome() *operation.Outcome {

@@ -59,7 +59,7 @@ func (s *stager) stage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
+	hide, cancelHide := context.WithTimeout(ctx, hideTimeout)
 	defer cancelHide()
 	if err := s.c.claim.Hide(hide, token); err != nil {
 		if ctx.Err() != nil {
@@ -67,13 +67,13 @@ func (s *stager) stage(ctx context.Context) error {
 		}
 		return operation.Failf(opsv1.ReasonRuntimeError,
 			"%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
-				"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hidePatience, err)
+				"(%v); try again when crictl ps answers at once", s.c.kind.Name(), hideTimeout, err)
 	}
 	if err := s.chooseMethod(call); err != nil {
 		return err
 	}
 	if s.c.overlaps() { // before anything is made for it
-		if err := s.c.room.Beside(call, s.c.resources()); err != nil {
+		if err := s.c.room.Beside(call, s.c.old.resources()); err != nil {
 			return err
 		}
 	}

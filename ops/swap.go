@@ -76,11 +76,11 @@ func (s *switcher) swap(ctx context.Context) error {
 	var stopErr error
 	select {
 	case <-gone:
-		err = s.handOver(ctx)
+		err = s.switchOver(ctx)
 		stopErr = <-stopped
 	case err = <-stopped:
 		if err == nil {
-			err = s.handOver(ctx)
+			err = s.switchOver(ctx)
 		}
 	}
 	if err == nil {
@@ -129,8 +129,8 @@ func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 	}
 }
 
-// handOver lets the successor run, now that the incumbent's processes are gone.
-func (s *switcher) handOver(ctx context.Context) error {
+// switchOver lets the successor run, now that the incumbent's processes are gone.
+func (s *switcher) switchOver(ctx context.Context) error {
 	s.c.failpoint("stopped")
 	// after the failpoint: a test takes the slot back while the restart waits there
 	if err := s.c.interrupted(); err != nil {

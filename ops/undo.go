@@ -158,29 +158,10 @@ func (u *undoer) stopSuccessor(ctx context.Context, id string) {
 	case y != nil:
 		grace = max(grace, time.Duration(y.Grace)*time.Second)
 	case u.c.old.status != nil && u.c.old.request != nil:
-		u.c.stopUntilYield(ctx, id, max(grace, u.c.old.grace()))
+		u.stopUntilYield(ctx, id, max(grace, u.c.old.grace()))
 		return
 	}
 	u.c.stager.stopWithin(ctx, id, grace)
-}
-
-// stopUntilYield is stopWithin, but for a shorter grace once someone waits for the slot.
-func (r *Container) stopUntilYield(ctx context.Context, id string, grace time.Duration) {
-	stopped := make(chan struct{})
-	var sooner sync.WaitGroup
-	sooner.Go(func() {
-		select {
-		case <-r.claim.Yielded():
-			guard.Do(r.log, func() {
-				r.stager.stopWithin(ctx, id,
-					max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
-			})
-		case <-stopped:
-		}
-	})
-	defer sooner.Wait()
-	defer close(stopped)
-	r.stager.stopWithin(ctx, id, grace)
 }
 
 // stopWithin stops a container of ours.
@@ -232,4 +213,23 @@ func (s *stager) traces(ctx context.Context, id string) []string {
 		return files
 	}
 	return append(files, st.GetStatus().GetLogPath())
+}
+
+// stopUntilYield is stopWithin, but for a shorter grace once someone waits for the slot.
+func (u *undoer) stopUntilYield(ctx context.Context, id string, grace time.Duration) {
+	stopped := make(chan struct{})
+	var sooner sync.WaitGroup
+	sooner.Go(func() {
+		select {
+		case <-u.c.claim.Yielded():
+			guard.Do(u.c.log, func() {
+				u.c.stager.stopWithin(ctx, id,
+					max(crinode.MinGrace, time.Duration(u.c.claim.YieldedTo().Grace)*time.Second))
+			})
+		case <-stopped:
+		}
+	})
+	defer sooner.Wait()
+	defer close(stopped)
+	u.c.stager.stopWithin(ctx, id, grace)
 }

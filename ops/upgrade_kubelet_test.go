@@ -407,40 +407,6 @@ func TestKubeletRestartsDuringUpgrade(t *testing.T) {
 	})
 }
 
-// The last answer of an operation gets to kubelet, however fast the operation ends after it.
-func TestLastAnswerIsNotLost(t *testing.T) {
-	for range 50 {
-		k := newKubelet()
-		k.listen(true)
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			q := <-k.creates
-			q.answer <- adoption{id: "new", ok: true}
-			close(k.over)
-		}()
-		if id, ok := k.Create(t.Context(), &runtimeapi.CreateContainerRequest{}); id != "new" || !ok {
-			t.Fatalf("got %q, %v", id, ok)
-		}
-		<-done
-	}
-	for range 50 {
-		k := newKubelet()
-		k.listen(true)
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			q := <-k.stops
-			q.answer <- true
-			close(k.over)
-		}()
-		if ok, err := k.Stop(t.Context(), 30); !ok || err != nil {
-			t.Fatalf("got %v, %v", ok, err)
-		}
-		<-done
-	}
-}
-
 // The process dies while it answers kubelet's CreateContainer with the successor. Kubelet finds
 // that running, and the next process does not wait to be asked once more.
 func TestUpgradeEndsAfterTheCreateWasCutOff(t *testing.T) {

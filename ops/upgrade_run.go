@@ -13,23 +13,12 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// upgrade is what a restart that is an upgrade has beyond that.
-type upgrade struct {
-	kubelet
-	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
-	// before that.
-	pending []stopped
-	asked   *created
-	// revealed is set once kubelet may have seen the successor.
-	revealed bool
-}
-
-// driveUpgrade is drive for an upgrade: everything that takes time is done before kubelet is
-// involved, and what stops the incumbent is kubelet's own StopContainer.
+// Drive implements [Kind]. Everything that takes time is done before kubelet is involved, and what
+// stops the incumbent is kubelet's own StopContainer.
 func (d *upgrader) Drive(ctx context.Context) error {
-	defer d.leaveSlot()
+	defer d.slot.leave()
 	if d.c.claim != nil {
-		d.keepSlot()
+		d.slot.keep()
 		d.drives()
 		if err := d.c.resume(ctx); err != nil {
 			return err
@@ -37,7 +26,7 @@ func (d *upgrader) Drive(ctx context.Context) error {
 		if d.c.rec().Step == store.StepNone {
 			// Nothing is staged any more. The image comes first again, which may take long: not
 			// while kubelet waits for the slot.
-			d.dropSlot()
+			d.slot.drop()
 		}
 	}
 	for {
@@ -60,13 +49,13 @@ func (d *upgrader) Drive(ctx context.Context) error {
 			err = d.c.switcher.swap(ctx)
 		case store.StepAsk:
 			ended := false
-			if ended, err = d.awaitRequest(ctx); ended {
+			if ended, err = d.adopter.awaitRequest(ctx); ended {
 				return err
 			}
 		case store.StepStarted:
 			err = d.showSuccessor(ctx)
 		case store.StepReveal:
-			return d.awaitAdoption(ctx)
+			return d.adopter.awaitAdoption(ctx)
 		default:
 			return operation.Failf(opsv1.ReasonJournalError, "the journal has the unknown step %q", s)
 		}
@@ -80,7 +69,7 @@ func (d *upgrader) Drive(ctx context.Context) error {
 func (d *upgrader) drives() {
 	switch d.c.rec().Step {
 	case store.StepArmed, store.StepStop, store.StepAsk, store.StepStarted, store.StepReveal:
-		d.up.listen(true)
+		d.kubelet.listen(true)
 	}
 	// What waited at its gate in the process before this one waits still, and needs no time to
 	// stop.
@@ -89,9 +78,9 @@ func (d *upgrader) drives() {
 		d.c.switcher.held = true
 	}
 	if rec := d.c.rec(); rec.Step == store.StepStop {
-		d.up.stopBy(rec.StopBy)
+		d.kubelet.stopBy(rec.StopBy)
 	}
-	d.c.claim.Drive(&d.up.kubelet)
+	d.c.claim.Drive(d.kubelet)
 }
 
 // prepare pulls the image, checks it, takes the slot and stages the successor.
@@ -105,7 +94,7 @@ func (d *upgrader) prepare(ctx context.Context) error {
 			return err
 		}
 		// Before the slot is taken, another operation may have a container of its own in it.
-		if err := d.takeUpgradeSlot(ctx); err != nil {
+		if err := d.slot.take(ctx); err != nil {
 			return err
 		}
 		d.drives()
@@ -117,7 +106,7 @@ func (d *upgrader) prepare(ctx context.Context) error {
 			d.toKubelet(why)
 		}
 		if d.c.rec().Method == opsv1.MethodKubelet {
-			d.dropSlot()
+			d.slot.drop()
 			return nil
 		}
 		return d.c.stager.stage(ctx)

@@ -294,24 +294,24 @@ func TestEndIsNotWritten(t *testing.T) {
 	}
 }
 
-func TestTurns(t *testing.T) {
-	turns, slot := operation.NewTurns(), view.Slot{PodUID: "uid", Container: "app"}
+func TestWaiters(t *testing.T) {
+	waiters, slot := operation.NewWaiters(), view.Slot{PodUID: "uid", Container: "app"}
 	up := upgrade(t, disk(t, t.TempDir()))
-	if over := turns.Hold(slot, up); over != nil {
+	if over := waiters.Hold(slot, up); over != nil {
 		t.Error("an upgrade does not get a slot that nobody wants")
 	}
-	holder, got := turns.Want(slot)
+	holder, got := waiters.Want(slot)
 	if holder != up {
 		t.Errorf("the slot is held by %v", holder)
 	}
-	turns.Leave(slot, up)
-	over := turns.Hold(slot, up)
+	waiters.Leave(slot, up)
+	over := waiters.Hold(slot, up)
 	if over == nil {
 		t.Fatal("an upgrade gets a slot that a restart waits for")
 	}
 	got()
 	<-over
-	if over := turns.Hold(slot, up); over != nil || turns.Keep(slot, up) {
+	if over := waiters.Hold(slot, up); over != nil || turns.Keep(slot, up) {
 		t.Error("an upgrade does not get the slot after the restart")
 	}
 }

@@ -9,14 +9,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
-// Turns says who goes first in a slot: a restart goes before an upgrade that nobody has committed.
+// Waiters say who goes first in a slot: a restart goes before an upgrade that nobody has committed.
 //
 // A prepared upgrade keeps its slot until its caller commits it, which a budget or a pause may put
 // off for an hour, and nothing is lost if it is taken back and prepared again. A restart is wanted
 // now. So a restart has such an upgrade taken back, and no upgrade takes the slot while a restart
 // waits for it. A committed upgrade runs on: the pod's spec may have been changed for it, and it
 // ends soon.
-type Turns struct {
+type Waiters struct {
 	mu sync.Mutex // guards all following fields
 	// held has the upgrades that have a slot.
 	held map[view.Slot]*Operation
@@ -30,27 +30,27 @@ type wanted struct {
 	over     chan struct{} // closed when no restart waits any more
 }
 
-// NewTurns returns turns of slots that nobody has.
-func NewTurns() *Turns {
-	return &Turns{held: map[view.Slot]*Operation{}, wanted: map[view.Slot]*wanted{}}
+// NewWaiters returns the waiters of slots that nobody has.
+func NewWaiters() *Waiters {
+	return &Waiters{held: map[view.Slot]*Operation{}, wanted: map[view.Slot]*wanted{}}
 }
 
 // Want says that a restart waits for the slot. It returns the upgrade that has the slot, which the
 // caller must have taken back; nil for none. The caller must call got when it waits no more.
-func (t *Turns) Want(slot view.Slot) (holder *Operation, got func()) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	w := t.wanted[slot]
+func (ws *Waiters) Want(slot view.Slot) (holder *Operation, got func()) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	w := ws.wanted[slot]
 	if w == nil {
 		w = &wanted{over: make(chan struct{})}
-		t.wanted[slot] = w
+		ws.wanted[slot] = w
 	}
 	w.restarts++
-	return t.held[slot], func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
+	return ws.held[slot], func() {
+		ws.mu.Lock()
+		defer ws.mu.Unlock()
 		if w.restarts--; w.restarts == 0 {
-			delete(t.wanted, slot)
+			delete(ws.wanted, slot)
 			close(w.over)
 		}
 	}
@@ -58,30 +58,30 @@ func (t *Turns) Want(slot view.Slot) (holder *Operation, got func()) {
 
 // Hold says that the upgrade has the slot. If restarts wait for the slot, Hold returns a channel
 // that is closed when none does any more: the upgrade must give the slot up until then.
-func (t *Turns) Hold(slot view.Slot, upgrade *Operation) <-chan struct{} {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if w := t.wanted[slot]; w != nil {
+func (ws *Waiters) Hold(slot view.Slot, upgrade *Operation) <-chan struct{} {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if w := ws.wanted[slot]; w != nil {
 		return w.over
 	}
-	t.held[slot] = upgrade
+	ws.held[slot] = upgrade
 	return nil
 }
 
 // Keep says that the upgrade had the slot in the process before this one. It reports whether a
 // restart waits for the slot: the caller must then have the upgrade taken back.
-func (t *Turns) Keep(slot view.Slot, upgrade *Operation) (isWanted bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.held[slot] = upgrade
-	return t.wanted[slot] != nil
+func (ws *Waiters) Keep(slot view.Slot, upgrade *Operation) (isWanted bool) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	ws.held[slot] = upgrade
+	return ws.wanted[slot] != nil
 }
 
 // Leave ends Hold.
-func (t *Turns) Leave(slot view.Slot, upgrade *Operation) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.held[slot] == upgrade {
-		delete(t.held, slot)
+func (ws *Waiters) Leave(slot view.Slot, upgrade *Operation) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.held[slot] == upgrade {
+		delete(ws.held, slot)
 	}
 }
