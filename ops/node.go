@@ -19,6 +19,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
@@ -45,6 +46,12 @@ type Node struct {
 	// LogLinks is where kubelet keeps a symlink per container log for log shippers.
 	LogLinks string
 	Metrics  Metrics
+}
+
+// Pods is kubelet's own view of its pods. [*podsapi.Client] is one.
+type Pods interface {
+	// Pod returns the pod with that UID. [podsapi.ErrNotFound] means that kubelet has none.
+	Pod(ctx context.Context, uid string) (*podsapi.Pod, error)
 }
 
 // Metrics are what operations on containers count.

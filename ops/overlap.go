@@ -15,30 +15,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
-	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
-
-// beforeOverlap writes that the successor is about to run beside the incumbent.
-func (d *restarter) beforeOverlap(ctx context.Context) error {
-	if err := d.c.old.load(ctx); err != nil {
-		return err
-	}
-	running, err := d.c.old.watch(ctx)
-	if err != nil {
-		return err
-	}
-	if err := d.c.interrupted(); err != nil {
-		return err
-	}
-	if !running {
-		return d.c.old.stoppedByItself(ctx)
-	}
-	d.c.switcher.maskWhenGone()
-	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
-		c.Step, op.Phase = store.StepStart, opsv1.Phase_PHASE_STARTING
-	})
-}
 
 // maskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its
 // place. The caller knows that it runs, so the kernel tells that before the runtime does. The next

@@ -101,12 +101,6 @@ func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.Cre
 	return req, nil
 }
 
-// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
-// If not, it begins only when kubelet has asked.
-func (r *Container) isCertain() bool {
-	return !r.kind.Adopted() || r.handle.IsCertain()
-}
-
 // renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make
 // now: an upgrade may have waited for its commit for long.
 func (s *stager) renewStaged(ctx context.Context) error {

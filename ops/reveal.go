@@ -23,34 +23,6 @@ type revealer struct {
 	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
 }
 
-// afterStart runs postStart and reveals.
-func (d *restarter) afterStart(ctx context.Context) error {
-	rec := d.c.rec()
-	d.c.revealer.logLink(ctx, rec.Successor)
-	if err := d.c.revealer.postStartOnce(ctx); err != nil {
-		return err
-	}
-	if err := d.c.interrupted(); err != nil {
-		return err
-	}
-	d.c.image.Keep()
-	d.c.revealer.holdProbes(ctx)
-	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
-		c.Step = store.StepReveal
-		op.Phase = opsv1.Phase_PHASE_REVEALING
-	})
-	if !d.c.claim.TryReveal() {
-		return d.c.interrupted()
-	}
-	joined := d.join.show()
-	d.c.failpoint("revealed")
-	d.c.revealer.measure(ctx, rec)
-	if joined {
-		return d.awaitRecreation(ctx)
-	}
-	return nil
-}
-
 // postStartOnce runs the postStart hook, if there is one that has not been run.
 func (v *revealer) postStartOnce(ctx context.Context) error {
 	rec, hook := v.c.rec(), v.c.spec.GetPostStart()
@@ -69,16 +41,6 @@ func (v *revealer) postStartOnce(ctx context.Context) error {
 	}
 	v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 	return nil
-}
-
-// note is [operation.Container.Note], and a failpoint.
-func (r *Container) note(f func(rec *store.Container, c *opsv1.ContainerOperation)) {
-	step, err := r.handle.Note(f)
-	if err != nil {
-		r.log.WithError(err).Error("step not written")
-		return
-	}
-	r.failpoint(string(step))
 }
 
 // postStart runs the hook. As in kubelet, the container is not shown before it has

@@ -22,6 +22,11 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
+// hideTimeout bounds the wait for answers that tell of containers and are on their way to
+// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
+// is in no state for a restart.
+const hideTimeout = 10 * time.Second
+
 // stager makes the successor, hidden, and removes it.
 type stager struct{ c *Container }
 
@@ -167,6 +172,57 @@ func (s *stager) create(ctx context.Context, token string) (string, error) {
 	s.c.failpoint("created")
 	s.catchUp(ctx, id)
 	return id, nil
+}
+
+// ensureStaged creates the successor if there is none.
+func (s *stager) ensureStaged(ctx context.Context) error {
+	rec := s.c.rec()
+	if rec.Successor != "" {
+		return nil
+	}
+	id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token)
+	if err != nil {
+		return err
+	}
+	if id == "" {
+		if id, err = s.create(ctx, rec.Token); err != nil {
+			return err
+		}
+	}
+	// On disk with the next step; until then the token finds the successor.
+	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Successor = id })
+	s.c.claim.Staged(id)
+	return nil
+}
+
+// stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was
+// wrong with the container itself; that is tried once.
+func (s *stager) stageAnew(ctx context.Context, why string) error {
+	if why != "" {
+		s.c.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
+	}
+	rec := s.c.rec()
+	token := s.c.node.Tokens.New()
+	if err := s.removeContainer(ctx, rec.Successor); err != nil {
+		return err
+	}
+	if err := s.c.node.Switchover.Gate(rec.Token).Remove(); err != nil {
+		s.c.log.WithError(err).Warn("gate not removed")
+	}
+	s.c.claim.HideNow(token)
+	s.c.claim.Staged("")
+	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Token, c.Successor = token, ""
+		if why != "" {
+			c.Retried = true
+			op.Warnings = append(op.Warnings, why)
+		}
+	})
+}
+
+// startOnce starts the container, whatever state a crash or a runtime restart left it in.
+func (s *stager) startOnce(ctx context.Context, id string) error {
+	return s.c.node.StartOnce(ctx, id)
 }
 
 // createGated creates the container behind a gate if that is the method. It returns "" if it is

@@ -6,7 +6,6 @@ package ops
 import (
 	"context"
 	"errors"
-	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
@@ -15,12 +14,6 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
-)
-
-// What an upgrade does whose command does not say otherwise.
-const (
-	defaultPrepare = 30 * time.Minute
-	defaultHold    = 10 * time.Minute
 )
 
 // PrepareUpgrade implements [opsv1.OpsServer].

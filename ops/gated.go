@@ -9,13 +9,11 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
-	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
@@ -24,133 +22,6 @@ import (
 // errNoHook is the one failure of a gate that an application may notice: its successor has begun
 // beside it.
 var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
-
-// switcher lets the successor take the place of the incumbent.
-type switcher struct {
-	c    *Container
-	gate *gate.Gate // of the successor, once it waits there
-	pid  int        // of the process that waits there; 0 if this process cannot look at it
-	held bool       // the successor has been started behind a gate that is not open
-	// untouched is set while the step is stop and nothing has been stopped or started yet. Only the
-	// process that has written the step knows.
-	untouched bool
-	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the
-	// successor started beside the incumbent.
-	asked, beside, besideUntil time.Time
-}
-
-// swap stops the incumbent and lets the successor run. It is the only part that the
-// application notices, so nothing in it waits for the disk.
-func (s *switcher) swap(ctx context.Context) error {
-	s.untouched = false
-	if err := s.c.old.load(ctx); err != nil {
-		return err
-	}
-	running, err := s.c.old.watch(ctx)
-	if err != nil {
-		return err
-	}
-	by, began := s.c.rec().StopBy, time.Now()
-	switch {
-	case s.c.rec().Method == opsv1.MethodGate:
-		err = s.arm(ctx)
-	case s.c.overlaps() && running: // still so after the preStop hook, or in the next process?
-		err = s.successorRuns(ctx, s.c.rec().Successor)
-	}
-	if err != nil {
-		return err
-	}
-	if err := s.c.interrupted(); err != nil {
-		return err
-	}
-	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
-	s.asked = time.Now()
-	stopped := make(chan error, 1)
-	go func() {
-		stopped <- guard.Try(s.c.log, func() error { return s.c.node.Stop(ctx, s.c.rec().Incumbent, by) })
-	}() // ends with the call, which is waited for below
-	gone := s.c.old.exit.Ended()
-	if s.c.rec().Method == opsv1.MethodPlain {
-		gone = nil
-	}
-	var stopErr error
-	select {
-	case <-gone:
-		err = s.switchOver(ctx)
-		stopErr = <-stopped
-	case err = <-stopped:
-		if err == nil {
-			err = s.switchOver(ctx)
-		}
-	}
-	if err == nil {
-		err = s.c.old.awaitExited(ctx, stopErr)
-	}
-	if err != nil {
-		return err
-	}
-	begun, err := s.hasBegun(ctx)
-	if err != nil {
-		return err
-	}
-	s.c.note(func(rec *store.Container, c *opsv1.ContainerOperation) {
-		rec.Step = store.StepStarted
-		if !begun {
-			rec.Step = store.StepAsk
-		}
-		c.Phase = opsv1.Phase_PHASE_STARTING
-		c.SuccessorId = rec.Successor
-	})
-	return nil
-}
-
-// hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it
-// is to wait for kubelet's request, unless a process before this one knew that it need not.
-func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
-	switch rec := s.c.rec(); {
-	case s.c.isCertain() || s.c.overlaps():
-		return true, nil
-	case rec.Method == opsv1.MethodGate:
-		return s.gate == nil, nil
-	case rec.Successor == "":
-		return false, nil
-	default:
-		var st *runtimeapi.ContainerStatusResponse
-		err := s.c.node.Retry(ctx, func() (err error) {
-			st, err = s.c.node.Runtime.ContainerStatus(ctx,
-				&runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
-			return err
-		})
-		if err != nil {
-			return false, operation.Failf(opsv1.ReasonRuntimeError, "reading the new container: %v",
-				status.Convert(err).Message())
-		}
-		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
-	}
-}
-
-// switchOver lets the successor run, now that the incumbent's processes are gone.
-func (s *switcher) switchOver(ctx context.Context) error {
-	s.c.failpoint("stopped")
-	// after the failpoint: a test takes the slot back while the restart waits there
-	if err := s.c.interrupted(); err != nil {
-		return err
-	}
-	var err error
-	switch method := s.c.rec().Method; {
-	case method == opsv1.MethodOverlap: // it does
-	case !s.c.isCertain(): // it begins when kubelet has asked for it
-		return nil
-	case method == opsv1.MethodGate:
-		err = s.openGate(ctx)
-	default:
-		err = s.start(ctx)
-	}
-	if err == nil && !s.c.overlaps() {
-		s.c.failpoint("running")
-	}
-	return err
-}
 
 // arm starts the successor up to its gate, while the incumbent serves. When the gate does not work
 // for this container, it leaves a fresh successor without one.
@@ -351,76 +222,4 @@ func (s *switcher) leaveGate() {
 		s.gate.Leave()
 		s.gate = nil
 	}
-}
-
-// ensureStaged creates the successor if there is none.
-func (s *stager) ensureStaged(ctx context.Context) error {
-	rec := s.c.rec()
-	if rec.Successor != "" {
-		return nil
-	}
-	id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token)
-	if err != nil {
-		return err
-	}
-	if id == "" {
-		if id, err = s.create(ctx, rec.Token); err != nil {
-			return err
-		}
-	}
-	// On disk with the next step; until then the token finds the successor.
-	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Successor = id })
-	s.c.claim.Staged(id)
-	return nil
-}
-
-// stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was
-// wrong with the container itself; that is tried once.
-func (s *stager) stageAnew(ctx context.Context, why string) error {
-	if why != "" {
-		s.c.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
-	}
-	rec := s.c.rec()
-	token := s.c.node.Tokens.New()
-	if err := s.removeContainer(ctx, rec.Successor); err != nil {
-		return err
-	}
-	if err := s.c.node.Switchover.Gate(rec.Token).Remove(); err != nil {
-		s.c.log.WithError(err).Warn("gate not removed")
-	}
-	s.c.claim.HideNow(token)
-	s.c.claim.Staged("")
-	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
-		c.Token, c.Successor = token, ""
-		if why != "" {
-			c.Retried = true
-			op.Warnings = append(op.Warnings, why)
-		}
-	})
-}
-
-// start starts the successor; once, from a fresh stage, if that fails.
-func (s *switcher) start(ctx context.Context) error {
-	for {
-		if err := s.c.stager.ensureStaged(ctx); err != nil {
-			return err
-		}
-		rec := s.c.rec()
-		err := s.c.stager.startOnce(ctx, rec.Successor)
-		if err == nil {
-			return nil
-		}
-		var out *operation.Outcome
-		if !errors.As(err, &out) || rec.Retried || s.c.overlaps() && besideFails(err) {
-			return err
-		}
-		if err := s.c.stager.stageAnew(ctx, out.Message); err != nil {
-			return err
-		}
-	}
-}
-
-// startOnce starts the container, whatever state a crash or a runtime restart left it in.
-func (s *stager) startOnce(ctx context.Context, id string) error {
-	return s.c.node.StartOnce(ctx, id)
 }

@@ -9,9 +9,71 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
+
+// upgrader is the [Kind] of an image update.
+type upgrader struct {
+	c       *Container
+	slot    *slotHolder
+	kubelet *kubelet
+	adopter *adopter
+	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
+	// before that.
+	pending []stopped
+	asked   *Creation
+	// revealed is set once kubelet may have seen the successor.
+	revealed bool
+}
+
+var _ Kind = (*upgrader)(nil)
+
+func newUpgrader(c *Container) *upgrader {
+	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.old.hurry)}
+	d.adopter = &adopter{c: c, d: d}
+	return d
+}
+
+// Name implements [Kind].
+func (d *upgrader) Name() string { return "upgrade" }
+
+// Over implements [Kind].
+func (d *upgrader) Over(bool) { close(d.kubelet.over) }
+
+// WantSlot implements [Kind].
+func (d *upgrader) WantSlot() (got func()) { return func() {} }
+
+// Taken implements [Kind].
+func (d *upgrader) Taken() {}
+
+// Adopted implements [Kind].
+func (d *upgrader) Adopted() bool { return true }
+
+// NextImage implements [Kind].
+func (d *upgrader) NextImage() string { return d.c.image.Image() }
+
+// Staged implements [Kind].
+func (d *upgrader) Staged(rec *store.Container, status *opsv1.ContainerOperation) {
+	rec.Step, rec.HoldSince, status.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
+}
+
+// Revealed implements [Kind].
+func (d *upgrader) Revealed() bool { return d.revealed }
+
+// IsJoint implements [Kind].
+func (d *upgrader) IsJoint() bool { return true }
+
+// Succeeded implements [Kind]. The image is that of the pod's spec from now on.
+func (d *upgrader) Succeeded() {
+	if d.c.rec().Method != opsv1.MethodKubelet {
+		d.c.node.Overrides.Set(d.c.slot(), nil)
+	}
+}
+
+// Failed implements [Kind].
+func (d *upgrader) Failed() { d.endOthers() }
 
 // Drive implements [Kind]. Everything that takes time is done before kubelet is involved, and what
 // stops the incumbent is kubelet's own StopContainer.

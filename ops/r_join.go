@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -306,67 +305,4 @@ func (d *restarter) recreate(ctx context.Context, q *Creation) error {
 	d.c.setMethod(opsv1.MethodKubelet)
 	d.c.revealer.holdNext(ctx, adoptTimeout)
 	return nil
-}
-
-// Fits implements [interceptors.Successors].
-func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool {
-	ours := e.node.Records.Request(id)
-	if ours == nil {
-		return false
-	}
-	labels := req.GetConfig().GetLabels()
-	asked := e.node.Overridden(ctx,
-		view.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
-	if len(criclone.Diff(criclone.AlignMounts(ours, asked), asked)) > 0 {
-		return false
-	}
-	if err := e.node.MatchResources(ctx, id, asked); err != nil {
-		e.log.WithField("container", id).WithError(err).
-			Warn("the container did not take the resources that kubelet asked for")
-	}
-	return true
-}
-
-// Kept implements [interceptors.Pods].
-func (e *Engine) Kept(ctx context.Context, podUID string) bool {
-	if e.node.Pods == nil {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
-	defer cancel()
-	pod, err := e.node.Pods.Pod(ctx, podUID)
-	return err == nil && goes(pod) == ""
-}
-
-// goes says why the pod goes away; empty if it does not, as far as kubelet knows.
-func goes(pod *podsapi.Pod) string {
-	switch {
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	default:
-		return ""
-	}
-}
-
-// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;
-// more is asked of a pod that does not go away.
-func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
-	if r.node.Pods == nil {
-		return ""
-	}
-	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
-	defer cancel()
-	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
-	switch {
-	case errors.Is(err, podsapi.ErrNotFound):
-		return "kubelet has no such pod any more"
-	case err != nil:
-		return ""
-	}
-	if why := goes(pod); why != "" {
-		return why
-	}
-	return more(ctx, pod)
 }

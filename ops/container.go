@@ -11,26 +11,22 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
-	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/failpoint"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
+// What an upgrade does whose command does not say otherwise.
 const (
-	// hideTimeout bounds the wait for answers that tell of containers and are on their way to
-	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
-	// is in no state for a restart.
-	hideTimeout = 10 * time.Second
+	defaultPrepare = 30 * time.Minute
+	defaultHold    = 10 * time.Minute
 )
 
 // giveUp ends the container's part of an operation after a panic at an unknown place, such as in
@@ -109,6 +105,16 @@ func (r *Container) write(f func(rec *store.Container, c *opsv1.ContainerOperati
 		r.failpoint(string(step))
 	}
 	return err
+}
+
+// note is [operation.Container.Note], and a failpoint.
+func (r *Container) note(f func(rec *store.Container, c *opsv1.ContainerOperation)) {
+	step, err := r.handle.Note(f)
+	if err != nil {
+		r.log.WithError(err).Error("step not written")
+		return
+	}
+	r.failpoint(string(step))
 }
 
 // failpoint is where a test may end or hold the process.
@@ -220,114 +226,6 @@ func (r *Container) writeEnd(
 	log.Infof("container %s ended", r.kind.Name())
 }
 
-// drive takes the container through the steps. It returns nil on success, an
-// [outcome], or the error of a call that was cut off.
-func (d *restarter) Drive(ctx context.Context) error {
-	ready := d.prepareSpecImage
-	switch {
-	case d.c.claim != nil:
-		d.joins()
-		ready = d.c.resume
-	case d.c.image.Changes():
-		ready = d.prepareImage
-	}
-	if err := ready(ctx); err != nil {
-		return err
-	}
-	for {
-		var err error
-		switch s := d.c.rec().Step; s {
-		case store.StepNone:
-			if err = d.c.stager.stage(ctx); d.c.image.RevertStopped(err) {
-				return nil
-			}
-		case store.StepStaged:
-			if d.c.overlaps() {
-				err = d.beforeOverlap(ctx)
-			} else {
-				err = d.beforeStop(ctx)
-			}
-		case store.StepStart:
-			if err = d.c.switcher.overlap(ctx); err == nil {
-				err = d.beforeStop(ctx)
-			}
-		case store.StepStop:
-			err = d.c.switcher.swap(ctx)
-		case store.StepStarted:
-			return d.afterStart(ctx)
-		case store.StepReveal: // resumed: kubelet has been shown both
-			if c := d.c.status(); c.GetReason() != "" {
-				return operation.Failf(c.GetReason(), "%s", c.GetMessage())
-			}
-			if !d.c.op.Rebooted() { // else the runtime's times are those of the reboot
-				d.c.revealer.measure(ctx, d.c.rec())
-			}
-			if d.c.rec().Joined {
-				return d.awaitRecreation(ctx)
-			}
-			return nil
-		default:
-			return operation.Failf(opsv1.ReasonJournalError, "the journal has the unknown step %q", s)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// resume readies what the journal has of the container for the next step.
-func (r *Container) resume(ctx context.Context) error {
-	if err := r.node.AwaitRuntime(ctx); err != nil {
-		return err
-	}
-	if rec := r.rec(); rec.Step == store.StepUndo {
-		c := r.status()
-		out := &operation.Outcome{Phase: opsv1.Phase_PHASE_FAILED, Reason: c.GetReason(), Message: c.GetMessage()}
-		if out.Reason == opsv1.ReasonCancelled {
-			out.Phase = opsv1.Phase_PHASE_CANCELLED
-		}
-		return out
-	}
-	if err := r.outlived(ctx); err != nil {
-		return err
-	}
-	if r.rec().Step == store.StepStage { // resumed: the successor may or may not exist; nothing was stopped
-		if err := r.stager.removeStaged(ctx); err != nil {
-			return err
-		}
-		r.stager.removeGate() // the next stage has a token and a gate of its own
-		return r.write(func(rec *store.Container, _ *opsv1.ContainerOperation) { rec.Step = store.StepNone })
-	}
-	return nil
-}
-
-// outlived is an outcome if the pod's sandbox has not outlived the process that began the
-// operation, with the machine perhaps: all containers have ended with it, and kubelet makes others
-// in a new one. What has been shown to kubelet before is not undone by that.
-func (r *Container) outlived(ctx context.Context) error {
-	rec := r.rec()
-	if !rec.Hidden() {
-		return nil
-	}
-	if r.op.Rebooted() {
-		return operation.Failf(opsv1.ReasonNodeRestarted,
-			"the node was restarted in the middle of the %s, which ended all "+
-				"containers: kubelet makes them anew, and the new container of this %s has not taken over",
-			r.kind.Name(), r.kind.Name())
-	}
-	var st *runtimeapi.PodSandboxStatusResponse
-	err := r.node.Retry(ctx, func() (err error) {
-		st, err = r.node.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
-		return err
-	})
-	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().
-		GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return operation.Failf(opsv1.ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its "+
-			"containers with it: the pod goes away, or kubelet makes them anew", r.kind.Name())
-	}
-	return nil // what the runtime cannot tell, the next step meets
-}
-
 // overlaps reports whether the successor runs before the incumbent is stopped.
 func (r *Container) overlaps() bool {
 	return r.spec.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
@@ -335,59 +233,44 @@ func (r *Container) overlaps() bool {
 
 func (r *Container) status() *opsv1.ContainerOperation { return r.handle.Status() }
 
-// takeSlot waits for the operation's turn on the slot.
-func (r *Container) takeSlot(ctx context.Context) error {
-	waiting, end := crinode.EndWith(ctx, r.op.Cancelled())
-	defer end()
-	defer r.kind.WantSlot()()
-	r.queued = true
-	if err := r.node.Lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
-		if ctx.Err() == nil {
-			return r.cancelledOutcome()
-		}
-		return err
+// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;
+// more is asked of a pod that does not go away.
+func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
+	if r.node.Pods == nil {
+		return ""
 	}
-	if err := r.node.Lost.Refuse(r.slot()); err != nil {
-		return err
-	}
-	claim, err := r.node.View.Claim(waiting, r.slot())
+	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
+	defer cancel()
+	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
 	switch {
-	case err == nil:
-		r.claim, r.queued = claim, false
-		r.kind.Taken()
-		return nil
-	case ctx.Err() == nil:
-		return r.cancelledOutcome()
+	case errors.Is(err, podsapi.ErrNotFound):
+		return "kubelet has no such pod any more"
+	case err != nil:
+		return ""
+	}
+	if why := goes(pod); why != "" {
+		return why
+	}
+	return more(ctx, pod)
+}
+
+// goes says why the pod goes away; empty if it does not, as far as kubelet knows.
+func goes(pod *podsapi.Pod) string {
+	switch {
+	case pod.Deleting:
+		return "the pod is being deleted"
+	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
+		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
 	default:
-		return err
+		return ""
 	}
 }
 
-// dropSlot gives up the slot, in which the operation has made nothing.
-func (r *Container) dropSlot() {
-	r.claim.Release()
-	r.claim = nil
-}
+// successor is the ID of the new container; empty if there is none.
+func (r *Container) successor() string { return r.rec().Successor }
 
-func (r *Container) cancelledOutcome() *operation.Outcome {
-	msg := r.op.Snapshot().GetMessage()
-	if msg == "" {
-		msg = "cancelled"
-	}
-	return &operation.Outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonCancelled, Message: msg}
-}
-
-// interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
-func (r *Container) interrupted() error {
-	if y := r.claim.YieldedTo(); y != nil {
-		return operation.Failf(opsv1.ReasonTakenBackByKubelet,
-			"kubelet called %s in the middle of the %s and is in charge now",
-			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind.Name())
-	}
-	select {
-	case <-r.op.Cancelled(): // then it has not been committed, and never is
-		return r.cancelledOutcome()
-	default:
-		return nil
-	}
+// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
+// If not, it begins only when kubelet has asked.
+func (r *Container) isCertain() bool {
+	return !r.kind.Adopted() || r.handle.IsCertain()
 }

@@ -1,0 +1,175 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
+)
+
+// restarter is the [Kind] of a restart.
+type restarter struct {
+	c    *Container
+	join *join
+}
+
+var _ Kind = (*restarter)(nil)
+
+func newRestarter(c *Container) *restarter {
+	d := &restarter{c: c}
+	d.join = newJoin(d)
+	return d
+}
+
+// Name implements [Kind].
+func (d *restarter) Name() string { return "restart" }
+
+// Over implements [Kind].
+func (d *restarter) Over(left bool) { d.join.end(left) }
+
+// WantSlot implements [Kind]. A restart has the upgrade that holds the slot taken back; see
+// [operation.Waiters].
+func (d *restarter) WantSlot() (got func()) {
+	holder, got := d.c.node.Waiters.Want(d.c.slot())
+	if holder != nil {
+		d.c.node.TakeBack(holder, d.c.op)
+	}
+	return got
+}
+
+// Taken implements [Kind].
+func (d *restarter) Taken() { d.joins() }
+
+// Adopted implements [Kind].
+func (d *restarter) Adopted() bool { return false }
+
+// NextImage implements [Kind].
+func (d *restarter) NextImage() string { return "" }
+
+// Staged implements [Kind].
+func (d *restarter) Staged(_ *store.Container, status *opsv1.ContainerOperation) {
+	if !d.c.overlaps() {
+		status.Phase = opsv1.Phase_PHASE_STOPPING
+	}
+}
+
+// Revealed implements [Kind].
+func (d *restarter) Revealed() bool { return d.join.isShown() }
+
+// IsJoint implements [Kind].
+func (d *restarter) IsJoint() bool { return false }
+
+// Succeeded implements [Kind].
+func (d *restarter) Succeeded() {}
+
+// Failed implements [Kind].
+func (d *restarter) Failed() {}
+
+// drive takes the container through the steps. It returns nil on success, an
+// [outcome], or the error of a call that was cut off.
+func (d *restarter) Drive(ctx context.Context) error {
+	ready := d.prepareSpecImage
+	switch {
+	case d.c.claim != nil:
+		d.joins()
+		ready = d.c.resume
+	case d.c.image.Changes():
+		ready = d.prepareImage
+	}
+	if err := ready(ctx); err != nil {
+		return err
+	}
+	for {
+		var err error
+		switch s := d.c.rec().Step; s {
+		case store.StepNone:
+			if err = d.c.stager.stage(ctx); d.c.image.RevertStopped(err) {
+				return nil
+			}
+		case store.StepStaged:
+			if d.c.overlaps() {
+				err = d.beforeOverlap(ctx)
+			} else {
+				err = d.beforeStop(ctx)
+			}
+		case store.StepStart:
+			if err = d.c.switcher.overlap(ctx); err == nil {
+				err = d.beforeStop(ctx)
+			}
+		case store.StepStop:
+			err = d.c.switcher.swap(ctx)
+		case store.StepStarted:
+			return d.afterStart(ctx)
+		case store.StepReveal: // resumed: kubelet has been shown both
+			if c := d.c.status(); c.GetReason() != "" {
+				return operation.Failf(c.GetReason(), "%s", c.GetMessage())
+			}
+			if !d.c.op.Rebooted() { // else the runtime's times are those of the reboot
+				d.c.revealer.measure(ctx, d.c.rec())
+			}
+			if d.c.rec().Joined {
+				return d.awaitRecreation(ctx)
+			}
+			return nil
+		default:
+			return operation.Failf(opsv1.ReasonJournalError, "the journal has the unknown step %q", s)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// beforeOverlap writes that the successor is about to run beside the incumbent.
+func (d *restarter) beforeOverlap(ctx context.Context) error {
+	if err := d.c.old.load(ctx); err != nil {
+		return err
+	}
+	running, err := d.c.old.watch(ctx)
+	if err != nil {
+		return err
+	}
+	if err := d.c.interrupted(); err != nil {
+		return err
+	}
+	if !running {
+		return d.c.old.stoppedByItself(ctx)
+	}
+	d.c.switcher.maskWhenGone()
+	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase = store.StepStart, opsv1.Phase_PHASE_STARTING
+	})
+}
+
+// afterStart runs postStart and reveals.
+func (d *restarter) afterStart(ctx context.Context) error {
+	rec := d.c.rec()
+	d.c.revealer.logLink(ctx, rec.Successor)
+	if err := d.c.revealer.postStartOnce(ctx); err != nil {
+		return err
+	}
+	if err := d.c.interrupted(); err != nil {
+		return err
+	}
+	d.c.image.Keep()
+	d.c.revealer.holdProbes(ctx)
+	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+		c.Step = store.StepReveal
+		op.Phase = opsv1.Phase_PHASE_REVEALING
+	})
+	if !d.c.claim.TryReveal() {
+		return d.c.interrupted()
+	}
+	joined := d.join.show()
+	d.c.failpoint("revealed")
+	d.c.revealer.measure(ctx, rec)
+	if joined {
+		return d.awaitRecreation(ctx)
+	}
+	return nil
+}
