@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -71,7 +70,7 @@ type Container struct {
 }
 
 // newContainer has no side effects: one operation may have several on the same container.
-func newContainer(node *Node, o *operation.Operation, i int) *Container {
+func newContainer(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) *Container {
 	handle := o.Container(i)
 	spec := handle.Request()
 	r := &Container{
@@ -88,11 +87,7 @@ func newContainer(node *Node, o *operation.Operation, i int) *Container {
 	r.image = node.Images.Of(imagechange.Container{
 		Operation: o, Index: i, Log: r.log, Warn: r.warn, Failpoint: r.failpoint,
 	})
-	if o.Upgrade() != nil {
-		r.kind = newUpgrader(r)
-	} else {
-		r.kind = newRestarter(r)
-	}
+	r.kind = kind(r)
 	return r
 }
 
@@ -248,22 +243,10 @@ func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Contex
 	case err != nil:
 		return ""
 	}
-	if why := goes(pod); why != "" {
+	if why := pod.Leaving(); why != "" {
 		return why
 	}
 	return more(ctx, pod)
-}
-
-// goes says why the pod goes away; empty if it does not, as far as kubelet knows.
-func goes(pod *podsapi.Pod) string {
-	switch {
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	default:
-		return ""
-	}
 }
 
 // successor is the ID of the new container; empty if there is none.

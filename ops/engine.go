@@ -82,7 +82,7 @@ type Engine struct {
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
-	// lateCreate is the constant of that name, but for tests that count calls.
+	// lateCreate is [crinode.LateCreate], but for tests that count calls.
 	lateCreate time.Duration
 
 	mu      sync.Mutex // guards all following fields
@@ -125,7 +125,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		tracer:     o.Tracer,
 		queue:      make(chan struct{}, 1),
 		late:       make(chan struct{}, 1),
-		lateCreate: lateCreate,
+		lateCreate: crinode.LateCreate,
 		ops:        map[string]*operation.Operation{},
 	}
 	node.Active = e.activeOperations
@@ -416,11 +416,6 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 	}
 	return list.GetContainers(), nil
 }
-
-// lateCreate is how long after the start of a process a CreateContainer that the process before has
-// begun may still bring a container about. The runtime takes milliseconds for it, seconds under
-// load.
-const lateCreate = 15 * time.Second
 
 // accept begins an operation: once it returns nil, the operation is in the journal. A command whose
 // UID is known is taken as repeated.

@@ -22,13 +22,21 @@ func (e *Engine) execute(ctx context.Context, o *operation.Operation) {
 	}
 }
 
+// container is what carries out the operation on one of its containers.
+func (e *Engine) container(o *operation.Operation, i int) *Container {
+	if o.Upgrade() != nil {
+		return newContainer(e.node, o, i, newUpgrader)
+	}
+	return newContainer(e.node, o, i, newRestarter)
+}
+
 // giveUp ends an operation that cannot be carried out, however far it has come.
 func (e *Engine) giveUp(ctx context.Context, o *operation.Operation, why error) {
 	if o.Finished() { // the panic came after that
 		return
 	}
 	for i := range o.Request().GetContainers() {
-		newContainer(e.node, o, i).giveUp(ctx, why)
+		e.container(o, i).giveUp(ctx, why)
 	}
 	e.finish(o)
 }
@@ -39,7 +47,7 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 	var wg sync.WaitGroup
 	failed := false
 	for i := range req.GetContainers() {
-		r := newContainer(e.node, o, i)
+		r := e.container(o, i)
 		if !req.GetOrdered() {
 			wg.Go(func() { r.runGuarded(ctx) })
 			continue

@@ -263,7 +263,7 @@ func FuzzJournal(f *testing.F) {
 		for _, o := range e.ops {
 			_ = verdict(o.Snapshot())
 			for i := range o.Records() {
-				newContainer(e.node, o, i)
+				e.container(o, i)
 			}
 		}
 	})

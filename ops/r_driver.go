@@ -20,7 +20,7 @@ type restarter struct {
 
 var _ Kind = (*restarter)(nil)
 
-func newRestarter(c *Container) *restarter {
+func newRestarter(c *Container) Kind {
 	d := &restarter{c: c}
 	d.join = newJoin(d)
 	return d

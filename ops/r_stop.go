@@ -59,7 +59,9 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		d.c.switcher.untouched = hook == nil && !rec.SuccessorMayRun()
+		if hook == nil && !rec.SuccessorMayRun() {
+			d.c.switcher.nothingTouched()
+		}
 	}
 	d.c.revealer.probeHold(ctx)
 	if hook != nil {

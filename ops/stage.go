@@ -283,9 +283,9 @@ func (s *stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainer
 }
 
 // removeLate removes the container of a create that was cut off, if it comes about within
-// lateCreate.
+// [crinode.LateCreate].
 func (s *stager) removeLate(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, lateCreate)
+	ctx, cancel := context.WithTimeout(ctx, crinode.LateCreate)
 	defer cancel()
 	for crinode.Sleep(ctx, 500*time.Millisecond) == nil {
 		rec := s.c.rec()

@@ -40,5 +40,5 @@ func (e *Engine) Kept(ctx context.Context, podUID string) bool {
 	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
 	pod, err := e.node.Pods.Pod(ctx, podUID)
-	return err == nil && goes(pod) == ""
+	return err == nil && pod.Leaving() == ""
 }

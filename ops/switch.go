@@ -32,6 +32,13 @@ type switcher struct {
 	asked, beside, besideUntil time.Time
 }
 
+// nothingTouched says that this process has written the step stop, and has stopped and started
+// nothing yet.
+func (s *switcher) nothingTouched() { s.untouched = true }
+
+// waitsAtGate says that the successor waits at its gate.
+func (s *switcher) waitsAtGate() { s.held = true }
+
 // swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
 func (s *switcher) swap(ctx context.Context) error {

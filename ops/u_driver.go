@@ -30,7 +30,7 @@ type upgrader struct {
 
 var _ Kind = (*upgrader)(nil)
 
-func newUpgrader(c *Container) *upgrader {
+func newUpgrader(c *Container) Kind {
 	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.old.hurry)}
 	d.adopter = &adopter{c: c, d: d}
 	return d
@@ -137,7 +137,7 @@ func (d *upgrader) drives() {
 	// stop.
 	if s := d.c.rec().Step; d.c.rec().Method == opsv1.MethodGate && (s == store.StepArm || s == store.StepArmed ||
 		s == store.StepAsk) {
-		d.c.switcher.held = true
+		d.c.switcher.waitsAtGate()
 	}
 	if rec := d.c.rec(); rec.Step == store.StepStop {
 		d.kubelet.stopBy(rec.StopBy)

@@ -12,6 +12,11 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
+// LateCreate is how long after its call was cut off, or after the end of the process that made the
+// call, a CreateContainer may still bring a container about. The runtime takes milliseconds for it,
+// seconds under load.
+const LateCreate = 15 * time.Second
+
 // AwaitRuntime returns when the runtime answers, or ctx ends.
 func (c *Client) AwaitRuntime(ctx context.Context) error {
 	wait := 20 * time.Millisecond

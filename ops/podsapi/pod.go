@@ -5,6 +5,7 @@ package podsapi
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -30,6 +31,18 @@ type Pod struct {
 	// Running are the IDs of those containers by which kubelet goes, as in the status
 	// ("containerd://..."), by container name.
 	Running map[string]string
+}
+
+// Leaving says why the pod goes away; empty if it does not, as far as kubelet knows.
+func (p *Pod) Leaving() string {
+	switch {
+	case p.Deleting:
+		return "the pod is being deleted"
+	case p.Phase == "Failed" || p.Phase == "Succeeded":
+		return strings.TrimSpace("the pod has ended: " + p.Phase + " " + p.Reason)
+	default:
+		return ""
+	}
 }
 
 // Field numbers of k8s.io/api/core/v1/generated.proto and
