@@ -23,16 +23,16 @@ import (
 // stopFirstFor has the incumbent stopped before the successor is started, which is staged anew.
 // containerd makes a container's processes only at StartContainer
 // (internal/cri/server/container_start.go NewTask): until then it takes nothing of the pod.
-func (s *switcher) stopFirstFor(ctx context.Context, why string) error {
-	s.c.warn("%s: the old container is stopped before the new one is started", why)
-	s.c.stager.withoutGate()
-	return s.c.stager.stageAnew(ctx, "")
+func (s *Switcher) stopFirstFor(ctx context.Context, why string) error {
+	s.c.Warn("%s: the old container is stopped before the new one is started", why)
+	s.c.Stager.withoutGate()
+	return s.c.Stager.stageAnew(ctx, "")
 }
 
-// oomKilled is containerd's reason for a container of which the kernel has killed a process for
+// OOMKilled is containerd's reason for a container of which the kernel has killed a process for
 // lack of memory (internal/cri/server/events.go handleEvent TaskOOM). With cgroup v1 the kernel
 // tells of the whole pod, so that the container may go on with that reason.
-const oomKilled = "OOMKilled"
+const OOMKilled = "OOMKilled"
 
 // besideErrors are what runc says of a start that may have failed because the incumbent has what
 // the successor needs: memory, process IDs, a device, the name of a cgroup.
@@ -58,47 +58,47 @@ func besideFails(err error) bool {
 
 // giveUpOverlap goes on as StopFirst does, because the successor has not started beside the
 // incumbent, which is untouched.
-func (s *switcher) giveUpOverlap(ctx context.Context, why error) error {
-	if err := s.c.interrupted(); err != nil {
+func (s *Switcher) giveUpOverlap(ctx context.Context, why error) error {
+	if err := s.c.Interrupted(); err != nil {
 		return err
 	}
-	if !s.c.room.Lower(ctx) {
+	if !s.c.Room.Lower(ctx) {
 		return ctx.Err()
 	}
-	s.c.warn("the new container does not start beside the old one (%v): the old one is stopped before the new one is "+
+	s.c.Warn("the new container does not start beside the old one (%v): the old one is stopped before the new one is "+
 		"started", why)
-	s.c.stager.withoutGate()
+	s.c.Stager.withoutGate()
 	s.c.stopFirst = true
-	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { // on disk with the new stage
+	s.c.Handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { // on disk with the new stage
 		c.StopFirst = true
 		if !s.c.kind.Adopted() {
 			c.Step = store.StepStaged
 		}
 	})
-	if err := s.c.stager.stageAnew(ctx, ""); err != nil {
+	if err := s.c.Stager.stageAnew(ctx, ""); err != nil {
 		return err
 	}
-	return s.c.stager.ensureStaged(ctx)
+	return s.c.Stager.EnsureStaged(ctx)
 }
 
 // tellEnd warns of an incumbent that has not ended because it was asked to.
-func (s *switcher) tellEnd(ctx context.Context) {
-	if s.c.claim == nil || s.c.rec().Incumbent == "" {
+func (s *Switcher) tellEnd(ctx context.Context) {
+	if s.c.Claim == nil || s.c.Record().Incumbent == "" {
 		return
 	}
-	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.c.rec().Incumbent})
+	st, err := s.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.c.Record().Incumbent})
 	if err != nil {
 		return // it is gone
 	}
 	old := st.GetStatus()
 	const killed = 128 + 9
-	oom := old.GetReason() == oomKilled
+	oom := old.GetReason() == OOMKilled
 	if old.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || old.GetExitCode() != killed && !oom {
 		return
 	}
 	ended := time.Unix(0, old.GetFinishedAt())
-	if s.c.old.exit.Over() {
-		ended = s.c.old.exit.At()
+	if s.c.Old.Exit.Over() {
+		ended = s.c.Old.Exit.At()
 	}
 	how := fmt.Sprintf("exit code %d", old.GetExitCode())
 	if old.GetReason() != "" {
@@ -110,19 +110,19 @@ func (s *switcher) tellEnd(ctx context.Context) {
 	}
 	switch {
 	case old.GetExitCode() != killed:
-		s.c.warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there",
+		s.c.Warn("memory had run out in the pod of the old container (%s), and the kernel has killed a process there",
 			how)
 	case !s.asked.IsZero() && ended.Before(s.asked):
-		s.c.warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully",
+		s.c.Warn("the old container was killed%s (%s) before it was asked to stop%s: it has not ended gracefully",
 			why, how, s.besideAt(ended))
 	case oom:
-		s.c.warn("the old container was killed%s (%s)%s: it has not ended gracefully", why, how, s.besideAt(ended))
+		s.c.Warn("the old container was killed%s (%s)%s: it has not ended gracefully", why, how, s.besideAt(ended))
 	}
 }
 
 // besideAt says what the successor did at that time, if that may have been the reason for
 // something.
-func (s *switcher) besideAt(at time.Time) string {
+func (s *Switcher) besideAt(at time.Time) string {
 	switch {
 	case s.beside.IsZero() || at.Before(s.beside):
 		return ""
@@ -133,22 +133,22 @@ func (s *switcher) besideAt(at time.Time) string {
 	}
 }
 
-// makeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory,
+// MakeRoom ends a successor that waits at its gate, if the incumbent has come to need the memory,
 // and stages another one, which is started when the incumbent has ended.
-func (s *switcher) makeRoom(ctx context.Context) error {
+func (s *Switcher) MakeRoom(ctx context.Context) error {
 	if s.gate == nil {
 		return nil
 	}
-	why := s.c.room.Short(ctx)
+	why := s.c.Room.Short(ctx)
 	if why == "" {
 		return nil
 	}
-	s.c.stager.stopWithin(ctx, s.c.successor(), crinode.MinGrace)
+	s.c.Stager.StopWithin(ctx, s.c.Successor(), crinode.MinGrace)
 	if err := s.stopFirstFor(ctx, why); err != nil {
 		return err
 	}
-	if err := s.c.stager.ensureStaged(ctx); err != nil {
+	if err := s.c.Stager.EnsureStaged(ctx); err != nil {
 		return err
 	}
-	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
+	return s.c.Write(func(c *store.Container, op *opsv1.ContainerOperation) { op.SuccessorId = c.Successor })
 }

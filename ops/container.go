@@ -24,43 +24,43 @@ import (
 
 // What an upgrade does whose command does not say otherwise.
 const (
-	defaultPrepare = 30 * time.Minute
-	defaultHold    = 10 * time.Minute
+	DefaultPrepare = 30 * time.Minute
+	DefaultHold    = 10 * time.Minute
 )
 
-// giveUp ends the container's part of an operation after a panic at an unknown place, such as in
+// GiveUp ends the container's part of an operation after a panic at an unknown place, such as in
 // the middle of undoing it.
-func (r *Container) giveUp(ctx context.Context, why error) {
-	rec := r.rec()
+func (c *Container) GiveUp(ctx context.Context, why error) {
+	rec := c.Record()
 	if rec.Step != store.StepDone {
 		// not the operation's: there is more to do
-		r.writeEnd(operation.Failf(opsv1.ReasonInternalError, "%v", why), r.handle.Write)
+		c.writeEnd(operation.Failf(opsv1.ReasonInternalError, "%v", why), c.Handle.Write)
 	}
-	if r.claim != nil {
-		r.node.Lost.Abandon(ctx, r.log, r.claim, r.op.Pod(), rec)
+	if c.Claim != nil {
+		c.Node.Lost.Abandon(ctx, c.Log, c.Claim, c.Op.Pod(), rec)
 	}
-	r.kind.Failed()
-	guard.Do(r.log, func() { r.room.Lower(ctx) })
+	c.kind.Failed()
+	guard.Do(c.Log, func() { c.Room.Lower(ctx) })
 }
 
 // Container is the operation on one container: a state machine over [store.Step].
 type Container struct {
-	node   *Node
-	op     *operation.Operation
-	handle *operation.Container // of op, at index
+	Node   *Node
+	Op     *operation.Operation
+	Handle *operation.Container // of op, at index
 	index  int
-	spec   *opsv1.ContainerRestart
-	claim  *view.Claim
-	log    logrus.FieldLogger
+	Spec   *opsv1.ContainerRestart
+	Claim  *view.Claim
+	Log    logrus.FieldLogger
 
-	old      *incumbent
-	stager   *stager
-	switcher *switcher
-	revealer *revealer
+	Old      *Incumbent
+	Stager   *Stager
+	Switcher *Switcher
+	Revealer *Revealer
 	undoer   *undoer
 
-	room  *room.Room
-	image *imagechange.Change
+	Room  *room.Room
+	Image *imagechange.Change
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
 
@@ -69,86 +69,86 @@ type Container struct {
 	kind Kind
 }
 
-// newContainer has no side effects: one operation may have several on the same container.
-func newContainer(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) *Container {
+// NewContainer has no side effects: one operation may have several on the same container.
+func NewContainer(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) *Container {
 	handle := o.Container(i)
 	spec := handle.Request()
-	r := &Container{
-		node: node, op: o, handle: handle, index: i, spec: spec, claim: handle.Claim(),
+	c := &Container{
+		Node: node, Op: o, Handle: handle, index: i, Spec: spec, Claim: handle.Claim(),
 		stopFirst: handle.Record().StopFirst,
-		log:       node.Log.WithFields(logrus.Fields{"op": o.UID(), "pod": o.PodName(), "container": spec.GetName()}),
+		Log:       node.Log.WithFields(logrus.Fields{"op": o.UID(), "pod": o.PodName(), "container": spec.GetName()}),
 	}
-	r.old, r.stager, r.switcher = &incumbent{c: r}, &stager{r}, &switcher{c: r}
-	r.revealer, r.undoer = &revealer{c: r}, &undoer{r}
-	r.room = node.Rooms.Of(room.Container{
-		Operation: o, Index: i, Log: r.log, Write: r.write, Note: r.note, Warn: r.warn,
-		Exited: func() bool { return r.old.exit.Over() }, Interrupted: r.interrupted,
+	c.Old, c.Stager, c.Switcher = &Incumbent{c: c}, &Stager{c}, &Switcher{c: c}
+	c.Revealer, c.undoer = &Revealer{c: c}, &undoer{c}
+	c.Room = node.Rooms.Of(room.Container{
+		Operation: o, Index: i, Log: c.Log, Write: c.Write, Note: c.Note, Warn: c.Warn,
+		Exited: func() bool { return c.Old.Exit.Over() }, Interrupted: c.Interrupted,
 	})
-	r.image = node.Images.Of(imagechange.Container{
-		Operation: o, Index: i, Log: r.log, Warn: r.warn, Failpoint: r.failpoint,
+	c.Image = node.Images.Of(imagechange.Container{
+		Operation: o, Index: i, Log: c.Log, Warn: c.Warn, Failpoint: c.Failpoint,
 	})
-	r.kind = kind(r)
-	return r
+	c.kind = kind(c)
+	return c
 }
 
-func (r *Container) rec() store.Container { return r.handle.Record() }
+func (c *Container) Record() store.Container { return c.Handle.Record() }
 
-// write is [operation.Container.Write], and a failpoint.
-func (r *Container) write(f func(rec *store.Container, c *opsv1.ContainerOperation)) error {
-	step, err := r.handle.Write(f)
+// Write is [operation.Container.Write], and a failpoint.
+func (c *Container) Write(f func(rec *store.Container, c *opsv1.ContainerOperation)) error {
+	step, err := c.Handle.Write(f)
 	if err == nil {
-		r.failpoint(string(step))
+		c.Failpoint(string(step))
 	}
 	return err
 }
 
-// note is [operation.Container.Note], and a failpoint.
-func (r *Container) note(f func(rec *store.Container, c *opsv1.ContainerOperation)) {
-	step, err := r.handle.Note(f)
+// Note is [operation.Container.Note], and a failpoint.
+func (c *Container) Note(f func(rec *store.Container, c *opsv1.ContainerOperation)) {
+	step, err := c.Handle.Note(f)
 	if err != nil {
-		r.log.WithError(err).Error("step not written")
+		c.Log.WithError(err).Error("step not written")
 		return
 	}
-	r.failpoint(string(step))
+	c.Failpoint(string(step))
 }
 
-// failpoint is where a test may end or hold the process.
-func (r *Container) failpoint(name string) { failpoint.Reach(r.kind.Name() + "." + name) }
+// Failpoint is where a test may end or hold the process.
+func (c *Container) Failpoint(name string) { failpoint.Reach(c.kind.Name() + "." + name) }
 
-// show changes the public state only.
-func (r *Container) show(f func(c *opsv1.ContainerOperation)) { r.handle.Show(f) }
+// Show changes the public state only.
+func (c *Container) Show(f func(c *opsv1.ContainerOperation)) { c.Handle.Show(f) }
 
-func (r *Container) warn(format string, args ...any) {
+func (c *Container) Warn(format string, args ...any) {
 	msg := fmt.Sprintf(format, args...)
-	r.log.Warn(msg)
-	r.show(func(c *opsv1.ContainerOperation) { c.Warnings = append(c.Warnings, msg) })
+	c.Log.Warn(msg)
+	c.Show(func(c *opsv1.ContainerOperation) { c.Warnings = append(c.Warnings, msg) })
 }
 
-// runGuarded is run, and ends the container's part of the operation if that panics.
-func (r *Container) runGuarded(ctx context.Context) (ok bool) {
-	err := guard.Try(r.log, func() error { ok = r.run(ctx); return nil })
+// Run is run, and ends the container's part of the operation if that panics.
+func (c *Container) Run(ctx context.Context) (ok bool) {
+	err := guard.Try(c.Log, func() error { ok = c.carryOut(ctx); return nil })
 	if err == nil {
 		return ok
 	}
-	guard.Do(r.log, func() { r.giveUp(ctx, err) })
+	guard.Do(c.Log, func() { c.GiveUp(ctx, err) })
 	return false
 }
 
-// run returns whether the container was restarted. When ctx ends it returns early and
+// carryOut returns whether the container was restarted. When ctx ends it returns early and
 // leaves the rest to the next process.
-func (r *Container) run(ctx context.Context) bool {
-	if r.rec().Step == store.StepDone {
-		ok := r.status().GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+func (c *Container) carryOut(ctx context.Context) bool {
+	if c.Record().Step == store.StepDone {
+		ok := c.Status().GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 		if !ok {
-			r.kind.Failed() // the process before may not have come to that
+			c.kind.Failed() // the process before may not have come to that
 		}
 		return ok
 	}
-	err := guard.Try(r.log, func() error { return r.kind.Drive(ctx) })
-	r.kind.Over(ctx.Err() != nil) // whatever is still to be done: kubelet is not kept waiting for it
+	err := guard.Try(c.Log, func() error { return c.kind.Drive(ctx) })
+	c.kind.Over(ctx.Err() != nil) // whatever is still to be done: kubelet is not kept waiting for it
 	defer func() {
-		r.old.exit.Close()
-		r.switcher.leaveGate()
+		c.Old.Exit.Close()
+		c.Switcher.leaveGate()
 	}()
 	var out *operation.Outcome
 	var bug *guard.Panic
@@ -163,45 +163,45 @@ func (r *Container) run(ctx context.Context) bool {
 	default:
 		out = operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
-	if ctx.Err() != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED && r.rec().Step != store.StepUndo {
+	if ctx.Err() != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED && c.Record().Step != store.StepUndo {
 		// The failure may be that of a call cut off by the shutdown.
 		return false
 	}
-	if out.Phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undoer.undo(ctx, out) {
+	if out.Phase != opsv1.Phase_PHASE_SUCCEEDED && !c.undoer.undo(ctx, out) {
 		return false // a panic in there is the caller's
 	}
-	if r.claim != nil {
-		if !r.room.Lower(ctx) {
+	if c.Claim != nil {
+		if !c.Room.Lower(ctx) {
 			return false
 		}
-		r.stager.removeGate() // whichever process has made or opened it
-		r.switcher.tellEnd(ctx)
+		c.Stager.removeGate() // whichever process has made or opened it
+		c.Switcher.tellEnd(ctx)
 	}
 	if out.Phase == opsv1.Phase_PHASE_SUCCEEDED {
-		r.kind.Succeeded()
+		c.kind.Succeeded()
 	}
-	r.end(out)
-	if r.claim != nil {
-		r.claim.Release()
+	c.End(out)
+	if c.Claim != nil {
+		c.Claim.Release()
 	}
 	if out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
-		r.kind.Failed()
+		c.kind.Failed()
 	}
 	return out.Phase == opsv1.Phase_PHASE_SUCCEEDED
 }
 
-// end writes how it ended, and with the last container how the operation did. Not so for a
+// End writes how it ended, and with the last container how the operation did. Not so for a
 // container of an upgrade that did not succeed: that cancels the others first.
-func (r *Container) end(out *operation.Outcome) {
-	if r.kind.IsJoint() && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
-		r.writeEnd(out, r.handle.Write)
+func (c *Container) End(out *operation.Outcome) {
+	if c.kind.IsJoint() && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
+		c.writeEnd(out, c.Handle.Write)
 	} else {
-		r.writeEnd(out, r.handle.End)
+		c.writeEnd(out, c.Handle.End)
 	}
 }
 
 // writeEnd writes how it ended, by write.
-func (r *Container) writeEnd(
+func (c *Container) writeEnd(
 	out *operation.Outcome, write func(func(*store.Container, *opsv1.ContainerOperation)) (store.Step, error),
 ) {
 	_, err := write(func(rec *store.Container, c *opsv1.ContainerOperation) {
@@ -209,34 +209,34 @@ func (r *Container) writeEnd(
 		c.Phase, c.Reason, c.Message = out.Phase, out.Reason, out.Message
 	})
 	if err == nil {
-		r.failpoint(string(store.StepDone))
+		c.Failpoint(string(store.StepDone))
 	} else {
-		r.log.WithError(err).Error("end of restart not written")
-		r.handle.Set(func(rec *store.Container, _ *opsv1.ContainerOperation) { rec.Step = store.StepDone })
+		c.Log.WithError(err).Error("end of restart not written")
+		c.Handle.Set(func(rec *store.Container, _ *opsv1.ContainerOperation) { rec.Step = store.StepDone })
 	}
-	log := r.log.WithField("phase", out.Phase)
+	log := c.Log.WithField("phase", out.Phase)
 	if out.Reason != "" {
 		log = log.WithFields(logrus.Fields{"reason": out.Reason, "message": out.Message})
 	}
-	log.Infof("container %s ended", r.kind.Name())
+	log.Infof("container %s ended", c.kind.Name())
 }
 
-// overlaps reports whether the successor runs before the incumbent is stopped.
-func (r *Container) overlaps() bool {
-	return r.spec.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
+// Overlaps reports whether the successor runs before the incumbent is stopped.
+func (c *Container) Overlaps() bool {
+	return c.Spec.GetOrder() == opsv1.Order_ORDER_START_FIRST && !c.stopFirst
 }
 
-func (r *Container) status() *opsv1.ContainerOperation { return r.handle.Status() }
+func (c *Container) Status() *opsv1.ContainerOperation { return c.Handle.Status() }
 
-// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;
+// AskKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;
 // more is asked of a pod that does not go away.
-func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
-	if r.node.Pods == nil {
+func (c *Container) AskKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
+	if c.Node.Pods == nil {
 		return ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := r.node.Pods.Pod(ctx, r.op.Pod().GetUid())
+	pod, err := c.Node.Pods.Pod(ctx, c.Op.Pod().GetUid())
 	switch {
 	case errors.Is(err, podsapi.ErrNotFound):
 		return "kubelet has no such pod any more"
@@ -249,11 +249,11 @@ func (r *Container) askKubelet(ctx context.Context, more func(ctx context.Contex
 	return more(ctx, pod)
 }
 
-// successor is the ID of the new container; empty if there is none.
-func (r *Container) successor() string { return r.rec().Successor }
+// Successor is the ID of the new container; empty if there is none.
+func (c *Container) Successor() string { return c.Record().Successor }
 
-// isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
+// IsCertain reports whether the successor of an upgrade is known to be what kubelet will ask for.
 // If not, it begins only when kubelet has asked.
-func (r *Container) isCertain() bool {
-	return !r.kind.Adopted() || r.handle.IsCertain()
+func (c *Container) IsCertain() bool {
+	return !c.kind.Adopted() || c.Handle.IsCertain()
 }

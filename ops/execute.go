@@ -25,9 +25,9 @@ func (e *Engine) execute(ctx context.Context, o *operation.Operation) {
 // container is what carries out the operation on one of its containers.
 func (e *Engine) container(o *operation.Operation, i int) *Container {
 	if o.Upgrade() != nil {
-		return newContainer(e.node, o, i, newUpgrader)
+		return NewContainer(e.node, o, i, newUpgrader)
 	}
-	return newContainer(e.node, o, i, newRestarter)
+	return NewContainer(e.node, o, i, newRestarter)
 }
 
 // giveUp ends an operation that cannot be carried out, however far it has come.
@@ -36,7 +36,7 @@ func (e *Engine) giveUp(ctx context.Context, o *operation.Operation, why error) 
 		return
 	}
 	for i := range o.Request().GetContainers() {
-		e.container(o, i).giveUp(ctx, why)
+		e.container(o, i).GiveUp(ctx, why)
 	}
 	e.finish(o)
 }
@@ -49,17 +49,17 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 	for i := range req.GetContainers() {
 		r := e.container(o, i)
 		if !req.GetOrdered() {
-			wg.Go(func() { r.runGuarded(ctx) })
+			wg.Go(func() { r.Run(ctx) })
 			continue
 		}
 		if failed {
-			r.end(&operation.Outcome{
+			r.End(&operation.Outcome{
 				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonEarlierContainerFailed,
 				Message: "not restarted because an earlier container failed",
 			})
 			continue
 		}
-		failed = !r.runGuarded(ctx)
+		failed = !r.Run(ctx)
 		if ctx.Err() != nil {
 			break // the next process goes on, unless that was the last one
 		}

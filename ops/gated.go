@@ -23,20 +23,20 @@ import (
 // beside it.
 var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
 
-// arm starts the successor up to its gate, while the incumbent serves. When the gate does not work
+// Arm starts the successor up to its gate, while the incumbent serves. When the gate does not work
 // for this container, it leaves a fresh successor without one.
-func (s *switcher) arm(ctx context.Context) error {
+func (s *Switcher) Arm(ctx context.Context) error {
 	for {
-		if err := s.c.stager.ensureStaged(ctx); err != nil {
+		if err := s.c.Stager.EnsureStaged(ctx); err != nil {
 			return err
 		}
-		rec := s.c.rec()
+		rec := s.c.Record()
 		if rec.Method != opsv1.MethodGate { // just now
 			return nil
 		}
 		// In the middle of the stop, and in the next process, the successor may wait there already.
-		if !s.held && s.c.room.Unstarted(ctx) {
-			if why := s.c.room.RefuseGate(ctx); why != "" {
+		if !s.held && s.c.Room.Unstarted(ctx) {
+			if why := s.c.Room.RefuseGate(ctx); why != "" {
 				if err := s.stopFirstFor(ctx, why); err != nil {
 					return err
 				}
@@ -56,21 +56,21 @@ func (s *switcher) arm(ctx context.Context) error {
 			}
 			continue
 		case errors.Is(err, gate.ErrNotHeld):
-			s.c.stager.dropGate(err)
-			if err := s.c.stager.stageAnew(ctx, ""); err != nil {
+			s.c.Stager.dropGate(err)
+			if err := s.c.Stager.stageAnew(ctx, ""); err != nil {
 				return err
 			}
 			continue
 		case !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed || rec.Retried:
 			return err // nothing has been stopped
 		default:
-			if err := s.c.stager.stageAnew(ctx, out.Message); err != nil {
+			if err := s.c.Stager.stageAnew(ctx, out.Message); err != nil {
 				return err
 			}
 			continue
 		}
 		if s.gate != nil {
-			s.c.failpoint("gated")
+			s.c.Failpoint("gated")
 		}
 		return nil
 	}
@@ -79,31 +79,31 @@ func (s *switcher) arm(ctx context.Context) error {
 // startGated starts the successor and waits until it waits at its gate, or finds it past that and
 // the incumbent gone, as a process before this one may have left them. ErrNotHeld means that the
 // gate does not hold it; it has been stopped then.
-func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
+func (s *Switcher) startGated(ctx context.Context, rec store.Container) error {
 	// A gate is opened in one step only, and what this process holds it has not opened.
 	mayBeOpen := rec.Step == store.StepStop && !s.held
-	if !s.c.node.Switchover.Gate(rec.Token).Exists() {
+	if !s.c.Node.Switchover.Gate(rec.Token).Exists() {
 		// Opened at the end of the incumbent, of which the runtime may be late to know; or given
 		// up, and the container is one that nothing would hold.
-		if gone, err := s.c.old.awaitGone(ctx, switchover.HookTimeout); err != nil {
+		if gone, err := s.c.Old.awaitGone(ctx, switchover.HookTimeout); err != nil {
 			return err
 		} else if !gone || !mayBeOpen {
-			s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+			s.c.Stager.StopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return gate.ErrNotHeld
 		}
 	}
 	s.held = true
-	if err := s.c.stager.startOnce(ctx, rec.Successor); err != nil {
+	if err := s.c.Stager.startOnce(ctx, rec.Successor); err != nil {
 		return err
 	}
 	err := s.awaitGate(ctx, rec)
 	if err == nil {
-		if _, info, err := s.c.node.Inspect(ctx, rec.Successor); err == nil &&
-			s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
+		if _, info, err := s.c.Node.Inspect(ctx, rec.Successor); err == nil &&
+			s.c.Node.Switchover.OfContainer(info.PID, rec.Successor) == nil {
 			s.pid = info.PID
 		}
-		if err := s.c.stager.checkParts(ctx, rec); err != nil {
-			s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+		if err := s.c.Stager.checkParts(ctx, rec); err != nil {
+			s.c.Stager.StopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return err
 		}
 		return nil
@@ -111,53 +111,53 @@ func (s *switcher) startGated(ctx context.Context, rec store.Container) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := s.c.interrupted(); err != nil {
+	if err := s.c.Interrupted(); err != nil {
 		return err
 	}
-	gone, gerr := s.c.old.isGone(ctx)
+	gone, gerr := s.c.Old.isGone(ctx)
 	if gerr != nil {
 		return gerr
 	}
 	if gone && mayBeOpen && errors.Is(err, gate.ErrNotHeld) {
 		// A process before this one has opened the gate; or nothing can be said, and then the
 		// successor is in the state that kubelet's policy is for.
-		s.c.log.WithError(err).Info("the successor is past its gate")
+		s.c.Log.WithError(err).Info("the successor is past its gate")
 		s.held = false
 		s.passed(ctx, rec)
 		return nil
 	}
 	if errors.Is(err, errNoHook) {
-		s.c.node.Switchover.HookNotRun()
+		s.c.Node.Switchover.HookNotRun()
 	}
 	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
-	s.c.stager.stopWithin(ctx, rec.Successor, crinode.MinGrace)
+	s.c.Stager.StopWithin(ctx, rec.Successor, crinode.MinGrace)
 	if errors.Is(err, gate.ErrNotHeld) {
 		return err
 	}
-	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, s.c.node.Switchover.GateTimeout)
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, s.c.Node.Switchover.GateTimeout)
 }
 
 // passed says when the successor began if the process that opened its gate did not come to that: it
 // did so when the incumbent ended.
-func (s *switcher) passed(ctx context.Context, rec store.Container) {
-	if !s.c.node.Records.Started(rec.Successor).IsZero() {
+func (s *Switcher) passed(ctx context.Context, rec store.Container) {
+	if !s.c.Node.Records.Started(rec.Successor).IsZero() {
 		return
 	}
-	st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	st, err := s.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if at := st.GetStatus().GetFinishedAt(); err == nil && at != 0 {
 		s.began(rec.Successor, time.Unix(0, at))
 	}
 }
 
 // began notes when the application of the successor began.
-func (s *switcher) began(id string, at time.Time) { s.c.node.SetStarted(id, at) }
+func (s *Switcher) began(id string, at time.Time) { s.c.Node.SetStarted(id, at) }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
-func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
-	g := s.c.node.Switchover.Gate(rec.Token)
-	ctx, cancel := context.WithTimeout(ctx, s.c.node.Switchover.GateTimeout)
+func (s *Switcher) awaitGate(ctx context.Context, rec store.Container) error {
+	g := s.c.Node.Switchover.Gate(rec.Token)
+	ctx, cancel := context.WithTimeout(ctx, s.c.Node.Switchover.GateTimeout)
 	defer cancel()
-	ctx, end := crinode.EndWith(ctx, s.c.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, s.c.Claim.Yielded())
 	defer end()
 	began, asked := time.Now(), time.Now()
 	err := g.Await(ctx, func() error {
@@ -165,7 +165,7 @@ func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
 			return nil
 		}
 		asked = time.Now()
-		st, info, err := s.c.node.Inspect(ctx, rec.Successor)
+		st, info, err := s.c.Node.Inspect(ctx, rec.Successor)
 		switch {
 		case err != nil:
 			return nil // the runtime may be restarting
@@ -173,7 +173,7 @@ func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(),
 				st.GetMessage())
 		case time.Since(began) > switchover.HookTimeout &&
-			s.c.node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+			s.c.Node.Switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
 			return errNoHook
 		}
 		return nil
@@ -186,14 +186,14 @@ func (s *switcher) awaitGate(ctx context.Context, rec store.Container) error {
 }
 
 // openGate lets the successor pass its gate.
-func (s *switcher) openGate(ctx context.Context) error {
+func (s *Switcher) openGate(ctx context.Context) error {
 	if s.gate == nil { // a process before this one has opened it
 		return nil
 	}
 	waits, _ := gate.ProgramOf(s.pid) // none of a process that cannot be looked at
 	if err := s.gate.Open(); err != nil {
-		s.c.stager.dropGate(err)
-		if err := s.c.stager.stageAnew(ctx, ""); err != nil {
+		s.c.Stager.dropGate(err)
+		if err := s.c.Stager.stageAnew(ctx, ""); err != nil {
 			return err
 		}
 		return s.start(ctx)
@@ -208,16 +208,16 @@ func (s *switcher) openGate(ctx context.Context) error {
 			break
 		}
 	}
-	s.began(s.c.rec().Successor, time.Now())
+	s.began(s.c.Record().Successor, time.Now())
 	if err := s.gate.Remove(); err != nil {
-		s.c.log.WithError(err).Warn("gate not removed")
+		s.c.Log.WithError(err).Warn("gate not removed")
 	}
 	s.gate = nil
 	return nil
 }
 
 // leaveGate gives up a gate that is held: the hook goes on waiting, for the next process.
-func (s *switcher) leaveGate() {
+func (s *Switcher) leaveGate() {
 	if s.gate != nil {
 		s.gate.Leave()
 		s.gate = nil

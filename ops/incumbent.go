@@ -22,15 +22,15 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
-// incumbent is the container that the operation replaces.
-type incumbent struct {
+// Incumbent is the container that the operation replaces.
+type Incumbent struct {
 	c       *Container
-	status  *runtimeapi.ContainerStatus
-	request *runtimeapi.CreateContainerRequest
+	Status  *runtimeapi.ContainerStatus
+	Request *runtimeapi.CreateContainerRequest
 	// applied is what the resources in request have become, with all that has been recorded up to
 	// recorded.
 	applied, recorded *runtimeapi.LinuxContainerResources
-	exit              *switchover.Exit // nil where there is none
+	Exit              *switchover.Exit // nil where there is none
 }
 
 // exitTimeout is how long a runtime that has answered a stop may take to show the container
@@ -39,10 +39,10 @@ const exitTimeout = 15 * time.Second
 
 // watchIncumbent finds out whether the incumbent runs and watches its process where that says
 // something.
-func (i *incumbent) watch(ctx context.Context) (running bool, err error) {
-	rec := i.c.rec()
-	if i.exit != nil {
-		return !i.exit.Over(), nil
+func (i *Incumbent) Watch(ctx context.Context) (running bool, err error) {
+	rec := i.c.Record()
+	if i.Exit != nil {
+		return !i.Exit.Over(), nil
 	}
 	st, info, err := i.inspect(ctx)
 	if err != nil {
@@ -51,33 +51,33 @@ func (i *incumbent) watch(ctx context.Context) (running bool, err error) {
 	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return false, nil
 	}
-	if info.PID > 0 && i.ownPIDs() && i.c.node.Switchover.Maybe(opsv1.MethodPidfd) {
-		if i.exit, err = i.c.node.Switchover.Watch(info.PID, rec.Incumbent); err != nil {
-			i.c.log.WithError(err).Warn("process not watched")
+	if info.PID > 0 && i.ownPIDs() && i.c.Node.Switchover.Maybe(opsv1.MethodPidfd) {
+		if i.Exit, err = i.c.Node.Switchover.Watch(info.PID, rec.Incumbent); err != nil {
+			i.c.Log.WithError(err).Warn("process not watched")
 			if rec.Method == opsv1.MethodPidfd {
-				i.c.setMethod(opsv1.MethodPlain)
+				i.c.SetMethod(opsv1.MethodPlain)
 			}
 		}
 	}
 	return true, nil
 }
 
-// stoppedByItself is the outcome of a restart whose container is gone already.
-func (i *incumbent) stoppedByItself(ctx context.Context) error {
+// StoppedByItself is the outcome of a restart whose container is gone already.
+func (i *Incumbent) StoppedByItself(ctx context.Context) error {
 	code := int32(0)
-	if st, _, err := i.c.node.Inspect(ctx, i.c.rec().Incumbent); err == nil {
+	if st, _, err := i.c.Node.Inspect(ctx, i.c.Record().Incumbent); err == nil {
 		code = st.GetExitCode()
 	}
 	return operation.Failf(opsv1.ReasonContainerNotRunning, "container %q stopped by itself (exit code %d) before the "+
-		"restart began; kubelet handles it", i.c.spec.GetName(), code)
+		"restart began; kubelet handles it", i.c.Spec.GetName(), code)
 }
 
-// grace is what preStop and stop may take together, before the floor for the stop.
-func (i *incumbent) grace() time.Duration {
-	if i.c.spec.GracePeriodSeconds != nil {
-		return time.Duration(i.c.spec.GetGracePeriodSeconds()) * time.Second
+// Grace is what preStop and stop may take together, before the floor for the stop.
+func (i *Incumbent) Grace() time.Duration {
+	if i.c.Spec.GracePeriodSeconds != nil {
+		return time.Duration(i.c.Spec.GetGracePeriodSeconds()) * time.Second
 	}
-	for _, a := range []map[string]string{i.status.GetAnnotations(), i.request.GetConfig().GetAnnotations()} {
+	for _, a := range []map[string]string{i.Status.GetAnnotations(), i.Request.GetConfig().GetAnnotations()} {
 		if s, err := strconv.ParseInt(a[criclone.AnnotationTerminationGrace], 10, 32); err == nil && s >= 0 {
 			return time.Duration(s) * time.Second
 		}
@@ -86,10 +86,10 @@ func (i *incumbent) grace() time.Duration {
 }
 
 // inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
-func (i *incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
-	id := i.c.rec().Incumbent
-	err = i.c.node.Retry(ctx, func() (err error) {
-		st, info, err = i.c.node.Inspect(ctx, id)
+func (i *Incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
+	id := i.c.Record().Incumbent
+	err = i.c.Node.Retry(ctx, func() (err error) {
+		st, info, err = i.c.Node.Inspect(ctx, id)
 		return err
 	})
 	if err != nil {
@@ -103,19 +103,19 @@ func (i *incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus
 // gone. Until then both would be shown running. stopErr is why it does not know yet. Without one it
 // may be late as well: containerd answers a stop at once when the process had ended before, and it
 // is still clearing that away (internal/cri/server/container_stop.go).
-func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
+func (i *Incumbent) awaitExited(ctx context.Context, stopErr error) error {
 	limit := exitTimeout
 	if stopErr != nil {
 		limit = crinode.CallTimeout // it may be restarting
-		i.c.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
+		i.c.Log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
 	}
 	deadline, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	waiting, end := crinode.EndWith(deadline, i.c.claim.Yielded())
+	waiting, end := crinode.EndWith(deadline, i.c.Claim.Yielded())
 	defer end()
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		st, err := i.c.node.Runtime.ContainerStatus(deadline,
-			&runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+		st, err := i.c.Node.Runtime.ContainerStatus(deadline,
+			&runtimeapi.ContainerStatusRequest{ContainerId: i.c.Record().Incumbent})
 		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().
 			GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return nil
@@ -131,7 +131,7 @@ func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
 			if e := cmp.Or(stopErr, err); e != nil {
 				why = status.Convert(e).Message()
 			}
-			i.c.warn("the runtime did not say within %s that the old container has ended: %s", limit, why)
+			i.c.Warn("the runtime did not say within %s that the old container has ended: %s", limit, why)
 		}
 		return nil // the successor serves; or kubelet has come, which is asked for before anything is shown
 	}
@@ -139,8 +139,8 @@ func (i *incumbent) awaitExited(ctx context.Context, stopErr error) error {
 
 // incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there
 // is one: the runtime's comes later.
-func (i *incumbent) isGone(ctx context.Context) (bool, error) {
-	if i.exit.Over() {
+func (i *Incumbent) isGone(ctx context.Context) (bool, error) {
+	if i.Exit.Over() {
 		return true, nil
 	}
 	runs, err := i.runs(ctx)
@@ -152,7 +152,7 @@ func (i *incumbent) isGone(ctx context.Context) (bool, error) {
 
 // awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that
 // is over.
-func (i *incumbent) awaitGone(ctx context.Context, within time.Duration) (bool, error) {
+func (i *Incumbent) awaitGone(ctx context.Context, within time.Duration) (bool, error) {
 	for until := time.Now().Add(within); ; {
 		last := time.Now().After(until)
 		if gone, err := i.isGone(ctx); gone || err != nil || last {
@@ -166,15 +166,15 @@ func (i *incumbent) awaitGone(ctx context.Context, within time.Duration) (bool, 
 
 // ownPIDs reports whether the container has a PID namespace of its own: then its other processes,
 // and what they hold, such as a port, have ended when the first one has.
-func (i *incumbent) ownPIDs() bool {
-	return i.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().
+func (i *Incumbent) ownPIDs() bool {
+	return i.Request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().
 		GetPid() == runtimeapi.NamespaceMode_CONTAINER
 }
 
 // update adds to the resources of the successor what kubelet has asked for of the incumbent since
 // they were read, and returns that; nil for nothing.
-func (i *incumbent) update() *runtimeapi.LinuxContainerResources {
-	newer := i.c.node.Records.Resources(i.c.rec().Incumbent)
+func (i *Incumbent) update() *runtimeapi.LinuxContainerResources {
+	newer := i.c.Node.Records.Resources(i.c.Record().Incumbent)
 	if newer == nil || proto.Equal(newer, i.recorded) {
 		return nil
 	}
@@ -182,33 +182,33 @@ func (i *incumbent) update() *runtimeapi.LinuxContainerResources {
 	return newer
 }
 
-// load reads the incumbent and the request that made it, once.
-func (i *incumbent) load(ctx context.Context) error {
-	if i.request != nil {
+// Load reads the incumbent and the request that made it, once.
+func (i *Incumbent) Load(ctx context.Context) error {
+	if i.Request != nil {
 		return nil
 	}
-	rec := i.c.rec()
+	rec := i.c.Record()
 	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
-	recorded := i.c.node.Records.Resources(rec.Incumbent)
+	recorded := i.c.Node.Records.Resources(rec.Incumbent)
 	st, _, err := i.inspect(ctx)
 	if err != nil {
 		return err
 	}
-	i.status = st
-	err = i.c.node.Retry(ctx, func() (err error) {
-		i.request, err = i.c.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
+	i.Status = st
+	err = i.c.Node.Retry(ctx, func() (err error) {
+		i.Request, err = i.c.Node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		return err
 	})
 	if err != nil {
 		return operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
-	asked := criclone.OverlayResources(i.request.GetConfig().GetLinux().GetResources(), recorded)
+	asked := criclone.OverlayResources(i.Request.GetConfig().GetLinux().GetResources(), recorded)
 	i.recorded, i.applied = recorded, criclone.OverlayResources(recorded, criclone.ReportedResources(st, asked))
 	return nil
 }
 
 // incumbentStopped asks until the runtime answers, or ctx ends.
-func (i *incumbent) hasStopped(ctx context.Context) (bool, error) {
+func (i *Incumbent) hasStopped(ctx context.Context) (bool, error) {
 	for {
 		runs, err := i.runs(ctx)
 		if err == nil {
@@ -221,36 +221,37 @@ func (i *incumbent) hasStopped(ctx context.Context) (bool, error) {
 }
 
 // incumbentRuns reports whether the incumbent is still running; false if it is gone.
-func (i *incumbent) runs(ctx context.Context) (bool, error) {
-	st, err := i.c.node.Runtime.ContainerStatus(ctx,
-		&runtimeapi.ContainerStatusRequest{ContainerId: i.c.rec().Incumbent})
+func (i *Incumbent) runs(ctx context.Context) (bool, error) {
+	st, err := i.c.Node.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: i.c.Record().Incumbent})
 	if status.Code(err) == codes.NotFound {
 		return false, nil
 	}
 	return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING, err
 }
 
-// hurry stops the incumbent, whose stop is under way, within that grace.
-func (i *incumbent) hurry(ctx context.Context, grace time.Duration) {
+// Hurry stops the incumbent, whose stop is under way, within that grace.
+func (i *Incumbent) Hurry(ctx context.Context, grace time.Duration) {
 	grace = max(grace, crinode.MinGrace)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
-	i.c.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
-	if _, err := i.c.node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: i.c.rec().Incumbent,
+	i.c.Log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
+	if _, err := i.c.Node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: i.c.Record().Incumbent,
 		Timeout: int64(grace / time.Second)}); err != nil {
-		i.c.log.WithError(err).Warn("container not stopped sooner")
+		i.c.Log.WithError(err).Warn("container not stopped sooner")
 	}
 }
 
-// podGrace is the grace of the pod's containers.
-func (i *incumbent) podGrace(ctx context.Context) time.Duration {
-	if i.load(ctx) != nil {
+// LateGrace is how long a container of the pod that kubelet does not want is given to end, once
+// kubelet's call waits for its end.
+func (i *Incumbent) LateGrace(ctx context.Context) time.Duration {
+	if i.Load(ctx) != nil {
 		return crinode.MinGrace
 	}
-	return i.grace()
+	return min(max(i.Grace(), crinode.MinGrace), crinode.MaxLateGrace)
 }
 
 // resources are those that the successor gets.
-func (i *incumbent) resources() *runtimeapi.LinuxContainerResources {
-	return criclone.OverlayResources(i.request.GetConfig().GetLinux().GetResources(), i.applied)
+func (i *Incumbent) resources() *runtimeapi.LinuxContainerResources {
+	return criclone.OverlayResources(i.Request.GetConfig().GetLinux().GetResources(), i.applied)
 }

@@ -78,7 +78,7 @@ func (n *Node) SetStarted(id string, at time.Time) {
 // HoldProbes holds kubelet's probes of the container. The next process does not know when kubelet
 // was shown the container: it has the least that it can be.
 func (n *Node) HoldProbes(id string, hold time.Duration) {
-	hold += probeCut
+	hold += ProbeCut
 	n.Records.SetHeld(id, time.Now().Add(hold))
 	n.View.HoldProbes(id, hold)
 }

@@ -18,26 +18,26 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
-// maskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its
+// MaskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its
 // place. The caller knows that it runs, so the kernel tells that before the runtime does. The next
 // process begins with the mask.
-func (s *switcher) maskWhenGone() {
-	if s.c.old.exit == nil {
-		s.c.claim.Mask() // nothing tells its end in time
+func (s *Switcher) MaskWhenGone() {
+	if s.c.Old.Exit == nil {
+		s.c.Claim.Mask() // nothing tells its end in time
 		return
 	}
 	go func(w *switchover.Exit) { // ends with the process or the watch
 		<-w.Done()
 		if w.Over() {
-			guard.Do(s.c.log, s.c.claim.Mask)
+			guard.Do(s.c.Log, s.c.Claim.Mask)
 		}
-	}(s.c.old.exit)
+	}(s.c.Old.Exit)
 }
 
-// overlap starts the successor while the incumbent runs and waits until it has run for the time
+// Overlap starts the successor while the incumbent runs and waits until it has run for the time
 // asked for. Where the successor does not start beside the incumbent, the incumbent is to be stopped
 // first from then on. An error means that the incumbent was not touched.
-func (s *switcher) overlap(ctx context.Context) error {
+func (s *Switcher) Overlap(ctx context.Context) error {
 	err := s.startBeside(ctx)
 	if besideFails(err) {
 		return s.giveUpOverlap(ctx, err)
@@ -46,78 +46,78 @@ func (s *switcher) overlap(ctx context.Context) error {
 }
 
 // startBeside starts the successor while the incumbent runs, and waits until it is ready.
-func (s *switcher) startBeside(ctx context.Context) error {
-	if err := s.c.old.load(ctx); err != nil {
+func (s *Switcher) startBeside(ctx context.Context) error {
+	if err := s.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	if _, err := s.c.old.watch(ctx); err != nil {
+	if _, err := s.c.Old.Watch(ctx); err != nil {
 		return err
 	}
-	if err := s.c.interrupted(); err != nil { // resumed
+	if err := s.c.Interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := s.c.room.Raise(ctx, s.c.old.resources()); err != nil {
+	if err := s.c.Room.Raise(ctx, s.c.Old.resources()); err != nil {
 		return err
 	}
-	s.c.failpoint("raised")
+	s.c.Failpoint("raised")
 	s.beside = time.Now()
 	err := s.start(ctx)
 	s.besideUntil = time.Now()
 	if err != nil {
 		return err
 	}
-	s.c.failpoint("running")
-	rec := s.c.rec()
+	s.c.Failpoint("running")
+	rec := s.c.Record()
 	if !s.c.kind.Adopted() { // kubelet does it when it takes the container over
-		s.c.revealer.logLink(ctx, rec.Successor)
+		s.c.Revealer.LogLink(ctx, rec.Successor)
 	}
-	if err := s.c.revealer.postStartOnce(ctx); err != nil {
+	if err := s.c.Revealer.PostStart(ctx); err != nil {
 		return err
 	}
 	if err := s.awaitReady(ctx, rec.Successor); err != nil {
 		return err
 	}
-	s.c.failpoint("ready")
+	s.c.Failpoint("ready")
 	return nil
 }
 
 // awaitReady waits until the successor has run for the time asked for, or until there is nothing
 // left to wait for.
-func (s *switcher) awaitReady(ctx context.Context, id string) error {
-	wait, end := crinode.EndWith(ctx, s.c.claim.Yielded())
+func (s *Switcher) awaitReady(ctx context.Context, id string) error {
+	wait, end := crinode.EndWith(ctx, s.c.Claim.Yielded())
 	defer end()
-	wait, end = crinode.EndWith(wait, s.c.op.Cancelled())
+	wait, end = crinode.EndWith(wait, s.c.Op.Cancelled())
 	defer end()
-	if gone := s.c.old.exit.Ended(); gone != nil {
+	if gone := s.c.Old.Exit.Ended(); gone != nil {
 		wait, end = crinode.EndWith(wait, gone)
 		defer end()
 	}
-	until := time.Now().Add(time.Duration(s.c.spec.GetMinReadySeconds()) * time.Second)
+	until := time.Now().Add(time.Duration(s.c.Spec.GetMinReadySeconds()) * time.Second)
 	for {
-		if err := s.c.interrupted(); err != nil {
+		if err := s.c.Interrupted(); err != nil {
 			return err
 		}
-		if err := s.successorRuns(ctx, id); err != nil {
+		if err := s.SuccessorRuns(ctx, id); err != nil {
 			return err
 		}
 		left := time.Until(until)
-		if left <= 0 || s.c.old.exit.Over() {
+		if left <= 0 || s.c.Old.Exit.Over() {
 			return nil
 		}
 		_ = crinode.Sleep(wait, min(left, readyPoll)) // why it ended is asked above
 	}
 }
 
-// successorRuns is nil if the successor, which has been started beside the incumbent, runs.
-func (s *switcher) successorRuns(ctx context.Context, id string) error {
+// SuccessorRuns is nil if the successor, which has been started beside the incumbent, runs.
+func (s *Switcher) SuccessorRuns(ctx context.Context, id string) error {
 	for try := 1; ; try++ {
-		st, err := s.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		st, err := s.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		now := st.GetStatus()
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case status.Code(err) == codes.Unavailable && try < crinode.MaxTries:
-			if err := s.c.node.AwaitReturn(ctx, try); err != nil {
+			if err := s.c.Node.AwaitReturn(ctx, try); err != nil {
 				return err
 			}
 		case err != nil:

@@ -23,59 +23,59 @@ import (
 // made of such a one, but the startup probe has its turn all the same.
 
 const (
-	// maxHoldProbes bounds hold_probes.
-	maxHoldProbes = time.Hour
+	// MaxHoldProbes bounds hold_probes.
+	MaxHoldProbes = time.Hour
 	// defaultPeriod is the API's default periodSeconds of a probe.
 	defaultPeriod = 10 * time.Second
 	// probeLag is how long after the successor is shown kubelet's prober may learn of it, and of
 	// the startup probe's first turn: both go through kubelet's main loop.
 	probeLag = 2 * time.Second
-	// probeCut is what kubelet cuts off: it keeps starts in whole seconds (status_manager.go
+	// ProbeCut is what kubelet cuts off: it keeps starts in whole seconds (status_manager.go
 	// normalizeStatus), and counts less than a second to go for none (prober/worker.go doProbe).
-	probeCut = 2 * time.Second
+	ProbeCut = 2 * time.Second
 )
 
-// probeHold returns for how long kubelet's probes of the successor are to be held. Where the
+// ProbeHold returns for how long kubelet's probes of the successor are to be held. Where the
 // command does not say, kubelet may tell the period of the startup probe. One that tells is new
 // enough to need it.
-func (v *revealer) probeHold(ctx context.Context) time.Duration {
+func (v *Revealer) ProbeHold(ctx context.Context) time.Duration {
 	if v.probes != nil {
 		return *v.probes
 	}
 	var hold time.Duration
-	if told := v.c.spec.GetHoldProbes(); told != nil {
+	if told := v.c.Spec.GetHoldProbes(); told != nil {
 		hold = told.AsDuration()
-	} else if v.c.node.Pods != nil {
+	} else if v.c.Node.Pods != nil {
 		ask, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 		defer cancel()
-		pod, err := v.c.node.Pods.Pod(ask, v.c.op.Pod().GetUid())
+		pod, err := v.c.Node.Pods.Pod(ask, v.c.Op.Pod().GetUid())
 		if err != nil {
 			return 0 // asked again before it is needed
 		}
-		if period, is := pod.StartupPeriods[v.c.spec.GetName()]; is {
-			hold = min(cmp.Or(period, defaultPeriod)+probeLag, maxHoldProbes)
+		if period, is := pod.StartupPeriods[v.c.Spec.GetName()]; is {
+			hold = min(cmp.Or(period, defaultPeriod)+probeLag, MaxHoldProbes)
 		}
 	}
 	v.probes = &hold
 	return hold
 }
 
-// holdProbes holds kubelet's probes of the successor, which is about to be shown.
-func (v *revealer) holdProbes(ctx context.Context) {
-	if hold := v.probeHold(ctx); hold > 0 {
-		v.c.node.HoldProbes(v.c.rec().Successor, hold)
+// HoldProbes holds kubelet's probes of the successor, which is about to be shown.
+func (v *Revealer) HoldProbes(ctx context.Context) {
+	if hold := v.ProbeHold(ctx); hold > 0 {
+		v.c.Node.HoldProbes(v.c.Record().Successor, hold)
 	}
 }
 
-// holdNext holds the probes of the container that kubelet makes instead of taking the successor
+// HoldNext holds the probes of the container that kubelet makes instead of taking the successor
 // over, if it comes to that soon.
-func (v *revealer) holdNext(ctx context.Context, within time.Duration) {
-	hold := v.probeHold(ctx)
+func (v *Revealer) HoldNext(ctx context.Context, within time.Duration) {
+	hold := v.ProbeHold(ctx)
 	if hold <= 0 {
 		return
 	}
-	node, image, name := v.c.node, v.c.kind.NextImage(), v.c.spec.GetName()
-	v.c.node.View.WhenCreated(v.c.slot(), time.Now().Add(within),
+	node, image, name := v.c.Node, v.c.kind.NextImage(), v.c.Spec.GetName()
+	v.c.Node.View.WhenCreated(v.c.Slot(), time.Now().Add(within),
 		func(id string, req *runtimeapi.CreateContainerRequest) bool {
 			if image != "" && req.GetConfig().
 				GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {

@@ -40,7 +40,7 @@ func (n *upNode) probedFrom(name string) time.Time {
 func (n *upNode) wantHeld(name string, hold time.Duration) {
 	n.t.Helper()
 	from := n.probedFrom(name)
-	if held := time.Until(from); held < hold || held > hold+probeCut {
+	if held := time.Until(from); held < hold || held > hold+ProbeCut {
 		n.t.Errorf("probes of %s are held for %s, want %s", name, held, hold)
 	}
 	time.Sleep(time.Minute)

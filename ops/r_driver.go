@@ -35,9 +35,9 @@ func (d *restarter) Over(left bool) { d.join.end(left) }
 // WantSlot implements [Kind]. A restart has the upgrade that holds the slot taken back; see
 // [operation.Waiters].
 func (d *restarter) WantSlot() (got func()) {
-	holder, got := d.c.node.Waiters.Want(d.c.slot())
+	holder, got := d.c.Node.Waiters.Want(d.c.Slot())
 	if holder != nil {
-		d.c.node.TakeBack(holder, d.c.op)
+		d.c.Node.TakeBack(holder, d.c.Op)
 	}
 	return got
 }
@@ -53,7 +53,7 @@ func (d *restarter) NextImage() string { return "" }
 
 // Staged implements [Kind].
 func (d *restarter) Staged(_ *store.Container, status *opsv1.ContainerOperation) {
-	if !d.c.overlaps() {
+	if !d.c.Overlaps() {
 		status.Phase = opsv1.Phase_PHASE_STOPPING
 	}
 }
@@ -70,15 +70,15 @@ func (d *restarter) Succeeded() {}
 // Failed implements [Kind].
 func (d *restarter) Failed() {}
 
-// drive takes the container through the steps. It returns nil on success, an
+// Drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
 func (d *restarter) Drive(ctx context.Context) error {
 	ready := d.prepareSpecImage
 	switch {
-	case d.c.claim != nil:
+	case d.c.Claim != nil:
 		d.joins()
-		ready = d.c.resume
-	case d.c.image.Changes():
+		ready = d.c.Resume
+	case d.c.Image.Changes():
 		ready = d.prepareImage
 	}
 	if err := ready(ctx); err != nil {
@@ -86,33 +86,33 @@ func (d *restarter) Drive(ctx context.Context) error {
 	}
 	for {
 		var err error
-		switch s := d.c.rec().Step; s {
+		switch s := d.c.Record().Step; s {
 		case store.StepNone:
-			if err = d.c.stager.stage(ctx); d.c.image.RevertStopped(err) {
+			if err = d.c.Stager.Stage(ctx); d.c.Image.RevertStopped(err) {
 				return nil
 			}
 		case store.StepStaged:
-			if d.c.overlaps() {
+			if d.c.Overlaps() {
 				err = d.beforeOverlap(ctx)
 			} else {
 				err = d.beforeStop(ctx)
 			}
 		case store.StepStart:
-			if err = d.c.switcher.overlap(ctx); err == nil {
+			if err = d.c.Switcher.Overlap(ctx); err == nil {
 				err = d.beforeStop(ctx)
 			}
 		case store.StepStop:
-			err = d.c.switcher.swap(ctx)
+			err = d.c.Switcher.Swap(ctx)
 		case store.StepStarted:
 			return d.afterStart(ctx)
 		case store.StepReveal: // resumed: kubelet has been shown both
-			if c := d.c.status(); c.GetReason() != "" {
+			if c := d.c.Status(); c.GetReason() != "" {
 				return operation.Failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			if !d.c.op.Rebooted() { // else the runtime's times are those of the reboot
-				d.c.revealer.measure(ctx, d.c.rec())
+			if !d.c.Op.Rebooted() { // else the runtime's times are those of the reboot
+				d.c.Revealer.Measure(ctx, d.c.Record())
 			}
-			if d.c.rec().Joined {
+			if d.c.Record().Joined {
 				return d.awaitRecreation(ctx)
 			}
 			return nil
@@ -127,47 +127,47 @@ func (d *restarter) Drive(ctx context.Context) error {
 
 // beforeOverlap writes that the successor is about to run beside the incumbent.
 func (d *restarter) beforeOverlap(ctx context.Context) error {
-	if err := d.c.old.load(ctx); err != nil {
+	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	running, err := d.c.old.watch(ctx)
+	running, err := d.c.Old.Watch(ctx)
 	if err != nil {
 		return err
 	}
-	if err := d.c.interrupted(); err != nil {
+	if err := d.c.Interrupted(); err != nil {
 		return err
 	}
 	if !running {
-		return d.c.old.stoppedByItself(ctx)
+		return d.c.Old.StoppedByItself(ctx)
 	}
-	d.c.switcher.maskWhenGone()
-	return d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.Switcher.MaskWhenGone()
+	return d.c.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase = store.StepStart, opsv1.Phase_PHASE_STARTING
 	})
 }
 
 // afterStart runs postStart and reveals.
 func (d *restarter) afterStart(ctx context.Context) error {
-	rec := d.c.rec()
-	d.c.revealer.logLink(ctx, rec.Successor)
-	if err := d.c.revealer.postStartOnce(ctx); err != nil {
+	rec := d.c.Record()
+	d.c.Revealer.LogLink(ctx, rec.Successor)
+	if err := d.c.Revealer.PostStart(ctx); err != nil {
 		return err
 	}
-	if err := d.c.interrupted(); err != nil {
+	if err := d.c.Interrupted(); err != nil {
 		return err
 	}
-	d.c.image.Keep()
-	d.c.revealer.holdProbes(ctx)
-	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.Image.Keep()
+	d.c.Revealer.HoldProbes(ctx)
+	d.c.Note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal
 		op.Phase = opsv1.Phase_PHASE_REVEALING
 	})
-	if !d.c.claim.TryReveal() {
-		return d.c.interrupted()
+	if !d.c.Claim.TryReveal() {
+		return d.c.Interrupted()
 	}
 	joined := d.join.show()
-	d.c.failpoint("revealed")
-	d.c.revealer.measure(ctx, rec)
+	d.c.Failpoint("revealed")
+	d.c.Revealer.Measure(ctx, rec)
 	if joined {
 		return d.awaitRecreation(ctx)
 	}

@@ -16,7 +16,6 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
-	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -61,7 +60,7 @@ func (j *join) listen(by time.Time) {
 // joined, or is about to; so is one of which the view knows, and that has not come here yet. If
 // none has, none will.
 func (j *join) show() bool {
-	stopping := j.d.c.claim.Stopping()
+	stopping := j.d.c.Claim.Stopping()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	close(j.shown)
@@ -94,7 +93,7 @@ func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
 	why := j.d.refusalToJoin(ctx)
 	j.decide(why == "")
 	if why != "" {
-		j.d.c.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
+		j.d.c.Log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
 		return false, nil
 	}
 	j.d.joined()
@@ -155,7 +154,7 @@ func (j *join) hurry(ctx context.Context, grace time.Duration) {
 	if !less {
 		return
 	}
-	j.d.c.old.hurry(ctx, grace)
+	j.d.c.Old.Hurry(ctx, grace)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if !j.hurried {
@@ -176,7 +175,7 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 // joins lets kubelet's stops join from the moment on at which the restart is bound to stop the
 // container, whichever process has come to that. The caller holds the slot.
 func (d *restarter) joins() {
-	rec := d.c.rec()
+	rec := d.c.Record()
 	if rec.Joinable() {
 		d.join.listen(rec.StopBy)
 	}
@@ -188,15 +187,15 @@ func (d *restarter) joins() {
 	if rec.Step == store.StepReveal {
 		d.join.show()
 	}
-	d.c.claim.Drive(d.join)
+	d.c.Claim.Drive(d.join)
 }
 
 // refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet
 // tells; empty if it may.
 func (d *restarter) refusalToJoin(ctx context.Context) string {
-	return d.c.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
-		name, rec := d.c.spec.GetName(), d.c.rec()
-		request, err := d.c.node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
+	return d.c.AskKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
+		name, rec := d.c.Spec.GetName(), d.c.Record()
+		request, err := d.c.Node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for
@@ -209,44 +208,44 @@ func (d *restarter) refusalToJoin(ctx context.Context) string {
 
 // joined notes that a stop of kubelet's has joined the restart.
 func (d *restarter) joined() {
-	if d.c.rec().Joined {
+	if d.c.Record().Joined {
 		return
 	}
-	_, err := d.c.handle.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	_, err := d.c.Handle.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		if c.Joined {
 			return
 		}
 		c.Joined = true
-		op.Warnings = append(op.Warnings, joinedWarning)
+		op.Warnings = append(op.Warnings, JoinedWarning)
 	})
 	if err != nil {
-		d.c.log.WithError(err).Warn("not written that a stop of kubelet's has joined the restart")
+		d.c.Log.WithError(err).Warn("not written that a stop of kubelet's has joined the restart")
 	}
-	d.c.log.Info("kubelet stops the container too: its stop joins the restart")
+	d.c.Log.Info("kubelet stops the container too: its stop joins the restart")
 }
 
-const joinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a " +
+const JoinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a " +
 	"failed probe perhaps: " +
 	"its stop became part of the restart"
 
 const (
-	// recreateTimeout is how long kubelet may take from the answer to a stop that has joined to its
+	// RecreateTimeout is how long kubelet may take from the answer to a stop that has joined to its
 	// CreateContainer. Both are of one sync of the pod, with nothing in between but a look at the
 	// images, for which kubelet asks a registry where the pull policy is Always: less than a second
 	// mostly. With restartPolicy Never none comes. Where kubelet's Pods API tells that its next
 	// sync has begun there is nothing to wait for. A CreateContainer that comes later finds its
 	// name taken in the runtime, and kubelet's next sync finds the successor running
 	// (kuberuntime_manager.go computePodActions).
-	recreateTimeout = 30 * time.Second
-	// recreatePoll is how often that is asked.
-	recreatePoll = time.Second
+	RecreateTimeout = 30 * time.Second
+	// RecreatePoll is how often that is asked.
+	RecreatePoll = time.Second
 )
 
 // awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
 func (d *restarter) awaitRecreation(ctx context.Context) error {
-	timeout := time.NewTimer(recreateTimeout)
+	timeout := time.NewTimer(RecreateTimeout)
 	defer timeout.Stop()
-	look := time.NewTicker(recreatePoll)
+	look := time.NewTicker(RecreatePoll)
 	defer look.Stop()
 	for {
 		select {
@@ -256,8 +255,8 @@ func (d *restarter) awaitRecreation(ctx context.Context) error {
 			if d.isKnown(ctx) {
 				return nil
 			}
-		case <-d.c.claim.Yielded():
-			return d.c.interrupted()
+		case <-d.c.Claim.Yielded():
+			return d.c.Interrupted()
 		case <-timeout.C:
 			return nil
 		case <-ctx.Done():
@@ -269,40 +268,40 @@ func (d *restarter) awaitRecreation(ctx context.Context) error {
 // isKnown reports whether kubelet tells that it goes by the successor: that is so from the
 // beginning of its next sync of the pod.
 func (d *restarter) isKnown(ctx context.Context) bool {
-	if d.c.node.Pods == nil {
+	if d.c.Node.Pods == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsapi.Timeout)
 	defer cancel()
-	pod, err := d.c.node.Pods.Pod(ctx, d.c.op.Pod().GetUid())
+	pod, err := d.c.Node.Pods.Pod(ctx, d.c.Op.Pod().GetUid())
 	if err != nil {
 		return false
 	}
-	_, id, _ := strings.Cut(pod.Running[d.c.spec.GetName()], "://")
-	return id == d.c.successor()
+	_, id, _ := strings.Cut(pod.Running[d.c.Spec.GetName()], "://")
+	return id == d.c.Successor()
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (d *restarter) recreate(ctx context.Context, q *Creation) error {
-	if q.Request.GetConfig().GetMetadata().GetAttempt() > d.c.status().GetAttempt() {
+	if q.Request.GetConfig().GetMetadata().GetAttempt() > d.c.Status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := d.c.node.Overridden(ctx, d.c.slot(), q.Request)
-	differing := d.c.stager.differs(ctx, asked)
+	asked := d.c.Node.Overridden(ctx, d.c.Slot(), q.Request)
+	differing := d.c.Stager.Differs(ctx, asked)
 	if len(differing) == 0 {
-		d.c.stager.matchResources(ctx, asked)
-		q.Adopt(d.c.successor())
+		d.c.Stager.MatchResources(ctx, asked)
+		q.Adopt(d.c.Successor())
 		return nil
 	}
-	d.c.log.WithField("differing", differing).
+	d.c.Log.WithField("differing", differing).
 		Warn("kubelet asks for another container than the restart has made: it makes its own")
-	d.c.stager.stopWithin(ctx, d.c.successor(), min(max(d.c.old.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
-	if err := d.c.stager.removeContainer(ctx, d.c.successor()); err != nil {
+	d.c.Stager.StopWithin(ctx, d.c.Successor(), d.c.Old.LateGrace(ctx))
+	if err := d.c.Stager.Remove(ctx, d.c.Successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
-	d.c.warn("kubelet made the container once more, because it asked for another one than there was: %s",
+	d.c.Warn("kubelet made the container once more, because it asked for another one than there was: %s",
 		strings.Join(differing, ", "))
-	d.c.setMethod(opsv1.MethodKubelet)
-	d.c.revealer.holdNext(ctx, adoptTimeout)
+	d.c.SetMethod(opsv1.MethodKubelet)
+	d.c.Revealer.HoldNext(ctx, AdoptTimeout)
 	return nil
 }

@@ -19,30 +19,30 @@ import (
 // anyone cancel. Without a hook, the same write has the step stop. From then on kubelet's own stops
 // join.
 func (d *restarter) beforeStop(ctx context.Context) error {
-	if err := d.c.old.load(ctx); err != nil {
+	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	rec := d.c.rec()
+	rec := d.c.Record()
 	resumed := !rec.StopBy.IsZero() // it is written after the commit
-	d.c.claim.Mask()
+	d.c.Claim.Mask()
 	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's,
 	// unless the successor runs already.
-	running, err := d.c.old.watch(ctx)
+	running, err := d.c.Old.Watch(ctx)
 	if err != nil {
 		return err
 	}
 	if !resumed {
-		if err := d.c.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
+		if err := d.c.Interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
 			return err
 		}
-		if !running && !d.c.overlaps() {
-			return d.c.old.stoppedByItself(ctx)
+		if !running && !d.c.Overlaps() {
+			return d.c.Old.StoppedByItself(ctx)
 		}
-		if !d.c.op.PassPointOfNoReturn() {
-			return d.c.cancelledOutcome()
+		if !d.c.Op.PassPointOfNoReturn() {
+			return d.c.CancelledOutcome()
 		}
 	}
-	grace := d.c.old.grace()
+	grace := d.c.Old.Grace()
 	var hook *opsv1.Hook
 	if running {
 		hook = d.preStopHook(grace)
@@ -50,7 +50,7 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 	if rec.StopBy.IsZero() {
 		rec.StopBy = time.Now().Add(grace)
 		d.join.listen(rec.StopBy)
-		err := d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+		err := d.c.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
 			if hook == nil {
 				c.Step = store.StepStop
@@ -60,32 +60,32 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 			return err
 		}
 		if hook == nil && !rec.SuccessorMayRun() {
-			d.c.switcher.nothingTouched()
+			d.c.Switcher.NothingTouched()
 		}
 	}
-	d.c.revealer.probeHold(ctx)
+	d.c.Revealer.ProbeHold(ctx)
 	if hook != nil {
 		d.runPreStop(ctx, hook, grace, rec.StopBy)
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := d.c.interrupted(); err != nil {
+	if err := d.c.Interrupted(); err != nil {
 		return err
 	}
-	if d.c.rec().Step == store.StepStop {
+	if d.c.Record().Step == store.StepStop {
 		return nil
 	}
-	return d.c.write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
+	return d.c.Write(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepStop })
 }
 
 // preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no
 // grace means no hook.
 func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
-	hook := d.c.spec.GetPreStop()
+	hook := d.c.Spec.GetPreStop()
 	if hook == nil {
 		var err error
-		if hook, err = hooks.RecordedPreStop(d.c.old.status.GetAnnotations()); err != nil {
+		if hook, err = hooks.RecordedPreStop(d.c.Old.Status.GetAnnotations()); err != nil {
 			d.preStopFailed("preStop: %v", err)
 		}
 	}
@@ -100,16 +100,16 @@ func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
 func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	ctx, end := crinode.EndWith(ctx, d.c.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, d.c.Claim.Yielded())
 	defer end()
 	ctx, end = crinode.EndWith(ctx, d.join.sooner)
 	defer end()
-	if gone := d.c.old.exit.Ended(); gone != nil {
+	if gone := d.c.Old.Exit.Ended(); gone != nil {
 		ctx, end = crinode.EndWith(ctx, gone) // nobody left to run it in
 		defer end()
 	}
-	rec := d.c.rec()
-	if err := d.c.node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+	rec := d.c.Record()
+	if err := d.c.Node.Hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
 		d.preStopFailed("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		d.preStopFailed("preStop hook did not end within the grace period of %s", grace)
@@ -119,6 +119,6 @@ func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time
 // preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The
 // warning begins with "preStop".
 func (d *restarter) preStopFailed(format string, args ...any) {
-	d.c.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
-	d.c.warn(format, args...)
+	d.c.Show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
+	d.c.Warn(format, args...)
 }

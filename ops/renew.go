@@ -19,9 +19,9 @@ import (
 
 // renew puts into the config of the successor, which is that of the incumbent, what kubelet would
 // compute anew.
-func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	env, lost := s.c.op.Environment(s.c.spec.GetName())
-	podDir := environment.PodDir(c, s.c.op.Pod().GetUid())
+func (s *Stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+	env, lost := s.c.Op.Environment(s.c.Spec.GetName())
+	podDir := environment.PodDir(c, s.c.Op.Pod().GetUid())
 	var parts environment.Parts
 	var err error
 	switch {
@@ -37,31 +37,31 @@ func (s *stager) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error
 	if err != nil {
 		return operation.Failf(opsv1.ReasonCreateContainerConfigError,
 			"kubelet could not start container %q again (%s): %v",
-			s.c.spec.GetName(), opsv1.ReasonCreateContainerConfigError, err)
+			s.c.Spec.GetName(), opsv1.ReasonCreateContainerConfigError, err)
 	}
 	if err := parts.Note(c); err != nil {
 		return operation.Failf(opsv1.ReasonInternalError, "%v", err)
 	}
-	return s.c.image.ApplyVolumes(ctx, c, env)
+	return s.c.Image.ApplyVolumes(ctx, c, env)
 }
 
 // checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a
 // path that others can change is what was meant. If not, it must not run.
-func (s *stager) checkParts(ctx context.Context, rec store.Container) error {
+func (s *Stager) checkParts(ctx context.Context, rec store.Container) error {
 	var st *runtimeapi.ContainerStatus
-	err := s.c.node.Retry(ctx, func() (err error) {
-		st, _, err = s.c.node.Inspect(ctx, rec.Successor)
+	err := s.c.Node.Retry(ctx, func() (err error) {
+		st, _, err = s.c.Node.Inspect(ctx, rec.Successor)
 		return err
 	})
 	parts := environment.PartsOf(st.GetAnnotations())
 	if err == nil && len(parts) == 0 {
 		return nil
 	}
-	if err == nil && s.c.switcher.pid == 0 {
+	if err == nil && s.c.Switcher.pid == 0 {
 		err = errors.New("the process that waits at its gate cannot be looked at")
 	}
 	if err == nil {
-		err = parts.Check(st.GetMounts(), s.c.switcher.pid)
+		err = parts.Check(st.GetMounts(), s.c.Switcher.pid)
 	}
 	if err != nil {
 		return operation.Failf(opsv1.ReasonCreateContainerConfigError,
@@ -72,8 +72,8 @@ func (s *stager) checkParts(ctx context.Context, rec store.Container) error {
 }
 
 // needsGate refuses a successor with such mounts that would run at once.
-func (s *stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
-	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || s.c.rec().Method == opsv1.MethodGate {
+func (s *Stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
+	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || s.c.Record().Method == opsv1.MethodGate {
 		return nil
 	}
 	return operation.Failf(opsv1.ReasonCreateContainerConfigError,
@@ -83,71 +83,71 @@ func (s *stager) needsGate(req *runtimeapi.CreateContainerRequest) error {
 
 // nextRequest is the request that makes the successor: that of the incumbent, with what kubelet
 // would compute anew, and with the image that the operation is for.
-func (s *stager) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
-	if err := s.c.old.load(ctx); err != nil {
+func (s *Stager) nextRequest(ctx context.Context, token string) (*runtimeapi.CreateContainerRequest, error) {
+	if err := s.c.Old.Load(ctx); err != nil {
 		return nil, err
 	}
-	s.c.old.update()
-	req, err := criclone.Clone(s.c.old.request, s.c.old.applied, s.c.status().GetAttempt(), token)
+	s.c.Old.update()
+	req, err := criclone.Clone(s.c.Old.Request, s.c.Old.applied, s.c.Status().GetAttempt(), token)
 	if err != nil {
 		return nil, operation.Failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
 	if err := s.renew(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
-	if err := s.c.image.Apply(ctx, req.GetConfig()); err != nil {
+	if err := s.c.Image.Apply(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
 	return req, nil
 }
 
-// renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make
+// Renew makes the staged successor of an upgrade anew if it is not what kubelet would make
 // now: an upgrade may have waited for its commit for long.
-func (s *stager) renewStaged(ctx context.Context) error {
-	pull, end := crinode.EndWith(ctx, s.c.claim.Yielded())
-	pull, endToo := crinode.EndWith(pull, s.c.op.Cancelled())
-	err := s.c.image.Repull(pull)
+func (s *Stager) Renew(ctx context.Context) error {
+	pull, end := crinode.EndWith(ctx, s.c.Claim.Yielded())
+	pull, endToo := crinode.EndWith(pull, s.c.Op.Cancelled())
+	err := s.c.Image.Repull(pull)
 	endToo()
 	end()
-	if gone := s.c.interrupted(); gone != nil {
+	if gone := s.c.Interrupted(); gone != nil {
 		return gone
 	}
 	if err != nil {
 		return err
 	}
-	rec := s.c.rec()
+	rec := s.c.Record()
 	next, err := s.nextRequest(ctx, rec.Token)
 	if err != nil {
 		return err
 	}
-	if err := s.c.image.CheckNext(ctx, next); err != nil {
+	if err := s.c.Image.CheckNext(ctx, next); err != nil {
 		return err
 	}
-	ours := s.c.node.Records.Request(rec.Successor)
+	ours := s.c.Node.Records.Request(rec.Successor)
 	if ours != nil && len(criclone.Diff(ours, next)) == 0 {
 		return nil
 	}
 	if ours != nil {
-		s.c.log.WithField("differing", criclone.Diff(ours, next)).
+		s.c.Log.WithField("differing", criclone.Diff(ours, next)).
 			Info("what kubelet would make has changed since the preparation")
 	}
 	return s.stageAnew(ctx, "")
 }
 
-// differs names what kubelet asks for otherwise than it was prepared.
-func (s *stager) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
-	ours, err := s.c.node.RequestOf(ctx, s.c.successor(), s.c.rec().Sandbox)
+// Differs names what kubelet asks for otherwise than it was prepared.
+func (s *Stager) Differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
+	ours, err := s.c.Node.RequestOf(ctx, s.c.Successor(), s.c.Record().Sandbox)
 	if err != nil {
-		s.c.log.WithError(err).Warn("prepared container cannot be compared")
+		s.c.Log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
 	}
 	return criclone.Diff(criclone.AlignMounts(ours, asked), asked)
 }
 
-// matchResources gives the successor the resources that kubelet asks for, if they have changed
+// MatchResources gives the successor the resources that kubelet asks for, if they have changed
 // since it was made.
-func (s *stager) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
-	if err := s.c.node.MatchResources(ctx, s.c.successor(), asked); err != nil {
-		s.c.warn("the new container did not take the resources that kubelet asked for: %v", err)
+func (s *Stager) MatchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
+	if err := s.c.Node.MatchResources(ctx, s.c.Successor(), asked); err != nil {
+		s.c.Warn("the new container did not take the resources that kubelet asked for: %v", err)
 	}
 }

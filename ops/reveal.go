@@ -17,38 +17,38 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// revealer shows the successor to kubelet.
-type revealer struct {
+// Revealer shows the successor to kubelet.
+type Revealer struct {
 	c      *Container
 	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
 }
 
-// postStartOnce runs the postStart hook, if there is one that has not been run.
-func (v *revealer) postStartOnce(ctx context.Context) error {
-	rec, hook := v.c.rec(), v.c.spec.GetPostStart()
+// PostStart runs the postStart hook, if there is one that has not been run.
+func (v *Revealer) PostStart(ctx context.Context) error {
+	rec, hook := v.c.Record(), v.c.Spec.GetPostStart()
 	switch {
 	case hook == nil || rec.PostDone:
 		return nil
 	case rec.PostStarted: // resumed
-		v.c.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is " +
+		v.c.Warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is " +
 			"not run again")
-		v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
+		v.c.Note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 		return nil
 	}
-	v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostStarted = true })
+	v.c.Note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostStarted = true })
 	if err := v.postStart(ctx, hook, rec); err != nil {
 		return err
 	}
-	v.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
+	v.c.Note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.PostDone = true })
 	return nil
 }
 
 // postStart runs the hook. As in kubelet, the container is not shown before it has
 // ended, and is stopped when it fails (kuberuntime_container.go startContainer).
-func (v *revealer) postStart(ctx context.Context, hook *opsv1.Hook, rec store.Container) error {
-	call, end := crinode.EndWith(ctx, v.c.claim.Yielded())
+func (v *Revealer) postStart(ctx context.Context, hook *opsv1.Hook, rec store.Container) error {
+	call, end := crinode.EndWith(ctx, v.c.Claim.Yielded())
 	defer end()
-	err := v.c.node.Hooks.Run(call, hook, rec.Successor, rec.Sandbox)
+	err := v.c.Node.Hooks.Run(call, hook, rec.Successor, rec.Sandbox)
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
@@ -56,30 +56,30 @@ func (v *revealer) postStart(ctx context.Context, hook *opsv1.Hook, rec store.Co
 		"postStart hook failed and the new container was stopped: %v", err)
 }
 
-// measure fills in what the runtime reports of the swap.
-func (v *revealer) measure(ctx context.Context, rec store.Container) {
-	before, err := v.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+// Measure fills in what the runtime reports of the swap.
+func (v *Revealer) Measure(ctx context.Context, rec store.Container) {
+	before, err := v.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if err != nil {
 		return
 	}
-	after, err := v.c.node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+	after, err := v.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 	if err != nil {
 		return
 	}
 	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
-	if v.c.old.exit.Over() {
-		stopped = v.c.old.exit.At() // the runtime's own is that of its next start if it was away
+	if v.c.Old.Exit.Over() {
+		stopped = v.c.Old.Exit.At() // the runtime's own is that of its next start if it was away
 	}
-	if at := v.c.node.Records.Started(rec.Successor); !at.IsZero() {
+	if at := v.c.Node.Records.Started(rec.Successor); !at.IsZero() {
 		started = at
 	}
-	if !v.c.overlaps() && started.Before(stopped) {
+	if !v.c.Overlaps() && started.Before(stopped) {
 		stopped = started // the end is noticed in two places, and what waits for it may have been the faster one
 	}
-	v.c.show(func(c *opsv1.ContainerOperation) {
+	v.c.Show(func(c *opsv1.ContainerOperation) {
 		c.ExitCode = before.GetStatus().GetExitCode()
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
 		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
 	})
-	v.c.node.Metrics.Gap.WithLabelValues(v.c.op.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
+	v.c.Node.Metrics.Gap.WithLabelValues(v.c.Op.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
 }

@@ -545,7 +545,7 @@ func TestKilledInstead(t *testing.T) {
 					defer f.mu.Unlock()
 					reason := "Error"
 					if tc.oom {
-						reason = oomKilled
+						reason = OOMKilled
 					}
 					f.end(old, tc.code, reason)
 					return nil

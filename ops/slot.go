@@ -16,92 +16,92 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// takeSlot waits for the operation's turn on the slot.
-func (r *Container) takeSlot(ctx context.Context) error {
-	waiting, end := crinode.EndWith(ctx, r.op.Cancelled())
+// TakeSlot waits for the operation's turn on the slot.
+func (c *Container) TakeSlot(ctx context.Context) error {
+	waiting, end := crinode.EndWith(ctx, c.Op.Cancelled())
 	defer end()
-	defer r.kind.WantSlot()()
-	r.queued = true
-	if err := r.node.Lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+	defer c.kind.WantSlot()()
+	c.queued = true
+	if err := c.Node.Lost.AwaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {
-			return r.cancelledOutcome()
+			return c.CancelledOutcome()
 		}
 		return err
 	}
-	if err := r.node.Lost.Refuse(r.slot()); err != nil {
+	if err := c.Node.Lost.Refuse(c.Slot()); err != nil {
 		return err
 	}
-	claim, err := r.node.View.Claim(waiting, r.slot())
+	claim, err := c.Node.View.Claim(waiting, c.Slot())
 	switch {
 	case err == nil:
-		r.claim, r.queued = claim, false
-		r.kind.Taken()
+		c.Claim, c.queued = claim, false
+		c.kind.Taken()
 		return nil
 	case ctx.Err() == nil:
-		return r.cancelledOutcome()
+		return c.CancelledOutcome()
 	default:
 		return err
 	}
 }
 
-// dropSlot gives up the slot, in which the operation has made nothing.
-func (r *Container) dropSlot() {
-	r.claim.Release()
-	r.claim = nil
+// DropSlot gives up the slot, in which the operation has made nothing.
+func (c *Container) DropSlot() {
+	c.Claim.Release()
+	c.Claim = nil
 }
 
-func (r *Container) cancelledOutcome() *operation.Outcome {
-	msg := r.op.Snapshot().GetMessage()
+func (c *Container) CancelledOutcome() *operation.Outcome {
+	msg := c.Op.Snapshot().GetMessage()
 	if msg == "" {
 		msg = "cancelled"
 	}
 	return &operation.Outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonCancelled, Message: msg}
 }
 
-// interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
-func (r *Container) interrupted() error {
-	if y := r.claim.YieldedTo(); y != nil {
+// Interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
+func (c *Container) Interrupted() error {
+	if y := c.Claim.YieldedTo(); y != nil {
 		return operation.Failf(opsv1.ReasonTakenBackByKubelet,
 			"kubelet called %s in the middle of the %s and is in charge now",
-			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind.Name())
+			y.Method[strings.LastIndexByte(y.Method, '/')+1:], c.kind.Name())
 	}
 	select {
-	case <-r.op.Cancelled(): // then it has not been committed, and never is
-		return r.cancelledOutcome()
+	case <-c.Op.Cancelled(): // then it has not been committed, and never is
+		return c.CancelledOutcome()
 	default:
 		return nil
 	}
 }
 
-// slot is the slot of the container.
-func (r *Container) slot() view.Slot { return r.handle.Slot() }
+// Slot is the slot of the container.
+func (c *Container) Slot() view.Slot { return c.Handle.Slot() }
 
-// within runs f until it is done, ctx ends, the operation is cancelled or the limit, which is
+// Within runs f until it is done, ctx ends, the operation is cancelled or the limit, which is
 // counted from began, is over.
-func (r *Container) within(
+func (c *Container) Within(
 	ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error,
 ) error {
 	ready, cancel := context.WithDeadline(ctx, began.Add(limit))
 	defer cancel()
-	call, end := crinode.EndWith(ready, r.op.Cancelled())
+	call, end := crinode.EndWith(ready, c.Op.Cancelled())
 	defer end()
 	err := f(call)
 	var out *operation.Outcome
 	switch {
-	case err != nil && r.op.IsCancelled():
-		return r.cancelledOutcome()
+	case err != nil && c.Op.IsCancelled():
+		return c.CancelledOutcome()
 	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
-		return operation.Failf(opsv1.ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
+		return operation.Failf(opsv1.ReasonPrepareTimeout, "not ready within %s, %s", limit, c.awaited())
 	}
 	return err
 }
 
 // awaited says what an operation that is not ready is at.
-func (r *Container) awaited() string {
-	if r.queued {
-		return "waiting for the container, which " + orOther(r.node.Holder(r.slot())) + " has"
+func (c *Container) awaited() string {
+	if c.queued {
+		return "waiting for the container, which " + orOther(c.Node.Holder(c.Slot())) + " has"
 	}
-	return "in phase " + operation.PhaseName(r.status().GetPhase())
+	return "in phase " + operation.PhaseName(c.Status().GetPhase())
 }
 
 func orOther(uid string) string {

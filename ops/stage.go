@@ -27,18 +27,18 @@ import (
 // is in no state for a restart.
 const hideTimeout = 10 * time.Second
 
-// stager makes the successor, hidden, and removes it.
-type stager struct{ c *Container }
+// Stager makes the successor, hidden, and removes it.
+type Stager struct{ c *Container }
 
-// stage resolves the slot, checks the preconditions and creates the successor, hidden.
-func (s *stager) stage(ctx context.Context) error {
-	s.c.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
-	if err := s.c.node.AwaitRuntime(ctx); err != nil {
+// Stage resolves the slot, checks the preconditions and creates the successor, hidden.
+func (s *Stager) Stage(ctx context.Context) error {
+	s.c.Show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
+	if err := s.c.Node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	call, cancel := context.WithTimeout(ctx, crinode.CallTimeout)
 	defer cancel()
-	found, err := s.c.node.Resolve(call, s.c.op.Pod(), s.c.spec, s.c.op.Request().GetForce())
+	found, err := s.c.Node.Resolve(call, s.c.Op.Pod(), s.c.Spec, s.c.Op.Request().GetForce())
 	if err != nil {
 		var out *operation.Outcome
 		if errors.As(err, &out) {
@@ -46,17 +46,17 @@ func (s *stager) stage(ctx context.Context) error {
 		}
 		return fmt.Errorf("finding the container: %w", err)
 	}
-	s.c.claim.Bind(found.Sandbox, found.Incumbent)
+	s.c.Claim.Bind(found.Sandbox, found.Incumbent)
 	if err := s.checkTakenBack(); err != nil {
 		return err
 	}
-	s.c.node.Switchover.Probe(ctx)
-	plan, err := s.c.image.Plan(call, found)
+	s.c.Node.Switchover.Probe(ctx)
+	plan, err := s.c.Image.Plan(call, found)
 	if err != nil {
 		return err
 	}
-	token := s.c.node.Tokens.New()
-	err = s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+	token := s.c.Node.Tokens.New()
+	err = s.c.Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		*rec = store.Container{Step: store.StepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token,
 			Override: plan}
 		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt
@@ -66,7 +66,7 @@ func (s *stager) stage(ctx context.Context) error {
 	}
 	hide, cancelHide := context.WithTimeout(ctx, hideTimeout)
 	defer cancelHide()
-	if err := s.c.claim.Hide(hide, token); err != nil {
+	if err := s.c.Claim.Hide(hide, token); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -77,8 +77,8 @@ func (s *stager) stage(ctx context.Context) error {
 	if err := s.chooseMethod(call); err != nil {
 		return err
 	}
-	if s.c.overlaps() { // before anything is made for it
-		if err := s.c.room.Beside(call, s.c.old.resources()); err != nil {
+	if s.c.Overlaps() { // before anything is made for it
+		if err := s.c.Room.Beside(call, s.c.Old.resources()); err != nil {
 			return err
 		}
 	}
@@ -86,10 +86,10 @@ func (s *stager) stage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.c.interrupted(); err != nil {
+	if err := s.c.Interrupted(); err != nil {
 		return err
 	}
-	return s.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+	return s.c.Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		rec.Step, rec.Successor = store.StepStaged, id
 		c.SuccessorId = id
 		s.c.kind.Staged(rec, c)
@@ -97,51 +97,51 @@ func (s *stager) stage(ctx context.Context) error {
 }
 
 // chooseMethod picks the best method that the node has and that applies to the container.
-func (s *stager) chooseMethod(ctx context.Context) error {
-	if err := s.c.old.load(ctx); err != nil {
+func (s *Stager) chooseMethod(ctx context.Context) error {
+	if err := s.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	if s.c.overlaps() {
-		s.c.setMethod(opsv1.MethodOverlap)
+	if s.c.Overlaps() {
+		s.c.SetMethod(opsv1.MethodOverlap)
 		return nil
 	}
-	_, info, err := s.c.old.inspect(ctx)
+	_, info, err := s.c.Old.inspect(ctx)
 	if err != nil {
 		return err
 	}
-	if s.c.node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType &&
-		gate.Fits(s.c.old.request.GetConfig()) == nil {
-		why := s.c.room.RefuseGate(ctx)
+	if s.c.Node.Switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType &&
+		gate.Fits(s.c.Old.Request.GetConfig()) == nil {
+		why := s.c.Room.RefuseGate(ctx)
 		if why == "" {
-			s.c.setMethod(opsv1.MethodGate)
+			s.c.SetMethod(opsv1.MethodGate)
 			return nil
 		}
-		s.c.warn("%s: the old container is stopped before the new one is started", why)
+		s.c.Warn("%s: the old container is stopped before the new one is started", why)
 	}
 	switch {
-	case s.c.node.Switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && s.c.old.ownPIDs():
-		s.c.setMethod(opsv1.MethodPidfd)
+	case s.c.Node.Switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && s.c.Old.ownPIDs():
+		s.c.SetMethod(opsv1.MethodPidfd)
 	default:
-		s.c.setMethod(opsv1.MethodPlain)
+		s.c.SetMethod(opsv1.MethodPlain)
 	}
 	return nil
 }
 
-// setMethod is on disk with the next step.
-func (r *Container) setMethod(m string) {
-	r.handle.Set(func(rec *store.Container, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
+// SetMethod is on disk with the next step.
+func (c *Container) SetMethod(m string) {
+	c.Handle.Set(func(rec *store.Container, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
 }
 
 // checkTakenBack refuses a container that kubelet is stopping already, or a pod on its way out.
-func (s *stager) checkTakenBack() error {
-	if s.c.claim.Stopping() {
-		return operation.Failf(opsv1.ReasonPodStopping, "kubelet is stopping container %q already", s.c.spec.GetName())
+func (s *Stager) checkTakenBack() error {
+	if s.c.Claim.Stopping() {
+		return operation.Failf(opsv1.ReasonPodStopping, "kubelet is stopping container %q already", s.c.Spec.GetName())
 	}
-	return s.c.interrupted()
+	return s.c.Interrupted()
 }
 
 // create creates the next attempt of the incumbent under the token.
-func (s *stager) create(ctx context.Context, token string) (string, error) {
+func (s *Stager) create(ctx context.Context, token string) (string, error) {
 	req, err := s.nextRequest(ctx, token)
 	if err == nil {
 		err = s.needsGate(req)
@@ -166,21 +166,21 @@ func (s *stager) create(ctx context.Context, token string) (string, error) {
 		}
 	}
 	if raw, err := proto.Marshal(req); err == nil {
-		s.c.node.Records.Created(id, raw) // without the gate, which is for this one only
+		s.c.Node.Records.Created(id, raw) // without the gate, which is for this one only
 	}
-	s.c.claim.Staged(id)
-	s.c.failpoint("created")
+	s.c.Claim.Staged(id)
+	s.c.Failpoint("created")
 	s.catchUp(ctx, id)
 	return id, nil
 }
 
-// ensureStaged creates the successor if there is none.
-func (s *stager) ensureStaged(ctx context.Context) error {
-	rec := s.c.rec()
+// EnsureStaged creates the successor if there is none.
+func (s *Stager) EnsureStaged(ctx context.Context) error {
+	rec := s.c.Record()
 	if rec.Successor != "" {
 		return nil
 	}
-	id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token)
+	id, err := s.c.Node.FindStaged(ctx, rec.Sandbox, rec.Token)
 	if err != nil {
 		return err
 	}
@@ -190,28 +190,28 @@ func (s *stager) ensureStaged(ctx context.Context) error {
 		}
 	}
 	// On disk with the next step; until then the token finds the successor.
-	s.c.handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Successor = id })
-	s.c.claim.Staged(id)
+	s.c.Handle.Set(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Successor = id })
+	s.c.Claim.Staged(id)
 	return nil
 }
 
 // stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was
 // wrong with the container itself; that is tried once.
-func (s *stager) stageAnew(ctx context.Context, why string) error {
+func (s *Stager) stageAnew(ctx context.Context, why string) error {
 	if why != "" {
-		s.c.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
+		s.c.Log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
 	}
-	rec := s.c.rec()
-	token := s.c.node.Tokens.New()
-	if err := s.removeContainer(ctx, rec.Successor); err != nil {
+	rec := s.c.Record()
+	token := s.c.Node.Tokens.New()
+	if err := s.Remove(ctx, rec.Successor); err != nil {
 		return err
 	}
-	if err := s.c.node.Switchover.Gate(rec.Token).Remove(); err != nil {
-		s.c.log.WithError(err).Warn("gate not removed")
+	if err := s.c.Node.Switchover.Gate(rec.Token).Remove(); err != nil {
+		s.c.Log.WithError(err).Warn("gate not removed")
 	}
-	s.c.claim.HideNow(token)
-	s.c.claim.Staged("")
-	return s.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	s.c.Claim.HideNow(token)
+	s.c.Claim.Staged("")
+	return s.c.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Token, c.Successor = token, ""
 		if why != "" {
 			c.Retried = true
@@ -221,19 +221,19 @@ func (s *stager) stageAnew(ctx context.Context, why string) error {
 }
 
 // startOnce starts the container, whatever state a crash or a runtime restart left it in.
-func (s *stager) startOnce(ctx context.Context, id string) error {
-	return s.c.node.StartOnce(ctx, id)
+func (s *Stager) startOnce(ctx context.Context, id string) error {
+	return s.c.Node.StartOnce(ctx, id)
 }
 
 // createGated creates the container behind a gate if that is the method. It returns "" if it is
 // not, or if that did not work, and then the method is another one.
-func (s *stager) createGated(
+func (s *Stager) createGated(
 	ctx context.Context, req *runtimeapi.CreateContainerRequest, token string,
 ) (string, error) {
-	if s.c.rec().Method != opsv1.MethodGate {
+	if s.c.Record().Method != opsv1.MethodGate {
 		return "", nil
 	}
-	g := s.c.node.Switchover.Gate(token)
+	g := s.c.Node.Switchover.Gate(token)
 	err := g.Make()
 	if err == nil {
 		gated := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
@@ -252,29 +252,29 @@ func (s *stager) createGated(
 }
 
 // dropGate goes on without the gate.
-func (s *stager) dropGate(why error) {
-	s.c.log.WithError(why).Warn("gate cannot be used, restarting without it")
-	s.c.node.Metrics.GateFailures.Inc()
+func (s *Stager) dropGate(why error) {
+	s.c.Log.WithError(why).Warn("gate cannot be used, restarting without it")
+	s.c.Node.Metrics.GateFailures.Inc()
 	s.withoutGate()
 }
 
 // withoutGate makes the method the next best one.
-func (s *stager) withoutGate() {
-	s.c.switcher.leaveGate()
-	s.c.switcher.held = false
+func (s *Stager) withoutGate() {
+	s.c.Switcher.leaveGate()
+	s.c.Switcher.held = false
 	s.removeGate()
-	if s.c.node.Switchover.Available(opsv1.MethodPidfd) && s.c.old.ownPIDs() {
-		s.c.setMethod(opsv1.MethodPidfd)
+	if s.c.Node.Switchover.Available(opsv1.MethodPidfd) && s.c.Old.ownPIDs() {
+		s.c.SetMethod(opsv1.MethodPidfd)
 		return
 	}
-	s.c.setMethod(opsv1.MethodPlain)
+	s.c.SetMethod(opsv1.MethodPlain)
 }
 
-func (s *stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
+func (s *Stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
 	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	resp, err := s.c.node.Runtime.CreateContainer(call, req)
+	resp, err := s.c.Node.Runtime.CreateContainer(call, req)
 	if status.Code(err) == codes.DeadlineExceeded {
 		// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
 		s.removeLate(ctx)
@@ -284,12 +284,12 @@ func (s *stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainer
 
 // removeLate removes the container of a create that was cut off, if it comes about within
 // [crinode.LateCreate].
-func (s *stager) removeLate(ctx context.Context) {
+func (s *Stager) removeLate(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, crinode.LateCreate)
 	defer cancel()
 	for crinode.Sleep(ctx, 500*time.Millisecond) == nil {
-		rec := s.c.rec()
-		if id, err := s.c.node.FindStaged(ctx, rec.Sandbox, rec.Token); err == nil && id != "" {
+		rec := s.c.Record()
+		if id, err := s.c.Node.FindStaged(ctx, rec.Sandbox, rec.Token); err == nil && id != "" {
 			return // undo removes it
 		}
 	}
@@ -297,19 +297,19 @@ func (s *stager) removeLate(ctx context.Context) {
 
 // catchUp applies to the successor what kubelet has set on the incumbent while the
 // successor was being created. From Staged on the director applies updates to both.
-func (s *stager) catchUp(ctx context.Context, id string) {
-	newer := s.c.old.update()
+func (s *Stager) catchUp(ctx context.Context, id string) {
+	newer := s.c.Old.update()
 	if newer == nil {
 		return
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
-	if _, err := s.c.node.Runtime.UpdateContainerResources(call,
+	if _, err := s.c.Node.Runtime.UpdateContainerResources(call,
 		&runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
-		s.c.log.WithError(err).Warn("staged container did not take the new resources")
+		s.c.Log.WithError(err).Warn("staged container did not take the new resources")
 		return
 	}
 	if b, err := proto.Marshal(newer); err == nil {
-		s.c.node.Records.Updated(id, b)
+		s.c.Node.Records.Updated(id, b)
 	}
 }

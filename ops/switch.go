@@ -18,8 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// switcher lets the successor take the place of the incumbent.
-type switcher struct {
+// Switcher lets the successor take the place of the incumbent.
+type Switcher struct {
 	c    *Container
 	gate *gate.Gate // of the successor, once it waits there
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
@@ -32,45 +32,45 @@ type switcher struct {
 	asked, beside, besideUntil time.Time
 }
 
-// nothingTouched says that this process has written the step stop, and has stopped and started
+// NothingTouched says that this process has written the step stop, and has stopped and started
 // nothing yet.
-func (s *switcher) nothingTouched() { s.untouched = true }
+func (s *Switcher) NothingTouched() { s.untouched = true }
 
-// waitsAtGate says that the successor waits at its gate.
-func (s *switcher) waitsAtGate() { s.held = true }
+// WaitsAtGate says that the successor waits at its gate.
+func (s *Switcher) WaitsAtGate() { s.held = true }
 
-// swap stops the incumbent and lets the successor run. It is the only part that the
+// Swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
-func (s *switcher) swap(ctx context.Context) error {
+func (s *Switcher) Swap(ctx context.Context) error {
 	s.untouched = false
-	if err := s.c.old.load(ctx); err != nil {
+	if err := s.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	running, err := s.c.old.watch(ctx)
+	running, err := s.c.Old.Watch(ctx)
 	if err != nil {
 		return err
 	}
-	by, began := s.c.rec().StopBy, time.Now()
+	by, began := s.c.Record().StopBy, time.Now()
 	switch {
-	case s.c.rec().Method == opsv1.MethodGate:
-		err = s.arm(ctx)
-	case s.c.overlaps() && running: // still so after the preStop hook, or in the next process?
-		err = s.successorRuns(ctx, s.c.rec().Successor)
+	case s.c.Record().Method == opsv1.MethodGate:
+		err = s.Arm(ctx)
+	case s.c.Overlaps() && running: // still so after the preStop hook, or in the next process?
+		err = s.SuccessorRuns(ctx, s.c.Record().Successor)
 	}
 	if err != nil {
 		return err
 	}
-	if err := s.c.interrupted(); err != nil {
+	if err := s.c.Interrupted(); err != nil {
 		return err
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
 	s.asked = time.Now()
 	stopped := make(chan error, 1)
 	go func() {
-		stopped <- guard.Try(s.c.log, func() error { return s.c.node.Stop(ctx, s.c.rec().Incumbent, by) })
+		stopped <- guard.Try(s.c.Log, func() error { return s.c.Node.Stop(ctx, s.c.Record().Incumbent, by) })
 	}() // ends with the call, which is waited for below
-	gone := s.c.old.exit.Ended()
-	if s.c.rec().Method == opsv1.MethodPlain {
+	gone := s.c.Old.Exit.Ended()
+	if s.c.Record().Method == opsv1.MethodPlain {
 		gone = nil
 	}
 	var stopErr error
@@ -84,7 +84,7 @@ func (s *switcher) swap(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		err = s.c.old.awaitExited(ctx, stopErr)
+		err = s.c.Old.awaitExited(ctx, stopErr)
 	}
 	if err != nil {
 		return err
@@ -93,7 +93,7 @@ func (s *switcher) swap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.c.note(func(rec *store.Container, c *opsv1.ContainerOperation) {
+	s.c.Note(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		rec.Step = store.StepStarted
 		if !begun {
 			rec.Step = store.StepAsk
@@ -106,9 +106,9 @@ func (s *switcher) swap(ctx context.Context) error {
 
 // hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it
 // is to wait for kubelet's request, unless a process before this one knew that it need not.
-func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
-	switch rec := s.c.rec(); {
-	case s.c.isCertain() || s.c.overlaps():
+func (s *Switcher) hasBegun(ctx context.Context) (bool, error) {
+	switch rec := s.c.Record(); {
+	case s.c.IsCertain() || s.c.Overlaps():
 		return true, nil
 	case rec.Method == opsv1.MethodGate:
 		return s.gate == nil, nil
@@ -116,8 +116,8 @@ func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 		return false, nil
 	default:
 		var st *runtimeapi.ContainerStatusResponse
-		err := s.c.node.Retry(ctx, func() (err error) {
-			st, err = s.c.node.Runtime.ContainerStatus(ctx,
+		err := s.c.Node.Retry(ctx, func() (err error) {
+			st, err = s.c.Node.Runtime.ContainerStatus(ctx,
 				&runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 			return err
 		})
@@ -130,44 +130,44 @@ func (s *switcher) hasBegun(ctx context.Context) (bool, error) {
 }
 
 // switchOver lets the successor run, now that the incumbent's processes are gone.
-func (s *switcher) switchOver(ctx context.Context) error {
-	s.c.failpoint("stopped")
+func (s *Switcher) switchOver(ctx context.Context) error {
+	s.c.Failpoint("stopped")
 	// after the failpoint: a test takes the slot back while the restart waits there
-	if err := s.c.interrupted(); err != nil {
+	if err := s.c.Interrupted(); err != nil {
 		return err
 	}
 	var err error
-	switch method := s.c.rec().Method; {
+	switch method := s.c.Record().Method; {
 	case method == opsv1.MethodOverlap: // it does
-	case !s.c.isCertain(): // it begins when kubelet has asked for it
+	case !s.c.IsCertain(): // it begins when kubelet has asked for it
 		return nil
 	case method == opsv1.MethodGate:
 		err = s.openGate(ctx)
 	default:
 		err = s.start(ctx)
 	}
-	if err == nil && !s.c.overlaps() {
-		s.c.failpoint("running")
+	if err == nil && !s.c.Overlaps() {
+		s.c.Failpoint("running")
 	}
 	return err
 }
 
 // start starts the successor; once, from a fresh stage, if that fails.
-func (s *switcher) start(ctx context.Context) error {
+func (s *Switcher) start(ctx context.Context) error {
 	for {
-		if err := s.c.stager.ensureStaged(ctx); err != nil {
+		if err := s.c.Stager.EnsureStaged(ctx); err != nil {
 			return err
 		}
-		rec := s.c.rec()
-		err := s.c.stager.startOnce(ctx, rec.Successor)
+		rec := s.c.Record()
+		err := s.c.Stager.startOnce(ctx, rec.Successor)
 		if err == nil {
 			return nil
 		}
 		var out *operation.Outcome
-		if !errors.As(err, &out) || rec.Retried || s.c.overlaps() && besideFails(err) {
+		if !errors.As(err, &out) || rec.Retried || s.c.Overlaps() && besideFails(err) {
 			return err
 		}
-		if err := s.c.stager.stageAnew(ctx, out.Message); err != nil {
+		if err := s.c.Stager.stageAnew(ctx, out.Message); err != nil {
 			return err
 		}
 	}

@@ -248,7 +248,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
-		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), joinedWarning); warned != joined {
+		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), JoinedWarning); warned != joined {
 			t.Errorf("joined %v, the warnings are %q", joined, op.GetContainers()[0].GetWarnings())
 		}
 		if !joined && len(mutating([]string{at.call})) > 0 {

@@ -20,10 +20,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// adoptTimeout is how long kubelet may take from the stop of the old container to the creation of
+// AdoptTimeout is how long kubelet may take from the stop of the old container to the creation of
 // the new one: with pull policy Always it asks the registry in between. If it does not come at all,
 // because it was restarted in between, it has found the successor running and has nothing to do.
-const adoptTimeout = 2 * time.Minute
+const AdoptTimeout = 2 * time.Minute
 
 // adopter answers the CreateContainer that follows kubelet's stop of the incumbent.
 type adopter struct {
@@ -40,8 +40,8 @@ func (a *adopter) awaitRequest(ctx context.Context) (ended bool, err error) {
 	}
 	a.d.kubelet.stopBy(time.Time{})
 	a.d.answerStops()
-	a.c.failpoint("asking")
-	limit := orElse(a.c.op.Upgrade().GetHoldTimeout(), defaultHold)
+	a.c.Failpoint("asking")
+	limit := orElse(a.c.Op.Upgrade().GetHoldTimeout(), DefaultHold)
 	timeout := time.NewTimer(limit)
 	defer timeout.Stop()
 	for {
@@ -49,19 +49,19 @@ func (a *adopter) awaitRequest(ctx context.Context) (ended bool, err error) {
 		case q := <-a.d.kubelet.stops:
 			q.answer <- true // it has been
 		case q := <-a.d.kubelet.creates:
-			if differing := a.c.stager.differs(ctx, q.Request); len(differing) > 0 {
+			if differing := a.c.Stager.Differs(ctx, q.Request); len(differing) > 0 {
 				err := a.leaveCreation(ctx, differing, 0)
 				if err == nil {
-					a.c.revealer.holdNext(ctx, adoptTimeout)
+					a.c.Revealer.HoldNext(ctx, AdoptTimeout)
 				}
 				return true, err
 			}
 			// Before it begins, for the next process.
-			a.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step, c.Asked = store.StepStop, true })
+			a.c.Note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step, c.Asked = store.StepStop, true })
 			a.d.asked = q
 			return false, nil
-		case <-a.c.claim.Yielded():
-			return true, a.c.interrupted()
+		case <-a.c.Claim.Yielded():
+			return true, a.c.Interrupted()
 		case <-timeout.C:
 			return true, operation.Failf(opsv1.ReasonHoldTimeout,
 				"kubelet has stopped the container and not asked for the "+
@@ -75,18 +75,18 @@ func (a *adopter) awaitRequest(ctx context.Context) (ended bool, err error) {
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (a *adopter) awaitAdoption(ctx context.Context) error {
 	a.d.revealed = true
-	if err := a.c.room.TryLower(); err != nil {
-		a.c.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
+	if err := a.c.Room.TryLower(); err != nil {
+		a.c.Log.WithError(err).Info("the pod's limit of memory is not taken back yet")
 	}
-	if a.c.op.Rebooted() {
+	if a.c.Op.Rebooted() {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
-	if a.c.rec().Asked && a.d.asked == nil {
+	if a.c.Record().Asked && a.d.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again,
 		// finds the successor, and asks no more.
 		return a.unasked(ctx)
 	}
-	timeout := time.NewTimer(adoptTimeout)
+	timeout := time.NewTimer(AdoptTimeout)
 	defer timeout.Stop()
 	if q := a.d.asked; q != nil {
 		a.d.asked = nil
@@ -102,11 +102,11 @@ func (a *adopter) awaitAdoption(ctx context.Context) error {
 			if ended, err := a.adopt(ctx, q); ended || err != nil {
 				return err
 			}
-		case <-a.c.claim.Yielded():
-			a.c.log.Info("the pod goes away, stopping the new container")
-			a.c.stager.stopWithin(ctx, a.c.successor(),
-				time.Duration(min(max(a.c.rec().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
-			return a.c.interrupted()
+		case <-a.c.Claim.Yielded():
+			a.c.Log.Info("the pod goes away, stopping the new container")
+			a.c.Stager.StopWithin(ctx, a.c.Successor(),
+				time.Duration(min(max(a.c.Record().Grace, 2), int64(crinode.MaxLateGrace/time.Second)))*time.Second)
+			return a.c.Interrupted()
 		case <-timeout.C:
 			return a.unasked(ctx)
 		case <-ctx.Done():
@@ -117,20 +117,20 @@ func (a *adopter) awaitAdoption(ctx context.Context) error {
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
 func (a *adopter) adopt(ctx context.Context, q *Creation) (ended bool, err error) {
-	asked, ours := q.Request.GetConfig().GetMetadata().GetAttempt(), a.c.status().GetAttempt()
+	asked, ours := q.Request.GetConfig().GetMetadata().GetAttempt(), a.c.Status().GetAttempt()
 	var differing []string
 	if asked <= ours {
-		if differing = a.c.stager.differs(ctx, q.Request); len(differing) == 0 {
+		if differing = a.c.Stager.Differs(ctx, q.Request); len(differing) == 0 {
 			// Before anything else, for the next process.
-			if _, err := a.c.handle.Write(func(c *store.Container,
+			if _, err := a.c.Handle.Write(func(c *store.Container,
 				_ *opsv1.ContainerOperation) {
 				c.Asked = true
 			}); err != nil {
-				a.c.log.WithError(err).Warn("not written that kubelet has asked for the new container")
+				a.c.Log.WithError(err).Warn("not written that kubelet has asked for the new container")
 			}
 		}
 	}
-	a.c.failpoint("adopt")
+	a.c.Failpoint("adopt")
 	if asked > ours {
 		// Kubelet knows the successor, which has ended or been stopped since.
 		if !a.isOurs(q.Request) {
@@ -139,56 +139,56 @@ func (a *adopter) adopt(ctx context.Context, q *Creation) (ended bool, err error
 		return true, nil
 	}
 	if len(differing) == 0 {
-		a.c.stager.matchResources(ctx, q.Request)
-		q.Adopt(a.c.successor())
+		a.c.Stager.MatchResources(ctx, q.Request)
+		q.Adopt(a.c.Successor())
 		return true, nil
 	}
-	err = a.leaveCreation(ctx, differing, min(max(a.c.old.podGrace(ctx), crinode.MinGrace), crinode.MaxLateGrace))
+	err = a.leaveCreation(ctx, differing, a.c.Old.LateGrace(ctx))
 	if err == nil {
-		a.c.revealer.holdNext(ctx, adoptTimeout)
+		a.c.Revealer.HoldNext(ctx, AdoptTimeout)
 	}
 	return true, err
 }
 
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
 func (a *adopter) unasked(ctx context.Context) error {
-	if _, err := a.c.node.Runtime.ContainerStatus(ctx,
-		&runtimeapi.ContainerStatusRequest{ContainerId: a.c.successor()}); status.Code(err) == codes.NotFound {
+	if _, err := a.c.Node.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: a.c.Successor()}); status.Code(err) == codes.NotFound {
 		return operation.Failf(opsv1.ReasonTakenBackByKubelet,
 			"the new container was removed before kubelet asked for it: "+
 				"has the pod gone away?")
 	}
-	a.c.revealer.logLink(ctx, a.c.successor())
+	a.c.Revealer.LogLink(ctx, a.c.Successor())
 	return nil
 }
 
 // leaveCreation lets kubelet make the container, because it asks for another one than the
 // successor, which has this time to end.
 func (a *adopter) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
-	a.c.log.WithField("differing", differing).
+	a.c.Log.WithField("differing", differing).
 		Warn("kubelet asks for another container than was prepared: it makes its own")
 	if grace > 0 {
-		a.c.stager.stopWithin(ctx, a.c.successor(), grace)
+		a.c.Stager.StopWithin(ctx, a.c.Successor(), grace)
 	}
-	if err := a.c.stager.removeContainer(ctx, a.c.successor()); err != nil {
+	if err := a.c.Stager.Remove(ctx, a.c.Successor()); err != nil {
 		return operation.Failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
 	}
-	a.c.warn("kubelet made the container itself, because it asked for another one than was prepared: %s",
+	a.c.Warn("kubelet made the container itself, because it asked for another one than was prepared: %s",
 		strings.Join(differing, ", "))
-	a.c.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
+	a.c.Show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
 		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
 	})
-	a.c.setMethod(opsv1.MethodKubelet)
+	a.c.SetMethod(opsv1.MethodKubelet)
 	return nil
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
 func (a *adopter) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(a.c.spec.GetName(),
-		a.c.image.Image())
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(a.c.Spec.GetName(),
+		a.c.Image.Image())
 }
 
 func tookAnotherImage() *operation.Outcome {

@@ -31,7 +31,7 @@ type upgrader struct {
 var _ Kind = (*upgrader)(nil)
 
 func newUpgrader(c *Container) Kind {
-	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.old.hurry)}
+	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.Old.Hurry)}
 	d.adopter = &adopter{c: c, d: d}
 	return d
 }
@@ -52,7 +52,7 @@ func (d *upgrader) Taken() {}
 func (d *upgrader) Adopted() bool { return true }
 
 // NextImage implements [Kind].
-func (d *upgrader) NextImage() string { return d.c.image.Image() }
+func (d *upgrader) NextImage() string { return d.c.Image.Image() }
 
 // Staged implements [Kind].
 func (d *upgrader) Staged(rec *store.Container, status *opsv1.ContainerOperation) {
@@ -67,8 +67,8 @@ func (d *upgrader) IsJoint() bool { return true }
 
 // Succeeded implements [Kind]. The image is that of the pod's spec from now on.
 func (d *upgrader) Succeeded() {
-	if d.c.rec().Method != opsv1.MethodKubelet {
-		d.c.node.Overrides.Set(d.c.slot(), nil)
+	if d.c.Record().Method != opsv1.MethodKubelet {
+		d.c.Node.Overrides.Set(d.c.Slot(), nil)
 	}
 }
 
@@ -79,13 +79,13 @@ func (d *upgrader) Failed() { d.endOthers() }
 // stops the incumbent is kubelet's own StopContainer.
 func (d *upgrader) Drive(ctx context.Context) error {
 	defer d.slot.leave()
-	if d.c.claim != nil {
+	if d.c.Claim != nil {
 		d.slot.keep()
 		d.drives()
-		if err := d.c.resume(ctx); err != nil {
+		if err := d.c.Resume(ctx); err != nil {
 			return err
 		}
-		if d.c.rec().Step == store.StepNone {
+		if d.c.Record().Step == store.StepNone {
 			// Nothing is staged any more. The image comes first again, which may take long: not
 			// while kubelet waits for the slot.
 			d.slot.drop()
@@ -93,12 +93,12 @@ func (d *upgrader) Drive(ctx context.Context) error {
 	}
 	for {
 		var err error
-		switch s := d.c.rec().Step; s {
+		switch s := d.c.Record().Step; s {
 		case store.StepNone:
-			if d.c.rec().Method != opsv1.MethodKubelet {
+			if d.c.Record().Method != opsv1.MethodKubelet {
 				err = d.prepare(ctx)
 			}
-			if err == nil && d.c.rec().Method == opsv1.MethodKubelet {
+			if err == nil && d.c.Record().Method == opsv1.MethodKubelet {
 				return d.leaveToKubelet(ctx)
 			}
 		case store.StepHeld:
@@ -108,7 +108,7 @@ func (d *upgrader) Drive(ctx context.Context) error {
 		case store.StepArmed:
 			err = d.awaitKubelet(ctx)
 		case store.StepStop:
-			err = d.c.switcher.swap(ctx)
+			err = d.c.Switcher.Swap(ctx)
 		case store.StepAsk:
 			ended := false
 			if ended, err = d.adopter.awaitRequest(ctx); ended {
@@ -129,30 +129,30 @@ func (d *upgrader) Drive(ctx context.Context) error {
 
 // drives lets kubelet drive.
 func (d *upgrader) drives() {
-	switch d.c.rec().Step {
+	switch d.c.Record().Step {
 	case store.StepArmed, store.StepStop, store.StepAsk, store.StepStarted, store.StepReveal:
 		d.kubelet.listen(true)
 	}
 	// What waited at its gate in the process before this one waits still, and needs no time to
 	// stop.
-	if s := d.c.rec().Step; d.c.rec().Method == opsv1.MethodGate && (s == store.StepArm || s == store.StepArmed ||
+	if s := d.c.Record().Step; d.c.Record().Method == opsv1.MethodGate && (s == store.StepArm || s == store.StepArmed ||
 		s == store.StepAsk) {
-		d.c.switcher.waitsAtGate()
+		d.c.Switcher.WaitsAtGate()
 	}
-	if rec := d.c.rec(); rec.Step == store.StepStop {
+	if rec := d.c.Record(); rec.Step == store.StepStop {
 		d.kubelet.stopBy(rec.StopBy)
 	}
-	d.c.claim.Drive(d.kubelet)
+	d.c.Claim.Drive(d.kubelet)
 }
 
 // prepare pulls the image, checks it, takes the slot and stages the successor.
 func (d *upgrader) prepare(ctx context.Context) error {
-	limit := orElse(d.c.op.Upgrade().GetPrepareTimeout(), defaultPrepare)
-	return d.c.within(ctx, d.c.op.CreateTime(), limit, func(ctx context.Context) error {
-		if err := d.c.image.Pull(ctx); err != nil {
+	limit := orElse(d.c.Op.Upgrade().GetPrepareTimeout(), DefaultPrepare)
+	return d.c.Within(ctx, d.c.Op.CreateTime(), limit, func(ctx context.Context) error {
+		if err := d.c.Image.Pull(ctx); err != nil {
 			return err
 		}
-		if err := d.c.image.EnsureVolumes(ctx); err != nil {
+		if err := d.c.Image.EnsureVolumes(ctx); err != nil {
 			return err
 		}
 		// Before the slot is taken, another operation may have a container of its own in it.
@@ -160,31 +160,31 @@ func (d *upgrader) prepare(ctx context.Context) error {
 			return err
 		}
 		d.drives()
-		why, err := d.c.image.CheckUpgrade(ctx)
+		why, err := d.c.Image.CheckUpgrade(ctx)
 		if err != nil {
 			return err
 		}
 		if why != "" {
 			d.toKubelet(why)
 		}
-		if d.c.rec().Method == opsv1.MethodKubelet {
+		if d.c.Record().Method == opsv1.MethodKubelet {
 			d.slot.drop()
 			return nil
 		}
-		return d.c.stager.stage(ctx)
+		return d.c.Stager.Stage(ctx)
 	})
 }
 
 // toKubelet has kubelet make the successor.
 func (d *upgrader) toKubelet(why string) {
-	d.c.warn("only the image is put ready, kubelet makes the container: %s", why)
-	d.c.setMethod(opsv1.MethodKubelet)
+	d.c.Warn("only the image is put ready, kubelet makes the container: %s", why)
+	d.c.SetMethod(opsv1.MethodKubelet)
 }
 
 // leaveToKubelet waits for the commit of an upgrade of which only the image has been prepared.
 func (d *upgrader) leaveToKubelet(ctx context.Context) error {
 	// The next process needs not do it again.
-	err := d.c.write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+	err := d.c.Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		c.Phase = opsv1.Phase_PHASE_PREPARED
 		if rec.HoldSince.IsZero() {
 			rec.HoldSince = time.Now()
@@ -196,18 +196,18 @@ func (d *upgrader) leaveToKubelet(ctx context.Context) error {
 	if err := d.awaitRelease(ctx); err != nil {
 		return err
 	}
-	d.c.revealer.holdNext(ctx, orElse(d.c.op.Upgrade().GetHoldTimeout(), defaultHold))
+	d.c.Revealer.HoldNext(ctx, orElse(d.c.Op.Upgrade().GetHoldTimeout(), DefaultHold))
 	return nil
 }
 
 // endOthers takes the rest of the upgrade back: a pod with one of two images new is what nobody
 // asked for.
 func (d *upgrader) endOthers() {
-	c := d.c.status()
+	c := d.c.Status()
 	if c.GetReason() == opsv1.ReasonCancelled {
 		return
 	}
-	if err := d.c.op.Cancel(fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())); err != nil {
-		d.c.log.WithError(err).Info("the other containers of the upgrade go on")
+	if err := d.c.Op.Cancel(fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())); err != nil {
+		d.c.Log.WithError(err).Info("the other containers of the upgrade go on")
 	}
 }

@@ -13,29 +13,29 @@ type slotHolder struct{ c *Container }
 // keep is for an image update that had the slot in the process before this one. It may be taken back
 // at once.
 func (s *slotHolder) keep() {
-	if s.c.node.Waiters.Keep(s.c.slot(), s.c.op) {
-		s.c.node.TakeBack(s.c.op, nil)
+	if s.c.Node.Waiters.Keep(s.c.Slot(), s.c.Op) {
+		s.c.Node.TakeBack(s.c.Op, nil)
 	}
 }
 
 // leave says that the image update has the slot no more.
-func (s *slotHolder) leave() { s.c.node.Waiters.Leave(s.c.slot(), s.c.op) }
+func (s *slotHolder) leave() { s.c.Node.Waiters.Leave(s.c.Slot(), s.c.Op) }
 
 // take waits for the slot, and until no restart waits for it.
 func (s *slotHolder) take(ctx context.Context) error {
 	for {
-		if err := s.c.takeSlot(ctx); err != nil {
+		if err := s.c.TakeSlot(ctx); err != nil {
 			return err
 		}
-		over := s.c.node.Waiters.Hold(s.c.slot(), s.c.op)
+		over := s.c.Node.Waiters.Hold(s.c.Slot(), s.c.Op)
 		if over == nil {
 			return nil
 		}
 		s.drop()
 		select {
 		case <-over:
-		case <-s.c.op.Cancelled():
-			return s.c.cancelledOutcome()
+		case <-s.c.Op.Cancelled():
+			return s.c.CancelledOutcome()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -45,5 +45,5 @@ func (s *slotHolder) take(ctx context.Context) error {
 // drop gives up the slot, in which the image update has made nothing.
 func (s *slotHolder) drop() {
 	s.leave()
-	s.c.dropSlot()
+	s.c.DropSlot()
 }

@@ -24,7 +24,7 @@ func (d *upgrader) awaitKubelet(ctx context.Context) error {
 	if err := d.rearm(ctx); err != nil {
 		return err
 	}
-	limit := orElse(d.c.op.Upgrade().GetHoldTimeout(), defaultHold)
+	limit := orElse(d.c.Op.Upgrade().GetHoldTimeout(), DefaultHold)
 	hold := time.NewTimer(d.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
@@ -33,32 +33,32 @@ func (d *upgrader) awaitKubelet(ctx context.Context) error {
 		select {
 		case q := <-d.kubelet.stops:
 			if why := d.refusal(ctx); why != "" {
-				d.c.log.WithField("reason", why).Info("kubelet stops the container for another reason than the upgrade")
+				d.c.Log.WithField("reason", why).Info("kubelet stops the container for another reason than the upgrade")
 				q.answer <- false
 				continue // it takes the slot back
 			}
 			return d.stopFor(q.grace, func() { d.pending = append(d.pending, q) })
 		case q := <-d.kubelet.creates:
 			// The incumbent has ended by itself, and kubelet makes the next one.
-			if differing := d.c.stager.differs(ctx, q.Request); len(differing) > 0 || d.c.successor() == "" {
+			if differing := d.c.Stager.Differs(ctx, q.Request); len(differing) > 0 || d.c.Successor() == "" {
 				q.Yield()
 				continue
 			}
-			d.c.handle.SetCertain() // it is what kubelet asks for
+			d.c.Handle.SetCertain() // it is what kubelet asks for
 			return d.stopFor(int64(crinode.MinGrace/time.Second), func() { d.asked = q })
 		case <-look.C:
-			if err := d.c.switcher.makeRoom(ctx); err != nil {
+			if err := d.c.Switcher.MakeRoom(ctx); err != nil {
 				return err
 			}
-			if d.c.overlaps() && !d.c.old.exit.Over() {
-				if err := d.c.switcher.successorRuns(ctx, d.c.successor()); err != nil {
+			if d.c.Overlaps() && !d.c.Old.Exit.Over() {
+				if err := d.c.Switcher.SuccessorRuns(ctx, d.c.Successor()); err != nil {
 					return err
 				}
 			}
-		case <-d.c.claim.Yielded():
-			return d.c.interrupted()
-		case <-d.c.op.Cancelled():
-			return d.c.cancelledOutcome()
+		case <-d.c.Claim.Yielded():
+			return d.c.Interrupted()
+		case <-d.c.Op.Cancelled():
+			return d.c.CancelledOutcome()
 		case <-hold.C:
 			return operation.Failf(opsv1.ReasonHoldTimeout,
 				"kubelet has not stopped the container within %s: was the pod's "+
@@ -71,30 +71,30 @@ func (d *upgrader) awaitKubelet(ctx context.Context) error {
 
 // rearm makes a successor ready again that a process before this one had made so.
 func (d *upgrader) rearm(ctx context.Context) error {
-	if d.c.old.request != nil {
+	if d.c.Old.Request != nil {
 		return nil // this one has
 	}
-	if err := d.c.old.load(ctx); err != nil {
+	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}
-	if _, err := d.c.old.watch(ctx); err != nil {
+	if _, err := d.c.Old.Watch(ctx); err != nil {
 		return err
 	}
-	if d.c.rec().Method == opsv1.MethodGate {
-		return d.c.switcher.arm(ctx)
+	if d.c.Record().Method == opsv1.MethodGate {
+		return d.c.Switcher.Arm(ctx)
 	}
-	return d.c.stager.ensureStaged(ctx)
+	return d.c.Stager.EnsureStaged(ctx)
 }
 
 // stopFor passes the point of no return: the incumbent is to be stopped within the grace, in
 // seconds.
 func (d *upgrader) stopFor(grace int64, accept func()) error {
-	if !d.c.op.PassPointOfNoReturn() {
-		return d.c.cancelledOutcome()
+	if !d.c.Op.PassPointOfNoReturn() {
+		return d.c.CancelledOutcome()
 	}
-	d.c.claim.Mask()
+	d.c.Claim.Mask()
 	by := time.Now().Add(time.Duration(grace) * time.Second)
-	err := d.c.write(func(c *store.Container, op *opsv1.ContainerOperation) {
+	err := d.c.Write(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, c.Grace, c.StopBy, op.Phase = store.StepStop, grace, by, opsv1.Phase_PHASE_STOPPING
 	})
 	if err == nil {
@@ -107,8 +107,8 @@ func (d *upgrader) stopFor(grace int64, accept func()) error {
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells;
 // empty if it may be. What kubelet does next decides in the end.
 func (d *upgrader) refusal(ctx context.Context) string {
-	return d.c.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
-		if pod.Images[d.c.spec.GetName()] != d.c.image.Image() {
+	return d.c.AskKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[d.c.Spec.GetName()] != d.c.Image.Image() {
 			return "the pod's spec has not the new image yet"
 		}
 		return ""
@@ -125,20 +125,20 @@ func (d *upgrader) answerStops() {
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
 func (d *upgrader) showSuccessor(ctx context.Context) error {
-	if err := d.c.interrupted(); err != nil {
+	if err := d.c.Interrupted(); err != nil {
 		return err
 	}
-	d.c.revealer.holdProbes(ctx)
-	d.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	d.c.Revealer.HoldProbes(ctx)
+	d.c.Note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = store.StepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
-	if !d.c.claim.TryReveal() {
-		return d.c.interrupted()
+	if !d.c.Claim.TryReveal() {
+		return d.c.Interrupted()
 	}
 	d.revealed = true
 	d.kubelet.stopBy(time.Time{})
 	d.answerStops()
-	d.c.failpoint("revealed")
-	d.c.revealer.measure(ctx, d.c.rec())
+	d.c.Failpoint("revealed")
+	d.c.Revealer.Measure(ctx, d.c.Record())
 	return nil
 }

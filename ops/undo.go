@@ -26,11 +26,11 @@ type undoer struct{ c *Container }
 // undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
 // returns false if ctx ended before that was possible.
 func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
-	rec := u.c.rec()
-	if u.c.claim == nil || !rec.HoldsSlot() {
+	rec := u.c.Record()
+	if u.c.Claim == nil || !rec.HoldsSlot() {
 		return true
 	}
-	if rec.Step == store.StepReveal && (u.c.status().GetReason() != "" || u.c.kind.Revealed()) {
+	if rec.Step == store.StepReveal && (u.c.Status().GetReason() != "" || u.c.kind.Revealed()) {
 		return true // shown already
 	}
 	if out.Reason == opsv1.ReasonInternalError {
@@ -43,13 +43,13 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 			return true
 		}
 	}
-	u.c.image.Undo()
-	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	u.c.Image.Undo()
+	u.c.Note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepUndo
 		op.Reason, op.Message = out.Reason, out.Message
 	})
 	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && !u.c.kind.Adopted() {
-		touched, err := u.c.old.hasStopped(ctx)
+		touched, err := u.c.Old.hasStopped(ctx)
 		if err != nil {
 			return false
 		}
@@ -58,27 +58,27 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 			if out.Reason == opsv1.ReasonPostStartHookFailed {
 				u.stopSuccessor(ctx, rec.Successor)
 			}
-			u.c.note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepReveal })
-			u.c.claim.Reveal()
-			u.c.stager.removeGate()
+			u.c.Note(func(c *store.Container, _ *opsv1.ContainerOperation) { c.Step = store.StepReveal })
+			u.c.Claim.Reveal()
+			u.c.Stager.removeGate()
 			return true
 		}
 	}
 	wait := 200 * time.Millisecond
 	for {
-		if rec.SuccessorMayRun() && !u.c.switcher.untouched { // ask it to stop
+		if rec.SuccessorMayRun() && !u.c.Switcher.untouched { // ask it to stop
 			u.stopSuccessor(ctx, rec.Successor)
 		}
-		err := u.c.stager.removeStaged(ctx)
+		err := u.c.Stager.removeStaged(ctx)
 		if err == nil {
-			u.c.claim.Discard()
-			u.c.stager.removeGate()
+			u.c.Claim.Discard()
+			u.c.Stager.removeGate()
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
-		u.c.log.WithError(err).Warn("staged container not removed; trying again")
+		u.c.Log.WithError(err).Warn("staged container not removed; trying again")
 		if crinode.Sleep(ctx, wait) != nil {
 			return false
 		}
@@ -90,19 +90,19 @@ func (u *undoer) undo(ctx context.Context, out *operation.Outcome) bool {
 // incumbent has ended, the successor runs and is past its gate, and kubelet has not taken the slot
 // back. It asks until the runtime answers, or ctx ends.
 func (u *undoer) successorServes(ctx context.Context) (bool, error) {
-	id := u.c.successor()
-	if id == "" || u.c.switcher.held || u.c.claim.YieldedTo() != nil {
+	id := u.c.Successor()
+	if id == "" || u.c.Switcher.held || u.c.Claim.YieldedTo() != nil {
 		return false, nil
 	}
-	if u.c.old.exit.Over() {
-		if err := u.c.old.awaitExited(ctx, nil); err != nil {
+	if u.c.Old.Exit.Over() {
+		if err := u.c.Old.awaitExited(ctx, nil); err != nil {
 			return false, err
 		}
-	} else if stopped, err := u.c.old.hasStopped(ctx); err != nil || !stopped {
+	} else if stopped, err := u.c.Old.hasStopped(ctx); err != nil || !stopped {
 		return false, err
 	}
 	for {
-		st, info, err := u.c.node.Inspect(ctx, id)
+		st, info, err := u.c.Node.Inspect(ctx, id)
 		switch {
 		case status.Code(err) == codes.NotFound:
 			return false, nil
@@ -118,21 +118,21 @@ func (u *undoer) successorServes(ctx context.Context) (bool, error) {
 // atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot
 // be looked at may, as long as there is a gate.
 func (u *undoer) atGate(ctx context.Context, pid int, id string) bool {
-	if !u.c.node.Switchover.Gate(u.c.rec().Token).Exists() {
-		return u.c.node.Switchover.GatesLost() && u.c.node.Switchover.StillWaits(ctx, pid, id)
+	if !u.c.Node.Switchover.Gate(u.c.Record().Token).Exists() {
+		return u.c.Node.Switchover.GatesLost() && u.c.Node.Switchover.StillWaits(ctx, pid, id)
 	}
-	return u.c.node.Switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
+	return u.c.Node.Switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
 }
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
 func (u *undoer) showServing(out *operation.Outcome) {
-	guard.Do(u.c.log, u.c.image.Keep) // it may be what has failed
-	u.c.note(func(c *store.Container, op *opsv1.ContainerOperation) {
+	guard.Do(u.c.Log, u.c.Image.Keep) // it may be what has failed
+	u.c.Note(func(c *store.Container, op *opsv1.ContainerOperation) {
 		c.Step = store.StepReveal
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	u.c.claim.Reveal()
-	u.c.stager.removeGate()
+	u.c.Claim.Reveal()
+	u.c.Stager.removeGate()
 }
 
 // stopSuccessor stops a successor that may have been started, within the grace of
@@ -142,16 +142,16 @@ func (u *undoer) stopSuccessor(ctx context.Context, id string) {
 		return
 	}
 	grace := crinode.MinGrace
-	switch y := u.c.claim.YieldedTo(); {
-	case u.c.switcher.held:
+	switch y := u.c.Claim.YieldedTo(); {
+	case u.c.Switcher.held:
 		// No application that would need time; and what waits there may be deaf to signals.
 	case y != nil:
 		grace = max(grace, time.Duration(y.Grace)*time.Second)
-	case u.c.old.status != nil && u.c.old.request != nil:
-		u.stopUntilYield(ctx, id, max(grace, u.c.old.grace()))
+	case u.c.Old.Status != nil && u.c.Old.Request != nil:
+		u.stopUntilYield(ctx, id, max(grace, u.c.Old.Grace()))
 		return
 	}
-	u.c.stager.stopWithin(ctx, id, grace)
+	u.c.Stager.StopWithin(ctx, id, grace)
 }
 
 // stopUntilYield is stopWithin, but for a shorter grace once someone waits for the slot.
@@ -160,15 +160,15 @@ func (u *undoer) stopUntilYield(ctx context.Context, id string, grace time.Durat
 	var sooner sync.WaitGroup
 	sooner.Go(func() {
 		select {
-		case <-u.c.claim.Yielded():
-			guard.Do(u.c.log, func() {
-				u.c.stager.stopWithin(ctx, id,
-					max(crinode.MinGrace, time.Duration(u.c.claim.YieldedTo().Grace)*time.Second))
+		case <-u.c.Claim.Yielded():
+			guard.Do(u.c.Log, func() {
+				u.c.Stager.StopWithin(ctx, id,
+					max(crinode.MinGrace, time.Duration(u.c.Claim.YieldedTo().Grace)*time.Second))
 			})
 		case <-stopped:
 		}
 	})
 	defer sooner.Wait()
 	defer close(stopped)
-	u.c.stager.stopWithin(ctx, id, grace)
+	u.c.Stager.StopWithin(ctx, id, grace)
 }
