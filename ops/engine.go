@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
@@ -64,7 +66,7 @@ type Options struct {
 	Images imagechange.Puller
 	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does
 	// next.
-	Pods Pods
+	Pods swap.Pods
 	// LegacyLogDir is where kubelet keeps a symlink per container log for log
 	// shippers. Empty means /var/log/containers.
 	LegacyLogDir string
@@ -72,7 +74,7 @@ type Options struct {
 
 // Engine runs operations and keeps their journal.
 type Engine struct {
-	node    *Node
+	node    *swap.Node
 	log     logrus.FieldLogger
 	disk    *store.Store
 	metrics *metrics
@@ -110,7 +112,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, journal.Close())
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
-	node := &Node{
+	node := &swap.Node{
 		Client: &crinode.Client{Runtime: rt, Log: log},
 		View:   o.View, Records: records, Hooks: hooks.NewRunner(rt), Pods: o.Pods,
 		Switchover: switchover.NewProber(switchover.Options{

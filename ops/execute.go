@@ -7,6 +7,11 @@ import (
 	"context"
 	"sync"
 
+	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
+	restart "github.com/cri-proxy/cri-proxy/ops/restart"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"github.com/sirupsen/logrus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -23,11 +28,11 @@ func (e *Engine) execute(ctx context.Context, o *operation.Operation) {
 }
 
 // container is what carries out the operation on one of its containers.
-func (e *Engine) container(o *operation.Operation, i int) *Container {
+func (e *Engine) container(o *operation.Operation, i int) *swap.Container {
 	if o.Upgrade() != nil {
-		return NewContainer(e.node, o, i, newUpgrader)
+		return swap.New(e.node, o, i, imageupdate.New)
 	}
-	return NewContainer(e.node, o, i, newRestarter)
+	return swap.New(e.node, o, i, restart.New)
 }
 
 // giveUp ends an operation that cannot be carried out, however far it has come.

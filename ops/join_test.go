@@ -12,6 +12,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	restart "github.com/cri-proxy/cri-proxy/ops/restart"
+
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -88,7 +90,7 @@ func TestStopJoins(t *testing.T) {
 					t.Errorf("kubelet has waited %s, want until the container has ended", took)
 				}
 				op := n.ends("op", succeeded, upgraded)
-				if got := warnings(op); got != JoinedWarning {
+				if got := warnings(op); got != restart.JoinedWarning {
 					t.Errorf("warnings are %q", got)
 				}
 				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != "StartContainer app/1; "+
@@ -153,7 +155,7 @@ func TestLateStopAndCreation(t *testing.T) {
 // A container that is never restarted is not made anew by kubelet, which finds the successor. The
 // operation does not wait for long for what does not come.
 func TestStopJoinsWithoutCreation(t *testing.T) {
-	for tells, within := range map[bool]time.Duration{true: 2 * RecreatePoll, false: RecreateTimeout} {
+	for tells, within := range map[bool]time.Duration{true: 2 * restart.RecreatePoll, false: restart.RecreateTimeout} {
 		t.Run(fmt.Sprintf("kubelet tells %v", tells), func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				if tells {
@@ -360,7 +362,7 @@ func TestStopsOfTwoContainersJoin(t *testing.T) {
 				n.must(n.probeFails(t.Context()))
 				op := n.ends("op", "SUCCEEDED, app SUCCEEDED, web SUCCEEDED",
 					"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING")
-				if got := warnings(op); got != JoinedWarning || len(op.GetContainers()[1].GetWarnings()) > 0 {
+				if got := warnings(op); got != restart.JoinedWarning || len(op.GetContainers()[1].GetWarnings()) > 0 {
 					t.Errorf("operation: %v", op)
 				}
 			})
@@ -381,7 +383,7 @@ func TestSecondStopJoins(t *testing.T) {
 		}
 		n.must(n.probeFails(t.Context()))
 		op := n.ends("op", succeeded, upgraded)
-		if got := warnings(op); got != JoinedWarning {
+		if got := warnings(op); got != restart.JoinedWarning {
 			t.Errorf("warnings are %q", got)
 		}
 	})
@@ -440,7 +442,7 @@ func TestJoinedRestartIsResumed(t *testing.T) {
 					_, err = answered()
 					n.must(err)
 					op := n.ends("op", succeeded, upgraded)
-					if got := op.GetContainers()[0].GetWarnings(); !slices.Contains(got, JoinedWarning) {
+					if got := op.GetContainers()[0].GetWarnings(); !slices.Contains(got, restart.JoinedWarning) {
 						t.Errorf("warnings are %q", got)
 					}
 				})

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
@@ -253,7 +255,7 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		e := &Engine{
-			node: &Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
+			node: &swap.Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
 				Lost: lost.New(lost.Options{})},
 			log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 		}

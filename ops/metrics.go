@@ -6,6 +6,8 @@ package ops
 import (
 	"fmt"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -28,7 +30,7 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 			Buckets: []float64{.005, .02, .1, .5, 1, 5, 10, 30, 60, 300, 1800},
 		}, []string{"kind", "phase"}),
 	}
-	e.node.Metrics = Metrics{
+	e.node.Metrics = swap.Metrics{
 		Gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "criproxy_operation_gap_seconds",
 			Help: "From the exit of a container to the start of its successor, by kind of operation and method; " +

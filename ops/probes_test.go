@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -40,7 +42,7 @@ func (n *upNode) probedFrom(name string) time.Time {
 func (n *upNode) wantHeld(name string, hold time.Duration) {
 	n.t.Helper()
 	from := n.probedFrom(name)
-	if held := time.Until(from); held < hold || held > hold+ProbeCut {
+	if held := time.Until(from); held < hold || held > hold+swap.ProbeCut {
 		n.t.Errorf("probes of %s are held for %s, want %s", name, held, hold)
 	}
 	time.Sleep(time.Minute)

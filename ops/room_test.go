@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -545,7 +547,7 @@ func TestKilledInstead(t *testing.T) {
 					defer f.mu.Unlock()
 					reason := "Error"
 					if tc.oom {
-						reason = OOMKilled
+						reason = swap.OOMKilled
 					}
 					f.end(old, tc.code, reason)
 					return nil

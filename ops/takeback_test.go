@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	restart "github.com/cri-proxy/cri-proxy/ops/restart"
+
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -248,7 +250,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
-		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), JoinedWarning); warned != joined {
+		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), restart.JoinedWarning); warned != joined {
 			t.Errorf("joined %v, the warnings are %q", joined, op.GetContainers()[0].GetWarnings())
 		}
 		if !joined && len(mutating([]string{at.call})) > 0 {

@@ -17,6 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -85,7 +87,7 @@ type upNode struct {
 	dir     string
 	rt      *fakeRuntime
 	images  *fakeImages
-	pods    Pods
+	pods    swap.Pods
 	shape   *node
 	sandbox string
 	patched bool // the pod's spec has the new images

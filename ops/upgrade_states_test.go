@@ -14,6 +14,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -65,7 +68,7 @@ func TestUpgradeFailures(t *testing.T) {
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
 		{
-			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout), after: DefaultPrepare,
+			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout), after: swap.DefaultPrepare,
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
 		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }),
@@ -113,7 +116,7 @@ func TestUpgradeFailures(t *testing.T) {
 			name: "not committed", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) },
 			want: failed(opsv1.ReasonHoldTimeout), says: "not committed within 1m0s", after: time.Minute,
 		},
-		{name: "not committed by default", want: failed(opsv1.ReasonHoldTimeout), after: DefaultHold},
+		{name: "not committed by default", want: failed(opsv1.ReasonHoldTimeout), after: swap.DefaultHold},
 		{
 			name: "not stopped", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) },
 			commit: true,
@@ -210,7 +213,7 @@ func TestUpgradeWaitsForTheSlot(t *testing.T) {
 		op := n.until("op")
 		c.Release()
 		n.ends("op", "FAILED, app FAILED PrepareTimeout", untouched)
-		if took := op.GetFinishTime().AsTime().Sub(began); took != DefaultPrepare {
+		if took := op.GetFinishTime().AsTime().Sub(began); took != swap.DefaultPrepare {
 			t.Errorf("ended after %s", took)
 		}
 		if says := "waiting for the container, which another operation has"; !strings.Contains(op.GetMessage(), says) {
@@ -615,7 +618,7 @@ func TestUpgradeHoldOutlivesProcesses(t *testing.T) {
 			}{
 				{name: "some is left", lives: []time.Duration{2 * time.Minute, time.Minute}, within: 2 * time.Minute},
 				{name: "just over while nobody was there", lives: []time.Duration{299 * time.Second},
-					within: HoldLeast},
+					within: imageupdate.HoldLeast},
 			} {
 				t.Run(tc.name, func(t *testing.T) {
 					inUpNode(t, func(t *testing.T, n *upNode) {

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package swap
 
 import (
 	"context"
@@ -69,8 +69,8 @@ type Container struct {
 	kind Kind
 }
 
-// NewContainer has no side effects: one operation may have several on the same container.
-func NewContainer(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) *Container {
+// New has no side effects: one operation may have several on the same container.
+func New(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) *Container {
 	handle := o.Container(i)
 	spec := handle.Request()
 	c := &Container{

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package restart
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 // is on disk before the hook runs: the next process neither grants the grace period anew nor lets
 // anyone cancel. Without a hook, the same write has the step stop. From then on kubelet's own stops
 // join.
-func (d *restarter) beforeStop(ctx context.Context) error {
+func (d *driver) beforeStop(ctx context.Context) error {
 	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (d *restarter) beforeStop(ctx context.Context) error {
 
 // preStopHook returns the hook that is to run before the stop; nil for none. As in kubelet, no
 // grace means no hook.
-func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
+func (d *driver) preStopHook(grace time.Duration) *opsv1.Hook {
 	hook := d.c.Spec.GetPreStop()
 	if hook == nil {
 		var err error
@@ -97,7 +97,7 @@ func (d *restarter) preStopHook(grace time.Duration) *opsv1.Hook {
 
 // runPreStop runs the hook within the grace. As in kubelet, its failure does not keep the container
 // from being stopped.
-func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
+func (d *driver) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time.Duration, by time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
 	ctx, end := crinode.EndWith(ctx, d.c.Claim.Yielded())
@@ -118,7 +118,7 @@ func (d *restarter) runPreStop(ctx context.Context, hook *opsv1.Hook, grace time
 
 // preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The
 // warning begins with "preStop".
-func (d *restarter) preStopFailed(format string, args ...any) {
+func (d *driver) preStopFailed(format string, args ...any) {
 	d.c.Show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
 	d.c.Warn(format, args...)
 }

@@ -1,11 +1,13 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 
@@ -20,11 +22,11 @@ import (
 const armedPoll = time.Second
 
 // awaitKubelet waits until kubelet, which has seen the new spec, stops the incumbent.
-func (d *upgrader) awaitKubelet(ctx context.Context) error {
+func (d *driver) awaitKubelet(ctx context.Context) error {
 	if err := d.rearm(ctx); err != nil {
 		return err
 	}
-	limit := orElse(d.c.Op.Upgrade().GetHoldTimeout(), DefaultHold)
+	limit := orElse(d.c.Op.Upgrade().GetHoldTimeout(), swap.DefaultHold)
 	hold := time.NewTimer(d.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
@@ -70,7 +72,7 @@ func (d *upgrader) awaitKubelet(ctx context.Context) error {
 }
 
 // rearm makes a successor ready again that a process before this one had made so.
-func (d *upgrader) rearm(ctx context.Context) error {
+func (d *driver) rearm(ctx context.Context) error {
 	if d.c.Old.Request != nil {
 		return nil // this one has
 	}
@@ -88,7 +90,7 @@ func (d *upgrader) rearm(ctx context.Context) error {
 
 // stopFor passes the point of no return: the incumbent is to be stopped within the grace, in
 // seconds.
-func (d *upgrader) stopFor(grace int64, accept func()) error {
+func (d *driver) stopFor(grace int64, accept func()) error {
 	if !d.c.Op.PassPointOfNoReturn() {
 		return d.c.CancelledOutcome()
 	}
@@ -106,7 +108,7 @@ func (d *upgrader) stopFor(grace int64, accept func()) error {
 
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells;
 // empty if it may be. What kubelet does next decides in the end.
-func (d *upgrader) refusal(ctx context.Context) string {
+func (d *driver) refusal(ctx context.Context) string {
 	return d.c.AskKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
 		if pod.Images[d.c.Spec.GetName()] != d.c.Image.Image() {
 			return "the pod's spec has not the new image yet"
@@ -116,7 +118,7 @@ func (d *upgrader) refusal(ctx context.Context) string {
 }
 
 // answerStops lets kubelet's stops of the incumbent return.
-func (d *upgrader) answerStops() {
+func (d *driver) answerStops() {
 	for _, q := range d.pending {
 		q.answer <- true
 	}
@@ -124,7 +126,7 @@ func (d *upgrader) answerStops() {
 }
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
-func (d *upgrader) showSuccessor(ctx context.Context) error {
+func (d *driver) showSuccessor(ctx context.Context) error {
 	if err := d.c.Interrupted(); err != nil {
 		return err
 	}

@@ -1,13 +1,16 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package restart
 
 import (
 	"context"
 	"strings"
 	"sync"
 	"time"
+
+	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -26,9 +29,9 @@ import (
 // it stops the container too. What it wants by that is what the restart does already, so its stop
 // joins: it is answered once the successor is there. A pod that goes away is told apart.
 type join struct {
-	d *restarter
+	d *driver
 
-	creates Creations
+	creates swap.Creations
 	shown   chan struct{} // closed when kubelet has been shown the successor
 	over    chan struct{} // closed when the restart answers no more
 	sooner  chan struct{} // closed when kubelet has had the incumbent stopped within less than its grace
@@ -44,8 +47,8 @@ type join struct {
 
 var _ view.Driver = (*join)(nil)
 
-func newJoin(d *restarter) *join {
-	return &join{d: d, creates: make(Creations), shown: make(chan struct{}), over: make(chan struct{}),
+func newJoin(d *driver) *join {
+	return &join{d: d, creates: make(swap.Creations), shown: make(chan struct{}), over: make(chan struct{}),
 		sooner: make(chan struct{})}
 }
 
@@ -174,7 +177,7 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 
 // joins lets kubelet's stops join from the moment on at which the restart is bound to stop the
 // container, whichever process has come to that. The caller holds the slot.
-func (d *restarter) joins() {
+func (d *driver) joins() {
 	rec := d.c.Record()
 	if rec.Joinable() {
 		d.join.listen(rec.StopBy)
@@ -192,7 +195,7 @@ func (d *restarter) joins() {
 
 // refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet
 // tells; empty if it may.
-func (d *restarter) refusalToJoin(ctx context.Context) string {
+func (d *driver) refusalToJoin(ctx context.Context) string {
 	return d.c.AskKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
 		name, rec := d.c.Spec.GetName(), d.c.Record()
 		request, err := d.c.Node.RequestOf(ctx, rec.Incumbent, rec.Sandbox)
@@ -207,7 +210,7 @@ func (d *restarter) refusalToJoin(ctx context.Context) string {
 }
 
 // joined notes that a stop of kubelet's has joined the restart.
-func (d *restarter) joined() {
+func (d *driver) joined() {
 	if d.c.Record().Joined {
 		return
 	}
@@ -242,7 +245,7 @@ const (
 )
 
 // awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
-func (d *restarter) awaitRecreation(ctx context.Context) error {
+func (d *driver) awaitRecreation(ctx context.Context) error {
 	timeout := time.NewTimer(RecreateTimeout)
 	defer timeout.Stop()
 	look := time.NewTicker(RecreatePoll)
@@ -267,7 +270,7 @@ func (d *restarter) awaitRecreation(ctx context.Context) error {
 
 // isKnown reports whether kubelet tells that it goes by the successor: that is so from the
 // beginning of its next sync of the pod.
-func (d *restarter) isKnown(ctx context.Context) bool {
+func (d *driver) isKnown(ctx context.Context) bool {
 	if d.c.Node.Pods == nil {
 		return false
 	}
@@ -282,7 +285,7 @@ func (d *restarter) isKnown(ctx context.Context) bool {
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (d *restarter) recreate(ctx context.Context, q *Creation) error {
+func (d *driver) recreate(ctx context.Context, q *swap.Creation) error {
 	if q.Request.GetConfig().GetMetadata().GetAttempt() > d.c.Status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
@@ -302,6 +305,6 @@ func (d *restarter) recreate(ctx context.Context, q *Creation) error {
 	d.c.Warn("kubelet made the container once more, because it asked for another one than there was: %s",
 		strings.Join(differing, ", "))
 	d.c.SetMethod(opsv1.MethodKubelet)
-	d.c.Revealer.HoldNext(ctx, AdoptTimeout)
+	d.c.Revealer.HoldNext(ctx, imageupdate.AdoptTimeout)
 	return nil
 }

@@ -1,14 +1,16 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // slotHolder takes the slot of an image update, and lets restarts go first.
-type slotHolder struct{ c *Container }
+type slotHolder struct{ c *swap.Container }
 
 // keep is for an image update that had the slot in the process before this one. It may be taken back
 // at once.

@@ -1,13 +1,15 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
 	"slices"
 	"strings"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -27,8 +29,8 @@ const AdoptTimeout = 2 * time.Minute
 
 // adopter answers the CreateContainer that follows kubelet's stop of the incumbent.
 type adopter struct {
-	c *Container
-	d *upgrader
+	c *swap.Container
+	d *driver
 }
 
 // awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks
@@ -41,7 +43,7 @@ func (a *adopter) awaitRequest(ctx context.Context) (ended bool, err error) {
 	a.d.kubelet.stopBy(time.Time{})
 	a.d.answerStops()
 	a.c.Failpoint("asking")
-	limit := orElse(a.c.Op.Upgrade().GetHoldTimeout(), DefaultHold)
+	limit := orElse(a.c.Op.Upgrade().GetHoldTimeout(), swap.DefaultHold)
 	timeout := time.NewTimer(limit)
 	defer timeout.Stop()
 	for {
@@ -116,7 +118,7 @@ func (a *adopter) awaitAdoption(ctx context.Context) error {
 }
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
-func (a *adopter) adopt(ctx context.Context, q *Creation) (ended bool, err error) {
+func (a *adopter) adopt(ctx context.Context, q *swap.Creation) (ended bool, err error) {
 	asked, ours := q.Request.GetConfig().GetMetadata().GetAttempt(), a.c.Status().GetAttempt()
 	var differing []string
 	if asked <= ours {

@@ -1,12 +1,14 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
 	"sync"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -16,7 +18,7 @@ import (
 // kubelet passes on to the operation what kubelet does in its slot.
 type kubelet struct {
 	stops   chan stopped
-	creates Creations
+	creates swap.Creations
 	over    chan struct{} // closed when the operation answers no more
 	// hurry stops the incumbent within a grace that is shorter than the one it is being stopped
 	// within.
@@ -37,7 +39,7 @@ type stopped struct {
 
 func newKubelet(hurry func(ctx context.Context, grace time.Duration)) *kubelet {
 	return &kubelet{
-		stops: make(chan stopped), creates: make(Creations), over: make(chan struct{}), hurry: hurry,
+		stops: make(chan stopped), creates: make(swap.Creations), over: make(chan struct{}), hurry: hurry,
 	}
 }
 

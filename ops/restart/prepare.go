@@ -1,22 +1,24 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package restart
 
 import (
 	"context"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // prepareSpecImage takes the slot once the image of the pod's spec is on the node: a pull may take
 // long.
-func (d *restarter) prepareSpecImage(ctx context.Context) error {
+func (d *driver) prepareSpecImage(ctx context.Context) error {
 	want, err := d.c.Image.OfSpec(ctx)
 	if err != nil {
 		return err
 	}
 	if want != nil {
-		err := d.c.Within(ctx, d.c.Op.CreateTime(), DefaultPrepare, func(ctx context.Context) error {
+		err := d.c.Within(ctx, d.c.Op.CreateTime(), swap.DefaultPrepare, func(ctx context.Context) error {
 			return d.c.Image.EnsureSpec(ctx, want)
 		})
 		if err != nil {
@@ -28,11 +30,11 @@ func (d *restarter) prepareSpecImage(ctx context.Context) error {
 
 // prepareImage pulls the image of a restart with another one and takes the slot. Whatever else
 // needs a check is checked once the slot is taken.
-func (d *restarter) prepareImage(ctx context.Context) error {
+func (d *driver) prepareImage(ctx context.Context) error {
 	if d.c.Spec.GetRevertImage() {
 		return d.prepareRevert(ctx)
 	}
-	if err := d.c.Within(ctx, time.Now(), DefaultPrepare, d.c.Image.Pull); err != nil {
+	if err := d.c.Within(ctx, time.Now(), swap.DefaultPrepare, d.c.Image.Pull); err != nil {
 		return err
 	}
 	d.c.Failpoint("pulled")
@@ -40,7 +42,7 @@ func (d *restarter) prepareImage(ctx context.Context) error {
 }
 
 // prepareRevert takes the slot once the image of the pod's spec is on the node.
-func (d *restarter) prepareRevert(ctx context.Context) error {
+func (d *driver) prepareRevert(ctx context.Context) error {
 	for pulled := ""; ; {
 		if err := d.c.TakeSlot(ctx); err != nil {
 			return err
@@ -51,7 +53,7 @@ func (d *restarter) prepareRevert(ctx context.Context) error {
 		}
 		// Not while the slot is taken: kubelet could not make the container anew.
 		d.c.DropSlot()
-		if err := d.c.Within(ctx, time.Now(), DefaultPrepare, d.c.Image.Pull); err != nil {
+		if err := d.c.Within(ctx, time.Now(), swap.DefaultPrepare, d.c.Image.Pull); err != nil {
 			return err
 		}
 		pulled = image

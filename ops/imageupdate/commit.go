@@ -1,11 +1,13 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 
@@ -20,7 +22,7 @@ import (
 const HoldLeast = 15 * time.Second
 
 // holdLeft is what is left of the time for which the upgrade waits, whichever process began to.
-func (d *upgrader) holdLeft(limit time.Duration) time.Duration {
+func (d *driver) holdLeft(limit time.Duration) time.Duration {
 	since := d.c.Record().HoldSince
 	if since.IsZero() { // written by a version that did not keep it
 		return limit
@@ -29,12 +31,12 @@ func (d *upgrader) holdLeft(limit time.Duration) time.Duration {
 }
 
 // awaitRelease waits until the caller is about to patch the pod's spec.
-func (d *upgrader) awaitRelease(ctx context.Context) error {
+func (d *driver) awaitRelease(ctx context.Context) error {
 	var yielded <-chan struct{} // never, without a slot
 	if d.c.Claim != nil {
 		yielded = d.c.Claim.Yielded()
 	}
-	limit := orElse(d.c.Op.Upgrade().GetHoldTimeout(), DefaultHold)
+	limit := orElse(d.c.Op.Upgrade().GetHoldTimeout(), swap.DefaultHold)
 	hold := time.NewTimer(d.holdLeft(limit))
 	defer hold.Stop()
 	select {
@@ -52,7 +54,7 @@ func (d *upgrader) awaitRelease(ctx context.Context) error {
 }
 
 // awaitCommit waits for the commit of an upgrade whose successor is staged.
-func (d *upgrader) awaitCommit(ctx context.Context) error {
+func (d *driver) awaitCommit(ctx context.Context) error {
 	if err := d.awaitRelease(ctx); err != nil {
 		return err
 	}
@@ -85,7 +87,7 @@ func (d *upgrader) awaitCommit(ctx context.Context) error {
 }
 
 // makeReady brings the successor as far as it comes while the incumbent serves.
-func (d *upgrader) makeReady(ctx context.Context) error {
+func (d *driver) makeReady(ctx context.Context) error {
 	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}

@@ -1,10 +1,12 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package restart
 
 import (
 	"context"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 
@@ -12,29 +14,29 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// restarter is the [Kind] of a restart.
-type restarter struct {
-	c    *Container
+// driver is the [Kind] of a restart.
+type driver struct {
+	c    *swap.Container
 	join *join
 }
 
-var _ Kind = (*restarter)(nil)
+var _ swap.Kind = (*driver)(nil)
 
-func newRestarter(c *Container) Kind {
-	d := &restarter{c: c}
+func New(c *swap.Container) swap.Kind {
+	d := &driver{c: c}
 	d.join = newJoin(d)
 	return d
 }
 
 // Name implements [Kind].
-func (d *restarter) Name() string { return "restart" }
+func (d *driver) Name() string { return "restart" }
 
 // Over implements [Kind].
-func (d *restarter) Over(left bool) { d.join.end(left) }
+func (d *driver) Over(left bool) { d.join.end(left) }
 
 // WantSlot implements [Kind]. A restart has the upgrade that holds the slot taken back; see
 // [operation.Waiters].
-func (d *restarter) WantSlot() (got func()) {
+func (d *driver) WantSlot() (got func()) {
 	holder, got := d.c.Node.Waiters.Want(d.c.Slot())
 	if holder != nil {
 		d.c.Node.TakeBack(holder, d.c.Op)
@@ -43,36 +45,36 @@ func (d *restarter) WantSlot() (got func()) {
 }
 
 // Taken implements [Kind].
-func (d *restarter) Taken() { d.joins() }
+func (d *driver) Taken() { d.joins() }
 
 // Adopted implements [Kind].
-func (d *restarter) Adopted() bool { return false }
+func (d *driver) Adopted() bool { return false }
 
 // NextImage implements [Kind].
-func (d *restarter) NextImage() string { return "" }
+func (d *driver) NextImage() string { return "" }
 
 // Staged implements [Kind].
-func (d *restarter) Staged(_ *store.Container, status *opsv1.ContainerOperation) {
+func (d *driver) Staged(_ *store.Container, status *opsv1.ContainerOperation) {
 	if !d.c.Overlaps() {
 		status.Phase = opsv1.Phase_PHASE_STOPPING
 	}
 }
 
 // Revealed implements [Kind].
-func (d *restarter) Revealed() bool { return d.join.isShown() }
+func (d *driver) Revealed() bool { return d.join.isShown() }
 
 // IsJoint implements [Kind].
-func (d *restarter) IsJoint() bool { return false }
+func (d *driver) IsJoint() bool { return false }
 
 // Succeeded implements [Kind].
-func (d *restarter) Succeeded() {}
+func (d *driver) Succeeded() {}
 
 // Failed implements [Kind].
-func (d *restarter) Failed() {}
+func (d *driver) Failed() {}
 
 // Drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
-func (d *restarter) Drive(ctx context.Context) error {
+func (d *driver) Drive(ctx context.Context) error {
 	ready := d.prepareSpecImage
 	switch {
 	case d.c.Claim != nil:
@@ -126,7 +128,7 @@ func (d *restarter) Drive(ctx context.Context) error {
 }
 
 // beforeOverlap writes that the successor is about to run beside the incumbent.
-func (d *restarter) beforeOverlap(ctx context.Context) error {
+func (d *driver) beforeOverlap(ctx context.Context) error {
 	if err := d.c.Old.Load(ctx); err != nil {
 		return err
 	}
@@ -147,7 +149,7 @@ func (d *restarter) beforeOverlap(ctx context.Context) error {
 }
 
 // afterStart runs postStart and reveals.
-func (d *restarter) afterStart(ctx context.Context) error {
+func (d *driver) afterStart(ctx context.Context) error {
 	rec := d.c.Record()
 	d.c.Revealer.LogLink(ctx, rec.Successor)
 	if err := d.c.Revealer.PostStart(ctx); err != nil {

@@ -1,12 +1,14 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package imageupdate
 
 import (
 	"context"
 	"fmt"
 	"time"
+
+	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 
@@ -14,70 +16,70 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// upgrader is the [Kind] of an image update.
-type upgrader struct {
-	c       *Container
+// driver is the [Kind] of an image update.
+type driver struct {
+	c       *swap.Container
 	slot    *slotHolder
 	kubelet *kubelet
 	adopter *adopter
 	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
 	// before that.
 	pending []stopped
-	asked   *Creation
+	asked   *swap.Creation
 	// revealed is set once kubelet may have seen the successor.
 	revealed bool
 }
 
-var _ Kind = (*upgrader)(nil)
+var _ swap.Kind = (*driver)(nil)
 
-func newUpgrader(c *Container) Kind {
-	d := &upgrader{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.Old.Hurry)}
+func New(c *swap.Container) swap.Kind {
+	d := &driver{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.Old.Hurry)}
 	d.adopter = &adopter{c: c, d: d}
 	return d
 }
 
 // Name implements [Kind].
-func (d *upgrader) Name() string { return "upgrade" }
+func (d *driver) Name() string { return "upgrade" }
 
 // Over implements [Kind].
-func (d *upgrader) Over(bool) { close(d.kubelet.over) }
+func (d *driver) Over(bool) { close(d.kubelet.over) }
 
 // WantSlot implements [Kind].
-func (d *upgrader) WantSlot() (got func()) { return func() {} }
+func (d *driver) WantSlot() (got func()) { return func() {} }
 
 // Taken implements [Kind].
-func (d *upgrader) Taken() {}
+func (d *driver) Taken() {}
 
 // Adopted implements [Kind].
-func (d *upgrader) Adopted() bool { return true }
+func (d *driver) Adopted() bool { return true }
 
 // NextImage implements [Kind].
-func (d *upgrader) NextImage() string { return d.c.Image.Image() }
+func (d *driver) NextImage() string { return d.c.Image.Image() }
 
 // Staged implements [Kind].
-func (d *upgrader) Staged(rec *store.Container, status *opsv1.ContainerOperation) {
+func (d *driver) Staged(rec *store.Container, status *opsv1.ContainerOperation) {
 	rec.Step, rec.HoldSince, status.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
 }
 
 // Revealed implements [Kind].
-func (d *upgrader) Revealed() bool { return d.revealed }
+func (d *driver) Revealed() bool { return d.revealed }
 
 // IsJoint implements [Kind].
-func (d *upgrader) IsJoint() bool { return true }
+func (d *driver) IsJoint() bool { return true }
 
 // Succeeded implements [Kind]. The image is that of the pod's spec from now on.
-func (d *upgrader) Succeeded() {
+func (d *driver) Succeeded() {
 	if d.c.Record().Method != opsv1.MethodKubelet {
 		d.c.Node.Overrides.Set(d.c.Slot(), nil)
 	}
 }
 
 // Failed implements [Kind].
-func (d *upgrader) Failed() { d.endOthers() }
+func (d *driver) Failed() { d.endOthers() }
 
 // Drive implements [Kind]. Everything that takes time is done before kubelet is involved, and what
 // stops the incumbent is kubelet's own StopContainer.
-func (d *upgrader) Drive(ctx context.Context) error {
+func (d *driver) Drive(ctx context.Context) error {
 	defer d.slot.leave()
 	if d.c.Claim != nil {
 		d.slot.keep()
@@ -128,7 +130,7 @@ func (d *upgrader) Drive(ctx context.Context) error {
 }
 
 // drives lets kubelet drive.
-func (d *upgrader) drives() {
+func (d *driver) drives() {
 	switch d.c.Record().Step {
 	case store.StepArmed, store.StepStop, store.StepAsk, store.StepStarted, store.StepReveal:
 		d.kubelet.listen(true)
@@ -146,8 +148,8 @@ func (d *upgrader) drives() {
 }
 
 // prepare pulls the image, checks it, takes the slot and stages the successor.
-func (d *upgrader) prepare(ctx context.Context) error {
-	limit := orElse(d.c.Op.Upgrade().GetPrepareTimeout(), DefaultPrepare)
+func (d *driver) prepare(ctx context.Context) error {
+	limit := orElse(d.c.Op.Upgrade().GetPrepareTimeout(), swap.DefaultPrepare)
 	return d.c.Within(ctx, d.c.Op.CreateTime(), limit, func(ctx context.Context) error {
 		if err := d.c.Image.Pull(ctx); err != nil {
 			return err
@@ -176,13 +178,13 @@ func (d *upgrader) prepare(ctx context.Context) error {
 }
 
 // toKubelet has kubelet make the successor.
-func (d *upgrader) toKubelet(why string) {
+func (d *driver) toKubelet(why string) {
 	d.c.Warn("only the image is put ready, kubelet makes the container: %s", why)
 	d.c.SetMethod(opsv1.MethodKubelet)
 }
 
 // leaveToKubelet waits for the commit of an upgrade of which only the image has been prepared.
-func (d *upgrader) leaveToKubelet(ctx context.Context) error {
+func (d *driver) leaveToKubelet(ctx context.Context) error {
 	// The next process needs not do it again.
 	err := d.c.Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 		c.Phase = opsv1.Phase_PHASE_PREPARED
@@ -196,13 +198,13 @@ func (d *upgrader) leaveToKubelet(ctx context.Context) error {
 	if err := d.awaitRelease(ctx); err != nil {
 		return err
 	}
-	d.c.Revealer.HoldNext(ctx, orElse(d.c.Op.Upgrade().GetHoldTimeout(), DefaultHold))
+	d.c.Revealer.HoldNext(ctx, orElse(d.c.Op.Upgrade().GetHoldTimeout(), swap.DefaultHold))
 	return nil
 }
 
 // endOthers takes the rest of the upgrade back: a pod with one of two images new is what nobody
 // asked for.
-func (d *upgrader) endOthers() {
+func (d *driver) endOthers() {
 	c := d.c.Status()
 	if c.GetReason() == opsv1.ReasonCancelled {
 		return
