@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -66,7 +67,7 @@ type Options struct {
 	Images imagechange.Puller
 	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does
 	// next.
-	Pods swap.Pods
+	Pods podsapi.Pods
 	// LegacyLogDir is where kubelet keeps a symlink per container log for log
 	// shippers. Empty means /var/log/containers.
 	LegacyLogDir string

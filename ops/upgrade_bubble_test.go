@@ -17,8 +17,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -31,6 +29,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
@@ -87,7 +86,7 @@ type upNode struct {
 	dir     string
 	rt      *fakeRuntime
 	images  *fakeImages
-	pods    swap.Pods
+	pods    podsapi.Pods
 	shape   *node
 	sandbox string
 	patched bool // the pod's spec has the new images

@@ -55,7 +55,7 @@ func (n *node) openState(ctx context.Context, carry view.State) (err error) {
 	if err != nil {
 		return err
 	}
-	var pods ops.Pods
+	var pods podsapi.Pods
 	if socket := c.Kubelet.PodsSocket; socket != "" {
 		pods = podsapi.New(socket)
 	}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	"google.golang.org/grpc/codes"
@@ -118,7 +119,7 @@ func (a *adopter) awaitAdoption(ctx context.Context) error {
 }
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
-func (a *adopter) adopt(ctx context.Context, q *swap.Creation) (ended bool, err error) {
+func (a *adopter) adopt(ctx context.Context, q *view.Creation) (ended bool, err error) {
 	asked, ours := q.Request.GetConfig().GetMetadata().GetAttempt(), a.c.Status().GetAttempt()
 	var differing []string
 	if asked <= ours {

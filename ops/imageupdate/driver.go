@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -25,7 +26,7 @@ type driver struct {
 	// pending are kubelet's stops that wait for the successor, and asked its creation that has come
 	// before that.
 	pending []stopped
-	asked   *swap.Creation
+	asked   *view.Creation
 	// revealed is set once kubelet may have seen the successor.
 	revealed bool
 }

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
@@ -18,7 +16,7 @@ import (
 // kubelet passes on to the operation what kubelet does in its slot.
 type kubelet struct {
 	stops   chan stopped
-	creates swap.Creations
+	creates view.Creations
 	over    chan struct{} // closed when the operation answers no more
 	// hurry stops the incumbent within a grace that is shorter than the one it is being stopped
 	// within.
@@ -39,7 +37,7 @@ type stopped struct {
 
 func newKubelet(hurry func(ctx context.Context, grace time.Duration)) *kubelet {
 	return &kubelet{
-		stops: make(chan stopped), creates: make(swap.Creations), over: make(chan struct{}), hurry: hurry,
+		stops: make(chan stopped), creates: make(view.Creations), over: make(chan struct{}), hurry: hurry,
 	}
 }
 

@@ -5,7 +5,6 @@ package lost
 
 import (
 	"bytes"
-	"context"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -23,12 +22,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
-// Pods tells kubelet's mind about pods.
-type Pods interface {
-	// Pod returns the pod with that UID.
-	Pod(ctx context.Context, uid string) (*podsapi.Pod, error)
-}
-
 // Options are what a [Keeper] works with. All but Pods are required.
 type Options struct {
 	Node       *crinode.Client
@@ -36,7 +29,7 @@ type Options struct {
 	Records    *store.Records
 	Switchover *switchover.Prober
 	Tokens     *Tokens
-	Pods       Pods
+	Pods       podsapi.Pods
 	// LogLinks is the directory with kubelet's symlinks to container logs.
 	LogLinks string
 	Log      logrus.FieldLogger

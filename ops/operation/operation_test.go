@@ -311,7 +311,7 @@ func TestWaiters(t *testing.T) {
 	}
 	got()
 	<-over
-	if over := waiters.Hold(slot, up); over != nil || turns.Keep(slot, up) {
+	if over := waiters.Hold(slot, up); over != nil || waiters.Keep(slot, up) {
 		t.Error("an upgrade does not get the slot after the restart")
 	}
 }

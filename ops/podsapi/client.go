@@ -44,6 +44,8 @@ type Client struct {
 	timeout time.Duration // of a call; [timeout], but for tests on a machine with too much to do
 }
 
+var _ Pods = (*Client)(nil)
+
 // New returns a client of the API at that unix socket. Nothing need be there.
 func New(socket string) *Client { return &Client{socket: socket, timeout: timeout} }
 

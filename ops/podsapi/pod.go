@@ -4,6 +4,7 @@
 package podsapi
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"time"
@@ -13,6 +14,12 @@ import (
 
 // Timeout bounds a question for kubelet's mind: a call of kubelet's may wait for the answer.
 const Timeout = 500 * time.Millisecond
+
+// Pods is kubelet's own view of its pods. A [*Client] is one.
+type Pods interface {
+	// Pod returns the pod with that UID. [ErrNotFound] means that kubelet has none.
+	Pod(ctx context.Context, uid string) (*Pod, error)
+}
 
 // Pod is what of a v1.Pod tells why kubelet stops its containers.
 type Pod struct {

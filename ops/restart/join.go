@@ -10,7 +10,6 @@ import (
 	"time"
 
 	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -31,7 +30,7 @@ import (
 type join struct {
 	d *driver
 
-	creates swap.Creations
+	creates view.Creations
 	shown   chan struct{} // closed when kubelet has been shown the successor
 	over    chan struct{} // closed when the restart answers no more
 	sooner  chan struct{} // closed when kubelet has had the incumbent stopped within less than its grace
@@ -48,7 +47,7 @@ type join struct {
 var _ view.Driver = (*join)(nil)
 
 func newJoin(d *driver) *join {
-	return &join{d: d, creates: make(swap.Creations), shown: make(chan struct{}), over: make(chan struct{}),
+	return &join{d: d, creates: make(view.Creations), shown: make(chan struct{}), over: make(chan struct{}),
 		sooner: make(chan struct{})}
 }
 
@@ -285,7 +284,7 @@ func (d *driver) isKnown(ctx context.Context) bool {
 }
 
 // recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
-func (d *driver) recreate(ctx context.Context, q *swap.Creation) error {
+func (d *driver) recreate(ctx context.Context, q *view.Creation) error {
 	if q.Request.GetConfig().GetMetadata().GetAttempt() > d.c.Status().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}

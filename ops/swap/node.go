@@ -35,7 +35,7 @@ type Node struct {
 	Hooks      *hooks.Runner
 	Images     *imagechange.Node
 	// Pods may be nil.
-	Pods    Pods
+	Pods    podsapi.Pods
 	Waiters *operation.Waiters
 	Tokens  *lost.Tokens
 	Lost    *lost.Keeper
@@ -46,12 +46,6 @@ type Node struct {
 	// LogLinks is where kubelet keeps a symlink per container log for log shippers.
 	LogLinks string
 	Metrics  Metrics
-}
-
-// Pods is kubelet's own view of its pods. [*podsapi.Client] is one.
-type Pods interface {
-	// Pod returns the pod with that UID. [podsapi.ErrNotFound] means that kubelet has none.
-	Pod(ctx context.Context, uid string) (*podsapi.Pod, error)
 }
 
 // Metrics are what operations on containers count.

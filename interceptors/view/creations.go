@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package swap
+package view
 
 import (
 	"context"
@@ -15,7 +15,7 @@ type Creation struct {
 	answer  chan answer // has room for one
 }
 
-// answer is as [view.Driver] returns it.
+// answer is as [Driver] returns it.
 type answer struct {
 	id string
 	ok bool
@@ -31,7 +31,7 @@ func (c *Creation) Yield() { c.answer <- answer{} }
 // receives from it.
 type Creations chan *Creation
 
-// Ask is [view.Driver]'s Create: it returns what the call is answered with. A call that nobody
+// Ask is [Driver]'s Create: it returns what the call is answered with. A call that nobody
 // answers waits for the end of the operation. over is closed when the operation answers no more.
 func (c Creations) Ask(
 	ctx context.Context, req *runtimeapi.CreateContainerRequest, over <-chan struct{},
