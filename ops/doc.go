@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package ops runs the operations of one node. It holds the swap engine, which restarts a container
-// in place without kubelet's taking part, the journal that makes an operation survive the death of
-// the proxy or the runtime, and the gRPC server that takes commands.
+// Package ops runs the operations of one node: the gRPC [Server] takes commands, and the [Engine]
+// writes them to the journal, carries them out container by container, and takes up those of the
+// process before this one. What happens to a container is in the packages swap, restart and
+// imageupdate.
 package ops

@@ -119,7 +119,8 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		Switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),
-		Waiters: operation.NewWaiters(), Tokens: lost.NewTokens(), LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
+		Waiters: operation.NewWaiters(), Tokens: lost.NewTokens(),
+		LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
 	}
 	e := &Engine{
 		node:       node,

@@ -68,7 +68,8 @@ func TestUpgradeFailures(t *testing.T) {
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
 		{
-			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout), after: swap.DefaultPrepare,
+			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout),
+			after:  swap.DefaultPrepare,
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
 		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }),

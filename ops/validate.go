@@ -89,7 +89,8 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container %q: min_ready_seconds must be between 0 and %d", name, maxMinReady)
 		case c.GetMinReadySeconds() != 0 && c.GetOrder() != opsv1.Order_ORDER_START_FIRST:
 			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
-		case probes != nil && (!probes.IsValid() || probes.AsDuration() < 0 || probes.AsDuration() > swap.MaxHoldProbes):
+		case probes != nil &&
+			(!probes.IsValid() || probes.AsDuration() < 0 || probes.AsDuration() > swap.MaxHoldProbes):
 			return invalid("container %q: hold_probes must be between 0 and %s", name, swap.MaxHoldProbes)
 		case len(c.GetExpectedContainerId()) > 256:
 			return invalid("container %q: expected_container_id is too long", name)

@@ -17,7 +17,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// driver is the [Kind] of an image update.
+// driver is the [swap.Kind] of an image update.
 type driver struct {
 	c       *swap.Container
 	slot    *slotHolder
@@ -39,47 +39,47 @@ func New(c *swap.Container) swap.Kind {
 	return d
 }
 
-// Name implements [Kind].
+// Name implements [swap.Kind].
 func (d *driver) Name() string { return "upgrade" }
 
-// Over implements [Kind].
+// Over implements [swap.Kind].
 func (d *driver) Over(bool) { close(d.kubelet.over) }
 
-// WantSlot implements [Kind].
+// WantSlot implements [swap.Kind].
 func (d *driver) WantSlot() (got func()) { return func() {} }
 
-// Taken implements [Kind].
+// Taken implements [swap.Kind].
 func (d *driver) Taken() {}
 
-// Adopted implements [Kind].
+// Adopted implements [swap.Kind].
 func (d *driver) Adopted() bool { return true }
 
-// NextImage implements [Kind].
+// NextImage implements [swap.Kind].
 func (d *driver) NextImage() string { return d.c.Image.Image() }
 
-// Staged implements [Kind].
+// Staged implements [swap.Kind].
 func (d *driver) Staged(rec *store.Container, status *opsv1.ContainerOperation) {
 	rec.Step, rec.HoldSince, status.Phase = store.StepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
 }
 
-// Revealed implements [Kind].
+// Revealed implements [swap.Kind].
 func (d *driver) Revealed() bool { return d.revealed }
 
-// IsJoint implements [Kind].
+// IsJoint implements [swap.Kind].
 func (d *driver) IsJoint() bool { return true }
 
-// Succeeded implements [Kind]. The image is that of the pod's spec from now on.
+// Succeeded implements [swap.Kind]. The image is that of the pod's spec from now on.
 func (d *driver) Succeeded() {
 	if d.c.Record().Method != opsv1.MethodKubelet {
 		d.c.Node.Overrides.Set(d.c.Slot(), nil)
 	}
 }
 
-// Failed implements [Kind].
+// Failed implements [swap.Kind].
 func (d *driver) Failed() { d.endOthers() }
 
-// Drive implements [Kind]. Everything that takes time is done before kubelet is involved, and what
-// stops the incumbent is kubelet's own StopContainer.
+// Drive implements [swap.Kind]. Everything that takes time is done before kubelet is involved, and
+// what stops the incumbent is kubelet's own StopContainer.
 func (d *driver) Drive(ctx context.Context) error {
 	defer d.slot.leave()
 	if d.c.Claim != nil {

@@ -12,8 +12,8 @@ import (
 // slotHolder takes the slot of an image update, and lets restarts go first.
 type slotHolder struct{ c *swap.Container }
 
-// keep is for an image update that had the slot in the process before this one. It may be taken back
-// at once.
+// keep is for an image update that had the slot in the process before this one. It may be taken
+// back at once.
 func (s *slotHolder) keep() {
 	if s.c.Node.Waiters.Keep(s.c.Slot(), s.c.Op) {
 		s.c.Node.TakeBack(s.c.Op, nil)

@@ -14,7 +14,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// driver is the [Kind] of a restart.
+// driver is the [swap.Kind] of a restart.
 type driver struct {
 	c    *swap.Container
 	join *join
@@ -28,13 +28,13 @@ func New(c *swap.Container) swap.Kind {
 	return d
 }
 
-// Name implements [Kind].
+// Name implements [swap.Kind].
 func (d *driver) Name() string { return "restart" }
 
-// Over implements [Kind].
+// Over implements [swap.Kind].
 func (d *driver) Over(left bool) { d.join.end(left) }
 
-// WantSlot implements [Kind]. A restart has the upgrade that holds the slot taken back; see
+// WantSlot implements [swap.Kind]. A restart has the upgrade that holds the slot taken back; see
 // [operation.Waiters].
 func (d *driver) WantSlot() (got func()) {
 	holder, got := d.c.Node.Waiters.Want(d.c.Slot())
@@ -44,32 +44,32 @@ func (d *driver) WantSlot() (got func()) {
 	return got
 }
 
-// Taken implements [Kind].
+// Taken implements [swap.Kind].
 func (d *driver) Taken() { d.joins() }
 
-// Adopted implements [Kind].
+// Adopted implements [swap.Kind].
 func (d *driver) Adopted() bool { return false }
 
-// NextImage implements [Kind].
+// NextImage implements [swap.Kind].
 func (d *driver) NextImage() string { return "" }
 
-// Staged implements [Kind].
+// Staged implements [swap.Kind].
 func (d *driver) Staged(_ *store.Container, status *opsv1.ContainerOperation) {
 	if !d.c.Overlaps() {
 		status.Phase = opsv1.Phase_PHASE_STOPPING
 	}
 }
 
-// Revealed implements [Kind].
+// Revealed implements [swap.Kind].
 func (d *driver) Revealed() bool { return d.join.isShown() }
 
-// IsJoint implements [Kind].
+// IsJoint implements [swap.Kind].
 func (d *driver) IsJoint() bool { return false }
 
-// Succeeded implements [Kind].
+// Succeeded implements [swap.Kind].
 func (d *driver) Succeeded() {}
 
-// Failed implements [Kind].
+// Failed implements [swap.Kind].
 func (d *driver) Failed() {}
 
 // Drive takes the container through the steps. It returns nil on success, an

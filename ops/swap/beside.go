@@ -86,7 +86,8 @@ func (s *Switcher) tellEnd(ctx context.Context) {
 	if s.c.Claim == nil || s.c.Record().Incumbent == "" {
 		return
 	}
-	st, err := s.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.c.Record().Incumbent})
+	st, err := s.c.Node.Runtime.ContainerStatus(ctx,
+		&runtimeapi.ContainerStatusRequest{ContainerId: s.c.Record().Incumbent})
 	if err != nil {
 		return // it is gone
 	}

@@ -93,7 +93,7 @@ func (s *Switcher) startGated(ctx context.Context, rec store.Container) error {
 		}
 	}
 	s.held = true
-	if err := s.c.Stager.startOnce(ctx, rec.Successor); err != nil {
+	if err := s.c.Node.StartOnce(ctx, rec.Successor); err != nil {
 		return err
 	}
 	err := s.awaitGate(ctx, rec)
@@ -145,12 +145,9 @@ func (s *Switcher) passed(ctx context.Context, rec store.Container) {
 	}
 	st, err := s.c.Node.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
 	if at := st.GetStatus().GetFinishedAt(); err == nil && at != 0 {
-		s.began(rec.Successor, time.Unix(0, at))
+		s.c.Node.SetStarted(rec.Successor, time.Unix(0, at))
 	}
 }
-
-// began notes when the application of the successor began.
-func (s *Switcher) began(id string, at time.Time) { s.c.Node.SetStarted(id, at) }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
 func (s *Switcher) awaitGate(ctx context.Context, rec store.Container) error {
@@ -208,7 +205,7 @@ func (s *Switcher) openGate(ctx context.Context) error {
 			break
 		}
 	}
-	s.began(s.c.Record().Successor, time.Now())
+	s.c.Node.SetStarted(s.c.Record().Successor, time.Now())
 	if err := s.gate.Remove(); err != nil {
 		s.c.Log.WithError(err).Warn("gate not removed")
 	}

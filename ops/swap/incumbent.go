@@ -236,8 +236,10 @@ func (i *Incumbent) Hurry(ctx context.Context, grace time.Duration) {
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
 	i.c.Log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
-	if _, err := i.c.Node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: i.c.Record().Incumbent,
-		Timeout: int64(grace / time.Second)}); err != nil {
+	_, err := i.c.Node.Runtime.StopContainer(call, &runtimeapi.StopContainerRequest{
+		ContainerId: i.c.Record().Incumbent, Timeout: int64(grace / time.Second),
+	})
+	if err != nil {
 		i.c.Log.WithError(err).Warn("container not stopped sooner")
 	}
 }

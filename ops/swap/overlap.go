@@ -35,8 +35,8 @@ func (s *Switcher) MaskWhenGone() {
 }
 
 // Overlap starts the successor while the incumbent runs and waits until it has run for the time
-// asked for. Where the successor does not start beside the incumbent, the incumbent is to be stopped
-// first from then on. An error means that the incumbent was not touched.
+// asked for. Where the successor does not start beside the incumbent, the incumbent is to be
+// stopped first from then on. An error means that the incumbent was not touched.
 func (s *Switcher) Overlap(ctx context.Context) error {
 	err := s.startBeside(ctx)
 	if besideFails(err) {

@@ -220,11 +220,6 @@ func (s *Stager) stageAnew(ctx context.Context, why string) error {
 	})
 }
 
-// startOnce starts the container, whatever state a crash or a runtime restart left it in.
-func (s *Stager) startOnce(ctx context.Context, id string) error {
-	return s.c.Node.StartOnce(ctx, id)
-}
-
 // createGated creates the container behind a gate if that is the method. It returns "" if it is
 // not, or if that did not work, and then the method is another one.
 func (s *Stager) createGated(

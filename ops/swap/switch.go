@@ -159,7 +159,7 @@ func (s *Switcher) start(ctx context.Context) error {
 			return err
 		}
 		rec := s.c.Record()
-		err := s.c.Stager.startOnce(ctx, rec.Successor)
+		err := s.c.Node.StartOnce(ctx, rec.Successor)
 		if err == nil {
 			return nil
 		}
