@@ -42,7 +42,7 @@ func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
 			return
 		}
 		j.close()
-		j.cleanUpAll(true, opsv1.CancelCodeDeleted, func(int) {})
+		j.cleanUpAll(true, opsv1.CancelCodeDeleted, func() {})
 	})
 }
 
@@ -61,7 +61,7 @@ func (r *Reconciler) deletedState(ctx context.Context, job *v1beta1.ImagePullJob
 	if s.Nodes, err = spec.Match(ctx, r.Client, job, r.NodePort); err != nil && !errors.As(err, &why) {
 		return nil, err
 	}
-	return newJobState(r, s, &inbox{}, false, false), nil
+	return newJobState(r, s, &memory{}, false, false), nil
 }
 
 // finalize lets a deleted job go. Before, it cancels the job's pulls and releases its pins on all
@@ -101,7 +101,7 @@ func (p *pass) cleanUp(ctx context.Context) error {
 	p.memory.cleanedUp = done
 	j := p.memory.state
 	j.close()
-	count := j.cleanUpAll(true, opsv1.CancelCodeDeleted, func(int) {
+	count := j.cleanUpAll(true, opsv1.CancelCodeDeleted, func() {
 		close(done)
 		p.r.tracker.Wake(j.request)
 	})

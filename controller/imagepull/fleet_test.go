@@ -58,6 +58,7 @@ type simNode struct {
 	comes   time.Time     // when the image does; zero: it is there
 	ahead   time.Duration // of its clock
 	endless string        // "" or the phase in which its pulls stay for ever: Fetching or InQueue
+	slow    time.Duration // how long a command takes, even if its caller does not wait
 
 	pulls    map[string]*simPull
 	order    []string
@@ -118,14 +119,41 @@ func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode
 		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
 	}
 	if silent {
-		patience := 5 * time.Second
+		timeout := 5 * time.Second
 		if method == "WatchPull" {
-			patience = 24 * time.Hour
+			timeout = 24 * time.Hour
 		}
-		sleep(ctx, patience)
+		sleep(ctx, timeout)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
+}
+
+// late carries a command out after a while. Its caller may leave before that.
+func late[T any](ctx context.Context, f *fleet, node *simNode, n nodes.Node, do func() (T, error)) (T, error) {
+	f.mu.Lock()
+	slow := node.slow
+	f.mu.Unlock()
+	if slow == 0 {
+		return do()
+	}
+	type outcome struct {
+		value T
+		err   error
+	}
+	done := make(chan outcome, 1)
+	f.wg.Go(func() {
+		sleep(f.ctx, slow)
+		value, err := do()
+		done <- outcome{value, err}
+	})
+	select {
+	case o := <-done:
+		return o.value, o.err
+	case <-ctx.Done():
+		var none T
+		return none, answer(n, "late", codes.Canceled, "context canceled")
+	}
 }
 
 func answer(n nodes.Node, method string, code codes.Code, message string) error {
@@ -142,6 +170,10 @@ func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*
 	if err != nil {
 		return nil, err
 	}
+	return late(ctx, f, node, n, func() (*opsv1.PullOperation, error) { return f.pull(node, n, r) })
+}
+
+func (f *fleet) pull(node *simNode, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if node.busy > 0 {
@@ -379,6 +411,10 @@ func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, code, reason 
 	if err != nil {
 		return nil, err
 	}
+	return late(ctx, f, node, n, func() (*opsv1.PullOperation, error) { return f.cancel(node, n, uid, code, reason) })
+}
+
+func (f *fleet) cancel(node *simNode, n nodes.Node, uid, code, reason string) (*opsv1.PullOperation, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := node.pulls[uid]
@@ -447,6 +483,26 @@ func (f *fleet) begun(names ...string) map[string]int {
 		}
 	}
 	return counts
+}
+
+// pulling returns what the node pulls.
+func (f *fleet) pulling(name string) (images []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := f.nodes[name]
+	for _, uid := range n.order {
+		if p := n.pulls[uid]; p.op.GetFinishTime() == nil {
+			images = append(images, p.req.GetImage())
+		}
+	}
+	return images
+}
+
+// called returns how often a method was called on any node.
+func (f *fleet) called(method string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls[method]
 }
 
 func (f *fleet) flying(job string) int {

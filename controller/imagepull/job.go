@@ -28,7 +28,8 @@ type jobState struct {
 	tracker *nodes.Tracker[*opsv1.PullOperation]
 	log     logrus.FieldLogger
 	command *command.Client
-	inbox   *inbox
+	memory  *memory
+	inbox   *inbox // of the memory
 	request reconcile.Request
 	table   *table
 }
@@ -59,14 +60,16 @@ func (c *call) probes() bool { return c.key == nodes.Key{} }
 
 // newJobState begins with a job. With resume, another controller may have been at work on it. With
 // again, the job had ended, and the failures from before do not count.
-func newJobState(r *Reconciler, s *spec.Spec, in *inbox, resume, again bool) *jobState {
+func newJobState(r *Reconciler, s *spec.Spec, m *memory, resume, again bool) *jobState {
 	log := r.Log.WithFields(logrus.Fields{"job": s.Job.String(), "image": s.Request.GetImage()})
 	j := &jobState{
-		crew: r.crew, tracker: r.tracker, log: log, command: command.New(r.Nodes, r.APIReader, in.noteKeys),
-		inbox: in, request: reconcile.Request{NamespacedName: s.Job}, table: newTable(s, r.Metrics, log, time.Now()),
+		crew: r.crew, tracker: r.tracker, log: log, command: command.New(r.Nodes, r.APIReader, m.inbox.noteKeys),
+		memory: m, inbox: &m.inbox, request: reconcile.Request{NamespacedName: s.Job},
+		table: newTable(s, r.Metrics, log, time.Now()),
 	}
 	j.table.older = resume
 	j.table.setSpec(s, resume, time.Now())
+	j.takeBack()
 	for _, n := range j.table.nodes {
 		n.staleFailures = again
 	}
@@ -76,22 +79,9 @@ func newJobState(r *Reconciler, s *spec.Spec, in *inbox, resume, again bool) *jo
 // apply takes up a job and nodes that have changed.
 func (j *jobState) apply(s *spec.Spec, now time.Time) {
 	gone := j.table.setSpec(s, false, now)
-	active := countActive(gone)
-	j.table.removed += active
+	j.takeBack()
 	// A node that was deleted does not answer, and there is no harm in asking.
-	j.cleanUp(gone, true, opsv1.CancelCodeNotChosen, func(int) {
-		j.inbox.noteCleanedUp(active)
-		j.tracker.Wake(j.request)
-	})
-}
-
-func countActive(nodes []*nodeState) (count int) {
-	for _, n := range nodes {
-		if n.phase == active {
-			count++
-		}
-	}
-	return count
+	j.cleanUp(gone, true, opsv1.CancelCodeNotChosen, func() {})
 }
 
 // step takes in what the nodes have said, and begins all that can begin: probes, then pulls in the
@@ -115,7 +105,7 @@ func (j *jobState) step(now time.Time) {
 		}
 		j.probe(n)
 	}
-	for parallelism := t.spec.Parallelism(); t.unverified == 0 && !t.full(parallelism); {
+	for free := t.spec.Parallelism() - j.memory.leaving(); t.unverified == 0 && t.pulling() < free; {
 		n := t.nextToPull()
 		if n == nil {
 			break
@@ -184,12 +174,7 @@ func (j *jobState) probe(n *nodeState) {
 		defer close(ended)
 		defer stop()
 		defer context.AfterFunc(running, stop)()
-		if before != nil {
-			select {
-			case <-before:
-			case <-ctx.Done():
-			}
-		}
+		waitFor(ctx, before)
 		found, err := j.command.Probe(ctx, s, node, older)
 		if ctx.Err() == nil {
 			j.inbox.noteEnd(n, c, result{over: true, found: found, err: err})
@@ -214,8 +199,6 @@ type inbox struct {
 	mu sync.Mutex
 	// news are the nodes of which there is something new.
 	news map[*nodeState]struct{}
-	// cleanedUp is the number of nodes less that were active when the job ceased to choose them.
-	cleanedUp int
 	// keys are pull secrets that were read; nil if none were. urgent says that the status is to
 	// tell of them.
 	keys   *pullsecrets.Keyring
@@ -230,14 +213,13 @@ func (in *inbox) open(t *table) []*nodeState {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	news := slices.Collect(maps.Keys(in.news))
-	t.removed -= in.cleanedUp
 	if in.keys != nil {
 		t.keys = in.keys
 	}
 	if in.urgent {
 		t.throttle.Urge()
 	}
-	in.news, in.cleanedUp, in.keys, in.urgent, in.hurry = nil, 0, nil, false, false
+	in.news, in.keys, in.urgent, in.hurry = nil, nil, false, false
 	return news
 }
 
@@ -287,10 +269,10 @@ func (in *inbox) resultOf(c *call) result {
 	return c.result
 }
 
-func (in *inbox) noteCleanedUp(active int) {
+// noteCleanedUp notes that a node is told nothing more that the job does not choose.
+func (in *inbox) noteCleanedUp() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	in.cleanedUp += active
 	in.hurry = in.hurry || in.waiting
 }
 

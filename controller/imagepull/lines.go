@@ -56,7 +56,10 @@ func (t *table) arrange(n *nodeState, now time.Time) {
 			wait(afterAll + n.order)
 		}
 	case !n.target.Ready:
-		if t.leaveOut(n, now); !n.done() {
+		switch t.leaveOut(n, now); {
+		case n.lingering:
+			t.setAlarm(n, n.since.Add(silenceTimeout))
+		case !n.done():
 			t.setAlarm(n, n.since.Add(nodeTimeout))
 		}
 	case n.phase == pending:

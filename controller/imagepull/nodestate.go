@@ -43,6 +43,10 @@ type nodeState struct {
 	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
 	// before the node has been probed.
 	unverified bool
+	// lingering says that the node pulled when the job was changed, and may still be pulling what
+	// the job no longer wants. It counts as pulling until a probe has cancelled that, or the node
+	// has been silent for silenceTimeout.
+	lingering bool
 	// staleFailures says that the failures which the node reports are from before the job began
 	// again.
 	staleFailures bool
@@ -72,6 +76,9 @@ func (n *nodeState) name() string { return n.target.Node.Name }
 
 // done says that the job need not wait for the node.
 func (n *nodeState) done() bool { return n.phase == succeeded || n.phase == failed || n.verifying }
+
+// mayPull says that the node pulls, or may be pulling, for the job.
+func (n *nodeState) mayPull() bool { return n.phase == active || n.lingering }
 
 // unit is how much of the node's work is done, from 0 to 1.
 func (n *nodeState) unit() float64 {

@@ -86,6 +86,8 @@ type memory struct {
 	uid   types.UID
 	state *jobState // nil when the job is not at work
 	inbox inbox
+	// cleanups are the nodes that are being told to forget the job, by name.
+	cleanups map[string]*cleanup
 	// matched says that no node or pod has changed since generation was matched with the nodes.
 	matched    atomic.Bool
 	generation int64
@@ -210,8 +212,14 @@ type pass struct {
 }
 
 // advance takes a job that has not ended a step further.
-func (p *pass) advance(ctx context.Context) (time.Duration, error) {
+func (p *pass) advance(ctx context.Context) (wait time.Duration, err error) {
 	s, err := p.spec(ctx)
+	applied := false
+	defer func() {
+		if !applied { // the next reconcile must not take it for applied
+			p.memory.matched.Store(false)
+		}
+	}()
 	var why *apierror.SpecError
 	if errors.As(err, &why) {
 		return p.refuse(ctx, why)
@@ -238,13 +246,14 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	changed := true
 	switch j := p.memory.state; {
 	case j == nil:
-		p.memory.state = newJobState(p.r, s, &p.memory.inbox, resume, again)
+		p.memory.state = newJobState(p.r, s, p.memory, resume, again)
 		p.memory.state.table.throttle.Begin(p.now)
 	case j.table.spec == s:
 		changed = false
 	default:
 		j.apply(s, p.now)
 	}
+	applied = true
 	p.memory.state.step(time.Now())
 	return p.conclude(ctx, changed)
 }
@@ -262,16 +271,13 @@ func (p *pass) spec(ctx context.Context) (*spec.Spec, error) {
 		return m.state.table.spec, nil
 	}
 	m.generation = p.job.Generation
-	if s.Nodes, err = spec.Match(ctx, p.r.Client, p.job, p.r.NodePort); err != nil {
-		m.matched.Store(false)
-	}
+	s.Nodes, err = spec.Match(ctx, p.r.Client, p.job, p.r.NodePort)
 	return s, err
 }
 
 // refuse says what is wrong with a job, and leaves the job until the user has corrected it.
 func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) (time.Duration, error) {
-	p.memory.close()
-	p.memory.state = nil
+	p.memory.close() // what the nodes do goes on, and the state says what that is
 	if p.memory.invalid != why.Message {
 		p.memory.invalid = why.Message
 		p.event(corev1.EventTypeWarning, eventInvalidSpec, why.Message)
@@ -390,7 +396,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	j.writeEvents(p.r.Recorder, p.job)
 	j.close()
 	if late {
-		j.cleanUpAll(false, opsv1.CancelCodeDeadline, func(int) {})
+		j.cleanUpAll(false, opsv1.CancelCodeDeadline, func() {})
 	}
 	p.memory.state = nil
 	message := meta.FindStatusCondition(next.Conditions, v1beta1.ConditionComplete).Message

@@ -55,10 +55,8 @@ type table struct {
 	// survey those that wait for a probe. adopted nodes pull already, and nobody follows them yet.
 	turns, alarms   line
 	survey, adopted []*nodeState
-	// probes are under way. unverified is the number of nodes that are.
-	probes, unverified int
-	// removed nodes were active when the job ceased to choose them, and may still be pulling.
-	removed int
+	// probes are under way. unverified and lingering are the numbers of nodes that are.
+	probes, unverified, lingering int
 	// older says that nodes may know the job from before: from another controller, or for another
 	// image.
 	older    bool
@@ -91,7 +89,8 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 			n.retryAt = time.Time{}
 		}
 		n.target = target
-		if newWork || moved && n.phase == active || newParams && (n.call != nil || n.phase == failed) {
+		busy := n.call != nil || n.phase == active
+		if newWork || moved && busy || newParams && (busy || n.phase == failed) {
 			t.reset(n)
 		}
 		nodes, byName[n.name()] = append(nodes, n), n
@@ -100,6 +99,9 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 		if byName[name] == nil {
 			t.setUnverified(n, false)
 			t.setVerifying(n, false)
+			if n.lingering {
+				t.lingering--
+			}
 			t.counts[n.phase]--
 			t.throttle.Add(0)
 			t.interrupt(n)
@@ -115,14 +117,12 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 	return gone
 }
 
-// full says that no more nodes may pull.
-func (t *table) full(parallelism int) bool { return t.counts[active]+t.removed >= parallelism }
+// pulling is how many nodes pull, or may be pulling.
+func (t *table) pulling() int { return t.counts[active] + t.lingering }
 
 // reset begins with a node from the start.
 func (t *table) reset(n *nodeState) {
-	if n.phase == active {
-		t.setUnverified(n, true)
-	}
+	t.setLingering(n, n.mayPull())
 	t.interrupt(n)
 	n.reached()
 	t.setVerifying(n, false)
@@ -161,6 +161,16 @@ func (t *table) setUnverified(n *nodeState, unverified bool) {
 		t.unverified--
 	}
 	n.unverified = unverified
+}
+
+func (t *table) setLingering(n *nodeState, lingering bool) {
+	switch {
+	case lingering && !n.lingering:
+		t.lingering++
+	case !lingering && n.lingering:
+		t.lingering--
+	}
+	n.lingering = lingering
 }
 
 func (t *table) setPhase(n *nodeState, p phase) {
@@ -203,6 +213,7 @@ func (t *table) fail(n *nodeState, reason, message string) {
 		t.throttle.Urge()
 	}
 	t.setVerifying(n, false)
+	t.setLingering(n, false)
 	t.setPhase(n, failed)
 	n.reason, n.message = reason, message
 	t.reported.failed(n.name(), reason, message)
@@ -217,6 +228,9 @@ func (t *table) unreached(n *nodeState, why command.Trouble, now time.Time) {
 	n.tries++
 	n.away = why
 	t.throttle.Add(0)
+	if now.Sub(n.since) >= silenceTimeout {
+		t.setLingering(n, false)
+	}
 	switch {
 	case n.phase == failed:
 		n.reason, n.message = why.Reason, why.Message
@@ -242,6 +256,9 @@ func (t *table) leaveOut(n *nodeState, now time.Time) {
 	if n.since.IsZero() {
 		n.since = now
 	}
+	if now.Sub(n.since) >= silenceTimeout {
+		t.setLingering(n, false)
+	}
 	if n.phase != failed && now.Sub(n.since) >= nodeTimeout {
 		t.fail(n, reason, message)
 		t.metrics.failed(reason)
@@ -259,6 +276,7 @@ func (t *table) finished() bool {
 // adopt takes over what a probe has found.
 func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 	stale := n.staleFailures
+	t.setLingering(n, false) // the probe has cancelled what the job no longer wants
 	n.round, n.retryAt, n.staleFailures = f.Rounds, time.Time{}, false
 	op := f.Latest
 	switch {

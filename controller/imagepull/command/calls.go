@@ -5,10 +5,8 @@ package command
 
 import (
 	"context"
-	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -138,13 +136,6 @@ func (c *Client) cancel(ctx context.Context, node nodes.Node, uid, code string) 
 	return nil
 }
 
-// Removed is a node that has to forget a job.
-type Removed struct {
-	Node nodes.Node
-	// Quiet is closed when the goroutine that talks to the node has ended; nil when there is none.
-	Quiet <-chan struct{}
-}
-
 // EndOverdue cancels a pull whose time is over, for the reason why, and returns how the pull has
 // ended: it counts as failed even if the node does not cancel it.
 func (c *Client) EndOverdue(
@@ -159,36 +150,10 @@ func (c *Client) EndOverdue(
 	return end
 }
 
-// CleanUp tries once on each node to cancel the job's pulls, for the reason that code names, and,
-// with pins, to release its pins. It returns the nodes that have not answered.
-func (c *Client) CleanUp(ctx context.Context, s *spec.Spec, nodes []Removed, pins bool, code string) []Removed {
-	var mu sync.Mutex
-	var left []Removed
-	var g errgroup.Group
-	g.SetLimit(MaxAtOnce)
-	for _, n := range nodes {
-		g.Go(func() error {
-			if err := c.cleanUpNode(ctx, s, n, pins, code); err != nil && !TroubleOf(err).Final {
-				mu.Lock()
-				defer mu.Unlock()
-				left = append(left, n)
-			}
-			return nil
-		})
-	}
-	_ = g.Wait() // none returns an error
-	return left
-}
-
-func (c *Client) cleanUpNode(ctx context.Context, s *spec.Spec, n Removed, pins bool, code string) error {
-	if n.Quiet != nil {
-		select {
-		case <-n.Quiet:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	ops, err := c.nodes.ListPulls(ctx, n.Node)
+// CleanUp cancels the job's pulls on a node, for the reason that code names, and, with pins,
+// releases its pins.
+func (c *Client) CleanUp(ctx context.Context, s *spec.Spec, node nodes.Node, pins bool, code string) error {
+	ops, err := c.nodes.ListPulls(ctx, node)
 	if err != nil {
 		return err
 	}
@@ -196,12 +161,12 @@ func (c *Client) cleanUpNode(ctx context.Context, s *spec.Spec, n Removed, pins 
 		if _, _, _, ours := s.ParseUID(op.GetUid()); !ours || op.GetFinishTime() != nil {
 			continue
 		}
-		if err := c.cancel(ctx, n.Node, op.GetUid(), code); err != nil {
+		if err := c.cancel(ctx, node, op.GetUid(), code); err != nil {
 			return err
 		}
 	}
 	if pins {
-		_, err = c.nodes.ReleasePins(ctx, n.Node, s.Request.GetOwner(), "")
+		_, err = c.nodes.ReleasePins(ctx, node, s.Request.GetOwner(), "")
 	}
 	return err
 }
