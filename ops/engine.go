@@ -12,9 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/ops/podsapi"
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
@@ -31,8 +28,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/room"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 

@@ -7,16 +7,14 @@ import (
 	"context"
 	"sync"
 
-	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
-	restart "github.com/cri-proxy/cri-proxy/ops/restart"
-
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"github.com/sirupsen/logrus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/imageupdate"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/restart"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // execute runs an operation to its end, or until ctx ends.

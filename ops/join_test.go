@@ -12,13 +12,12 @@ import (
 	"testing/synctest"
 	"time"
 
-	restart "github.com/cri-proxy/cri-proxy/ops/restart"
-
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/ops/restart"
 )
 
 // drains makes app's first container take that long to stop.

@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
@@ -28,6 +26,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/lost"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // entry is a journal record of an operation on app at a step.

@@ -6,12 +6,11 @@ package ops
 import (
 	"fmt"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"github.com/prometheus/client_golang/prometheus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 type metrics struct {

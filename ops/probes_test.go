@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -19,6 +17,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // probedFrom is when kubelet begins to probe a container with no initial delay that it is told of

@@ -14,13 +14,12 @@ import (
 	"testing"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 const testMiB = 1 << 20

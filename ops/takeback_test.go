@@ -11,12 +11,11 @@ import (
 	"testing"
 	"time"
 
-	restart "github.com/cri-proxy/cri-proxy/ops/restart"
-
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/ops/restart"
 )
 
 // during calls f once, before the effect of the first call of the engine that begins with prefix.

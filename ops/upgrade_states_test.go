@@ -14,9 +14,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -26,8 +23,10 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/imageupdate"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 func seconds(n int64) *durationpb.Duration { return durationpb.New(time.Duration(n) * time.Second) }

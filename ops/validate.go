@@ -9,14 +9,13 @@ import (
 	"slices"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // Bounds of a request; far above what a pod can have.

@@ -9,18 +9,17 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/interceptors/view"
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // AdoptTimeout is how long kubelet may take from the stop of the old container to the creation of

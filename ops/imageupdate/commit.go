@@ -7,14 +7,12 @@ import (
 	"context"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
-	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // HoldLeast is what a process that finds an upgrade waiting gives those who may have found nobody

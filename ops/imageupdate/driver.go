@@ -8,13 +8,11 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/interceptors/view"
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // driver is the [swap.Kind] of an image update.

@@ -6,7 +6,7 @@ package imageupdate
 import (
 	"context"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // slotHolder takes the slot of an image update, and lets restarts go first.

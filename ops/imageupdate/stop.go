@@ -7,14 +7,12 @@ import (
 	"context"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // armedPoll is how often a successor that runs beside its incumbent, and waits to take over, is

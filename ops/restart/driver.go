@@ -6,12 +6,10 @@ package restart
 import (
 	"context"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // driver is the [swap.Kind] of a restart.

@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	imageupdate "github.com/cri-proxy/cri-proxy/ops/imageupdate"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -18,6 +16,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/imageupdate"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"

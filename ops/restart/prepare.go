@@ -7,7 +7,7 @@ import (
 	"context"
 	"time"
 
-	swap "github.com/cri-proxy/cri-proxy/ops/swap"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 )
 
 // prepareSpecImage takes the slot once the image of the pod's spec is on the node: a pull may take

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
