@@ -420,7 +420,7 @@ func (s scenario) comesTo(t *testing.T, n *node, crashed <-chan struct{}) bool {
 	t.Helper()
 	late := time.NewTimer(waitLong)
 	defer late.Stop()
-	o := n.engine.lookup("op")
+	o := n.engine.operations.lookup("op")
 	for {
 		op, changed := o.Watch()
 		if op.GetFinishTime() != nil {

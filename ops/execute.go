@@ -83,6 +83,6 @@ func (e *Engine) finish(o *operation.Operation) {
 	})
 	if err != nil {
 		e.log.WithField("op", o.UID()).WithError(err).Error("end of operation not written; tried again until it is")
-		e.writeLater(o)
+		e.operations.writeLater(o)
 	}
 }

@@ -34,13 +34,3 @@ func add(given operation.Environments, name string, env *opsv1.Environment) {
 		given[name] = env
 	}
 }
-
-// forgetEndedEnvironments drops, at the start, the environments that the process before this one
-// could not forget: those of operations that have ended, or that the journal does not have.
-func (e *Engine) forgetEndedEnvironments() {
-	kept := map[string]bool{}
-	for uid, o := range e.ops {
-		kept[uid] = o.IsLeftAlone() || !o.Finished()
-	}
-	e.node.Records.KeepEnvironments(func(operation string) bool { return kept[operation] })
-}

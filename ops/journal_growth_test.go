@@ -48,10 +48,10 @@ func TestOperationsStayFew(t *testing.T) {
 			}
 			previous = op.GetContainers()[0].GetIncumbentId()
 		}
-		if got := len(n.engine.list()); got > maxFinished+1 {
+		if got := len(n.engine.operations.list()); got > maxFinished+1 {
 			t.Errorf("%d operations are kept, at most %d finished ones should be", got, maxFinished)
 		}
-		if n.engine.lookup(uidOf(0)) != nil || n.engine.lookup("op-0") == nil {
+		if n.engine.operations.lookup(uidOf(0)) != nil || n.engine.operations.lookup("op-0") == nil {
 			t.Error("the oldest is kept, or a new one is not")
 		}
 		if got := n.engine.node.Records.Len(); got != 2 {
@@ -72,11 +72,11 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 			}
 		}
 		time.Sleep(keepFinished)
-		if n.engine.lookup("op") == nil {
+		if n.engine.operations.lookup("op") == nil {
 			t.Error("forgotten before its time")
 		}
 		time.Sleep(forgetEvery + time.Second)
-		if n.engine.lookup("op") != nil {
+		if n.engine.operations.lookup("op") != nil {
 			t.Error("the operation is kept")
 		}
 		if got := n.engine.node.Records.Len(); got != 0 {
@@ -199,9 +199,9 @@ func (e *Engine) fill(t testing.TB) {
 		if err := o.Save(); err != nil {
 			t.Fatal(err)
 		}
-		e.mu.Lock()
-		e.ops[o.UID()] = o
-		e.mu.Unlock()
+		e.operations.mu.Lock()
+		e.operations.all[o.UID()] = o
+		e.operations.mu.Unlock()
 	}
 }
 
@@ -211,9 +211,9 @@ func BenchmarkFullJournal(b *testing.B) {
 	b.Run("expire", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
-			e.mu.Lock()
-			err := e.expireLocked(time.Now())
-			e.mu.Unlock()
+			e.operations.mu.Lock()
+			err := e.operations.expireLocked(time.Now())
+			e.operations.mu.Unlock()
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -222,7 +222,7 @@ func BenchmarkFullJournal(b *testing.B) {
 	b.Run("list", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
-			if n := len(e.list()); n != maxFinished {
+			if n := len(e.operations.list()); n != maxFinished {
 				b.Fatalf("%d operations", n)
 			}
 		}

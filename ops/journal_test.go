@@ -101,7 +101,7 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 	var got []string
-	for _, o := range e.waiting {
+	for _, o := range e.operations.waiting {
 		got = append(got, o.UID())
 	}
 	if s := strings.Join(got, " "); s != "b c a" {
@@ -127,8 +127,9 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if e.lookup("op") != nil || e.lookup("good") == nil || len(e.waiting) != 1 {
-				t.Errorf("operations: %v", e.list())
+			if e.operations.lookup("op") != nil || e.operations.lookup("good") == nil ||
+				len(e.operations.waiting) != 1 {
+				t.Errorf("operations: %v", e.operations.list())
 			}
 			err = e.disk.Journal.View(func(tx *bolt.Tx) error {
 				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).
@@ -151,8 +152,8 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(e.waiting) != 1 || !v.Active() {
-			t.Errorf("%d operations wait", len(e.waiting))
+		if len(e.operations.waiting) != 1 || !v.Active() {
+			t.Errorf("%d operations wait", len(e.operations.waiting))
 		}
 		if err := e.Close(); err != nil {
 			t.Error(err)
@@ -256,12 +257,13 @@ func FuzzJournal(f *testing.F) {
 		e := &Engine{
 			node: &swap.Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
 				Lost: lost.New(lost.Options{})},
-			log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
+			log: quiet(), disk: &store.Store{}, operations: newOperations(&store.Store{}, quiet()),
 		}
-		if e.revive("op", r) != nil {
+		found := recovery{node: e.node, disk: e.disk, log: e.log, operations: e.operations}
+		if found.revive("op", r) != nil {
 			return
 		}
-		for _, o := range e.ops {
+		for _, o := range e.operations.all {
 			_ = verdict(o.Snapshot())
 			for i := range o.Records() {
 				e.container(o, i)

@@ -164,7 +164,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				if err := n.checkView(); err != nil {
 					t.Error(err)
 				}
-				if err := n.engine.lookup("op").Cancel("enough"); err == nil {
+				if err := n.engine.operations.lookup("op").Cancel("enough"); err == nil {
 					t.Error("cancelled past the point of no return")
 				}
 				end := n.relist()
@@ -288,7 +288,7 @@ func TestCrashAtTheEnd(t *testing.T) {
 				if ends++; ends != tc.at {
 					return
 				}
-				if d.engine.lookup("op").Finished() ||
+				if d.engine.operations.lookup("op").Finished() ||
 					!d.view.Claimed(view.Slot{PodUID: podUID, Container: tc.slot}) {
 					t.Error("the operation has ended, or its slot is free, before both can be")
 				}
@@ -308,7 +308,7 @@ func TestCrashAtTheEnd(t *testing.T) {
 			if got := endOf(t, n.engine.disk.Journal, "op"); got != tc.found {
 				t.Errorf("the journal has %s, want %s", got, tc.found)
 			}
-			if n.engine.lookup("op").Finished() != (tc.found != "unfinished") {
+			if n.engine.operations.lookup("op").Finished() != (tc.found != "unfinished") {
 				t.Error("the next process does not go by the journal")
 			}
 			if n.view.Active() || n.sees() != before {

@@ -359,7 +359,7 @@ func (n *node) finish(uid string) *opsv1.Operation {
 // until waits for a state of an operation.
 func (n *node) until(uid string, is func(*opsv1.Operation) bool) *opsv1.Operation {
 	n.t.Helper()
-	o := n.engine.lookup(uid)
+	o := n.engine.operations.lookup(uid)
 	if o == nil {
 		n.t.Fatalf("no operation %s", uid)
 	}
@@ -584,7 +584,7 @@ func (s *signals) await(t testing.TB, part string) {
 func (e *Engine) submit(
 	req *opsv1.RestartRequest, given operation.Environments, pod *opsv1.PodRef,
 ) (*operation.Operation, error) {
-	return e.accept(operation.RestartCommand(req, given), pod)
+	return e.operations.accept(operation.RestartCommand(req, given), pod)
 }
 
 // Buckets of journal.db; see package store.

@@ -363,7 +363,7 @@ func TestCancel(t *testing.T) {
 			n.restart("op", tc.edit)
 			<-reached
 			answered := make(chan error, 1)
-			o := n.engine.lookup("op")
+			o := n.engine.operations.lookup("op")
 			go func() {
 				_, err := n.api.CancelOperation(context.Background(),
 					&opsv1.CancelOperationRequest{Uid: "op", Reason: "changed my mind"})
@@ -455,7 +455,7 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 					r.Containers[0].ExpectedContainerId = "containerd://" + first
 				}
 			})
-			if op := n.engine.lookup("second").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
+			if op := n.engine.operations.lookup("second").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
 				t.Errorf("the second is %s", op.GetPhase())
 			}
 			release()
@@ -639,7 +639,7 @@ func TestRestartIsRefused(t *testing.T) {
 			if reason != tc.reason {
 				t.Errorf("reason is %q, want %q", reason, tc.reason)
 			}
-			if n.engine.lookup("op") != nil {
+			if n.engine.operations.lookup("op") != nil {
 				t.Error("it is in the journal all the same")
 			}
 		})
@@ -647,7 +647,8 @@ func TestRestartIsRefused(t *testing.T) {
 	t.Run("too many", func(t *testing.T) {
 		n := newNode(t, podOptions{})
 		for i := range maxActive {
-			n.engine.ops[strings.Repeat("x", i+1)] = operation.New(operation.Command{Restart: &opsv1.RestartRequest{}},
+			n.engine.operations.all[strings.Repeat("x", i+1)] = operation.New(
+				operation.Command{Restart: &opsv1.RestartRequest{}},
 				nil, nil)
 		}
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
@@ -657,9 +658,9 @@ func TestRestartIsRefused(t *testing.T) {
 	})
 	t.Run("closed", func(t *testing.T) {
 		n := newNode(t, podOptions{})
-		n.engine.mu.Lock()
-		n.engine.closed = true
-		n.engine.mu.Unlock()
+		n.engine.operations.mu.Lock()
+		n.engine.operations.closed = true
+		n.engine.operations.mu.Unlock()
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v", err)
@@ -675,7 +676,7 @@ func TestFinishedOperationsExpire(t *testing.T) {
 	n.finish("old")
 	n.restart("new")
 	n.finish("new")
-	o := n.engine.lookup("old")
+	o := n.engine.operations.lookup("old")
 	o.Change(func(op *opsv1.Operation) {
 		op.FinishTime = timestamppb.New(time.Now().Add(-keepFinished - time.Second))
 	})

@@ -41,7 +41,7 @@ func TestRecordsAreTidied(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.engine.node.Records.Created("gone", nil)
 	n.engine.node.Records.Updated("gone too", nil)
-	n.engine.tidy(t.Context(), &sync.WaitGroup{})
+	n.engine.tidier.tidy(t.Context(), &sync.WaitGroup{})
 	if n.engine.node.Records.Len() != 2 || len(n.engine.node.Records.IDs()) != 2 {
 		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.node.Records.IDs())
 	}

@@ -50,7 +50,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 		return nil, err
 	}
 	c := operation.RestartCommand(req, given)
-	if known := s.e.lookup(req.GetUid()); known != nil {
+	if known := s.e.operations.lookup(req.GetUid()); known != nil {
 		if err := known.Repeat(c); err != nil {
 			return nil, err
 		}
@@ -65,7 +65,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.e.accept(c, pod)
+	o, err := s.e.operations.accept(c, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +128,7 @@ func precheckError(err error) error {
 
 // GetOperation implements [opsv1.OpsServer].
 func (s *Server) GetOperation(_ context.Context, req *opsv1.GetOperationRequest) (*opsv1.Operation, error) {
-	o := s.e.lookup(req.GetUid())
+	o := s.e.operations.lookup(req.GetUid())
 	if o == nil {
 		return nil, noOperation(req.GetUid())
 	}
@@ -139,7 +139,7 @@ func (s *Server) GetOperation(_ context.Context, req *opsv1.GetOperationRequest)
 func (s *Server) WatchOperation(
 	req *opsv1.WatchOperationRequest, stream grpc.ServerStreamingServer[opsv1.Operation],
 ) error {
-	o := s.e.lookup(req.GetUid())
+	o := s.e.operations.lookup(req.GetUid())
 	if o == nil {
 		return noOperation(req.GetUid())
 	}
@@ -171,7 +171,7 @@ func (s *Server) ListOperations(
 		limit = listDefault
 	}
 	resp := &opsv1.ListOperationsResponse{}
-	for _, op := range s.e.list() {
+	for _, op := range s.e.operations.list() {
 		if len(resp.Operations) == limit {
 			break
 		}
@@ -184,7 +184,7 @@ func (s *Server) ListOperations(
 
 // CancelOperation implements [opsv1.OpsServer].
 func (s *Server) CancelOperation(ctx context.Context, req *opsv1.CancelOperationRequest) (*opsv1.Operation, error) {
-	o := s.e.lookup(req.GetUid())
+	o := s.e.operations.lookup(req.GetUid())
 	if o == nil {
 		return nil, noOperation(req.GetUid())
 	}
@@ -219,7 +219,7 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 	if info.Counters == nil {
 		info.Counters = &opsv1.Counters{}
 	}
-	for _, op := range s.e.list() {
+	for _, op := range s.e.operations.list() {
 		switch {
 		case op.GetFinishTime() == nil:
 			for _, c := range op.GetContainers() {

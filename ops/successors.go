@@ -42,3 +42,8 @@ func (e *Engine) Kept(ctx context.Context, podUID string) bool {
 	pod, err := e.node.Pods.Pod(ctx, podUID)
 	return err == nil && pod.Leaving() == ""
 }
+
+// Unleavable returns the operations that Run would not leave at once, ordered: they wait for a
+// container to stop, which nothing cuts short, or are about to start its successor. Run can leave
+// all others at any time.
+func (e *Engine) Unleavable() []string { return e.operations.unleavable() }

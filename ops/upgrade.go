@@ -31,7 +31,7 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if s.e.node.Images.Puller == nil {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which an upgrade needs")
 	}
-	if known := s.e.lookup(req.GetUid()); known != nil {
+	if known := s.e.operations.lookup(req.GetUid()); known != nil {
 		if err := known.Repeat(c); err != nil {
 			return nil, err
 		}
@@ -41,7 +41,7 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.e.accept(c, pod)
+	o, err := s.e.operations.accept(c, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +89,7 @@ func (s *Server) AbortUpgrade(ctx context.Context, req *opsv1.AbortUpgradeReques
 }
 
 func (s *Server) upgrade(uid string) (*operation.Operation, error) {
-	o := s.e.lookup(uid)
+	o := s.e.operations.lookup(uid)
 	switch {
 	case o == nil:
 		return nil, noOperation(uid)

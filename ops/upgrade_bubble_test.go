@@ -423,7 +423,7 @@ func (n *upNode) commit(uid string) {
 // until waits for one of the phases, or for the end.
 func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
 	n.t.Helper()
-	o := n.engine.lookup(uid)
+	o := n.engine.operations.lookup(uid)
 	if o == nil {
 		n.t.Fatalf("no operation %s", uid)
 	}

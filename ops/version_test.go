@@ -189,9 +189,9 @@ func TestOpenTakesUpGoldenRecords(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			o := e.lookup("golden")
-			if o == nil || o.IsLeftAlone() || len(e.waiting) != 1 {
-				t.Fatalf("operations: %v", e.list())
+			o := e.operations.lookup("golden")
+			if o == nil || o.IsLeftAlone() || len(e.operations.waiting) != 1 {
+				t.Fatalf("operations: %v", e.operations.list())
 			}
 			at := o.Records()[0].Step
 			if claimed, want := v.Claimed(appSlot), at != store.StepNone && at != store.StepDone; claimed != want {

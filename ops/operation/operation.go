@@ -41,11 +41,8 @@ type Operation struct {
 	credentials []*opsv1.RegistryCredential
 	supplied    chan struct{}
 	// forgotten is set if the process before this one had credentials, until there are new ones.
-	forgotten bool
-	// environments are those that this process has been given. hadEnvironment names the containers
-	// that have been given one, also in the process before this one.
-	environments   Environments
-	hadEnvironment []string
+	forgotten    bool
+	environments environments
 	// certain has the containers of an upgrade whose successor is known to be what kubelet asks
 	// for.
 	certain map[string]bool
@@ -82,7 +79,7 @@ func newOperation(c Command, op *opsv1.Operation, disk *store.Store) *Operation 
 			restart: c.Restart, upgrade: c.Upgrade, kind: op.GetKind(), pod: op.GetPod(), requester: op.GetRequester(),
 			createTime: op.GetCreateTime().AsTime(),
 		},
-		credentials: c.Credentials, environments: c.Environments,
+		credentials: c.Credentials, environments: environments{given: c.Environments},
 		op: op, disk: disk, claims: map[int]*view.Claim{}, certain: map[string]bool{},
 		changed: make(chan struct{}), cancelled: make(chan struct{}), committed: make(chan struct{}),
 		supplied: make(chan struct{}),
@@ -104,7 +101,7 @@ func Decode(uid string, r *store.Record, disk *store.Store) (*Operation, error) 
 	}
 	o := newOperation(c, op, disk)
 	o.containers = r.Containers
-	o.forgotten, o.hadEnvironment = r.Credentials, r.Environments
+	o.forgotten, o.environments.had = r.Credentials, r.Environments
 	o.rebooted = r.Boot != "" && disk.Boot != "" && r.Boot != disk.Boot
 	if r.CommitRequested {
 		o.commitRequested = true
@@ -171,10 +168,10 @@ func (o *Operation) Accept() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.enterLocked()
-	o.giveLocked(o.environments)
+	o.environments.give(o.environments.given, o.UID(), o.disk.Records)
 	err := o.saveLocked()
 	if err != nil {
-		o.forgetEnvironmentsLocked()
+		o.environments.forget(o.UID(), o.disk.Records)
 	}
 	return err
 }
@@ -196,7 +193,7 @@ func (o *Operation) Repeat(c Command) error {
 		o.supplied = make(chan struct{})
 	}
 	if o.endLocked() == nil && !o.commitRequested {
-		o.giveLocked(c.Environments)
+		o.environments.give(c.Environments, o.UID(), o.disk.Records)
 	}
 	return nil
 }
@@ -223,7 +220,7 @@ func (o *Operation) saveLocked() error {
 	r := &store.Record{
 		Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid,
 		CommitRequested: o.commitRequested,
-		Credentials:     o.forgotten || o.final == nil && len(o.credentials) > 0, Environments: o.hadEnvironment,
+		Credentials:     o.forgotten || o.final == nil && len(o.credentials) > 0, Environments: o.environments.had,
 	}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
@@ -401,7 +398,7 @@ func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
 	for _, c := range now.GetEnvironments() {
 		o.certain[c.GetName()] = true
 		if env := c.GetEnvironment(); env != nil {
-			o.giveLocked(Environments{c.GetName(): env})
+			o.environments.give(Environments{c.GetName(): env}, o.UID(), o.disk.Records)
 		}
 	}
 	if c := now.GetCredentials(); len(c) > 0 {
@@ -428,34 +425,12 @@ func (o *Operation) Credentials() (c []*opsv1.RegistryCredential, forgotten bool
 // or to one before it; nil if there is none. lost is set if there was one and it is gone.
 func (o *Operation) Environment(container string) (env *opsv1.Environment, lost bool) {
 	o.mu.Lock()
-	env, had := o.environments[container], slices.Contains(o.hadEnvironment, container)
+	env, had := o.environments.given[container], slices.Contains(o.environments.had, container)
 	o.mu.Unlock()
 	if env == nil && had {
 		env = o.disk.Records.Environment(o.UID(), container)
 	}
 	return env, env == nil && had
-}
-
-// giveLocked records environments, in place of those before. The caller holds o.mu.
-func (o *Operation) giveLocked(given Environments) {
-	for name, env := range given {
-		if o.environments == nil {
-			o.environments = Environments{}
-		}
-		o.environments[name] = env
-		if !slices.Contains(o.hadEnvironment, name) {
-			o.hadEnvironment = append(o.hadEnvironment, name)
-		}
-		o.disk.Records.SetEnvironment(o.UID(), name, env)
-	}
-}
-
-// forgetEnvironmentsLocked is called for an operation that has ended. The caller holds o.mu.
-func (o *Operation) forgetEnvironmentsLocked() {
-	for _, name := range o.hadEnvironment {
-		o.disk.Records.ForgetEnvironment(o.UID(), name)
-	}
-	o.environments = nil
 }
 
 // finishedLocked returns the public state of the operation at its end; nil if a container has not
@@ -501,7 +476,7 @@ func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) (err
 	}
 	o.op, o.final = op, nil
 	o.credentials = nil
-	o.forgetEnvironmentsLocked()
+	o.environments.forget(o.UID(), o.disk.Records)
 	if !isWritten {
 		err = o.saveLocked()
 	}
