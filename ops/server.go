@@ -73,7 +73,6 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 }
 
 // precheck refuses at once what cannot work, so that nothing is journaled for it.
-// A container that is being restarted already is checked when its turn comes.
 func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.PodRef, error) {
 	if err := s.e.Judge(ctx); err != nil {
 		return nil, precheckError(err)
@@ -89,21 +88,40 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 		if err := s.e.node.Lost.Refuse(slot); err != nil {
 			return nil, precheckError(err)
 		}
-		if s.e.node.View.Claimed(slot) {
-			continue
+		if err := s.precheckContainer(ctx, pod, slot, c, req.GetForce()); err != nil {
+			return nil, precheckError(err)
 		}
-		_, err := s.e.node.Resolve(ctx, pod, c, req.GetForce())
+	}
+	return pod, nil
+}
+
+// precheckTries is how often the runtime is asked once more for a container whose pod another
+// operation works on meanwhile.
+const precheckTries = 3
+
+// precheckContainer refuses a container that cannot be restarted. A container that an operation
+// works on is checked when its slot is free. What the runtime says counts only if no operation has
+// taken a slot meanwhile: it may be about the container that such an operation has made.
+func (s *Server) precheckContainer(
+	ctx context.Context, pod *opsv1.PodRef, slot view.Slot, c *opsv1.ContainerRestart, force bool,
+) error {
+	for range precheckTries {
+		taken := s.e.node.View.Taken()
+		if s.e.node.View.Claimed(slot) {
+			return nil
+		}
+		_, err := s.e.node.Resolve(ctx, pod, c, force)
 		if c.GetRevertImage() && (err == nil || imagechange.NotRunning(err)) {
 			err = nil
 			if s.e.node.Overrides.Of(slot) == nil {
 				err = imagechange.NotOverridden(c.GetName())
 			}
 		}
-		if err != nil {
-			return nil, precheckError(err)
+		if err == nil || s.e.node.View.Taken() == taken {
+			return err
 		}
 	}
-	return pod, nil
+	return nil
 }
 
 func precheckError(err error) error {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -589,6 +590,30 @@ func TestUpgradeSuperseded(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An operation has its container made between the two looks that the check of the next command
+// takes, at the slot and at the runtime.
+func TestOperationBegunDuringTheCheck(t *testing.T) {
+	inUpNode(t, func(t *testing.T, n *upNode) {
+		wanted := func(image string) func(*opsv1.PrepareUpgradeRequest) {
+			return func(r *opsv1.PrepareUpgradeRequest) { r.Owner, r.Containers[0].Image = "rollout", image }
+		}
+		var begun atomic.Bool
+		n.rt.set(func(rt *fakeRuntime) {
+			rt.before = func(call string) error {
+				if strings.HasPrefix(call, "ListContainers") && begun.CompareAndSwap(false, true) {
+					n.prepared("one", wanted("app:v2"))
+				}
+				return nil
+			}
+		})
+		n.begin("two", wanted("app:v3"))
+		if got := verdict(n.until("one")); !strings.HasPrefix(got, "CANCELLED") {
+			t.Errorf("the first one: %s", got)
+		}
+		n.until("two", opsv1.Phase_PHASE_PREPARED)
+	})
 }
 
 // The time for which an upgrade waits is one, however many processes wait.

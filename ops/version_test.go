@@ -120,8 +120,11 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 					!strings.Contains(op.GetMessage(), "left alone") {
 					t.Errorf("it is told of as %v, %v", op, err)
 				}
-				again := restartRequest("op2")
-				_, err = n.api.Restart(t.Context(), again)
+				if _, err := n.api.Restart(t.Context(), restartRequest("op")); op.GetPod() == nil &&
+					(status.Code(err) != codes.AlreadyExists || !strings.Contains(err.Error(), "choose a new UID")) {
+					t.Errorf("its UID for another restart: %v", err)
+				}
+				_, err = n.api.Restart(t.Context(), restartRequest("op2"))
 				if hidden := tc.sees != tc.there; hidden && (status.Code(err) != codes.FailedPrecondition ||
 					!strings.Contains(err.Error(), "install that version again")) {
 					t.Errorf("another restart: %v", err)

@@ -32,6 +32,8 @@ type Slots struct {
 	// All following fields are guarded by mu.
 
 	claims map[Slot]*Claim
+	// taken counts the claims that there have been.
+	taken uint64
 	// waiters are those who wait for a slot, in the order in which they came. Who releases the slot
 	// sends the next one its claim.
 	waiters map[Slot][]chan *Claim
@@ -89,6 +91,7 @@ func (s *Slots) TryClaim(slot Slot) (*Claim, error) {
 func (s *Slots) claimLocked(slot Slot) *Claim {
 	c := s.newClaim(slot)
 	s.claims[slot] = c
+	s.taken++
 	return c
 }
 
@@ -115,6 +118,14 @@ func (s *Slots) Stray(slot Slot, sandbox, token, id, incumbent string) *Claim {
 
 // Claimed reports whether someone holds the slot.
 func (s *Slots) Claimed(slot Slot) bool { return s.Holder(slot) != nil }
+
+// Taken returns how often a slot has been taken. Who asks before and after looking at the runtime
+// knows whether an operation may have made containers in between.
+func (s *Slots) Taken() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.taken
+}
 
 // Holder returns the claim that holds the slot, or nil.
 func (s *Slots) Holder(slot Slot) *Claim {

@@ -181,6 +181,10 @@ func (o *Operation) Accept() error {
 //
 // Errors: AlreadyExists as a gRPC status, if the command asks for something else.
 func (o *Operation) Repeat(c Command) error {
+	if o.restart.GetPod() == nil { // it is left alone, and its command cannot be read
+		return status.Errorf(codes.AlreadyExists, "operation %s exists (%s); choose a new UID",
+			o.UID(), o.Snapshot().GetMessage())
+	}
 	if !(Command{Restart: o.restart, Upgrade: o.upgrade}).Same(c) {
 		return status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID",
 			o.UID())
