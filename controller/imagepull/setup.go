@@ -81,7 +81,8 @@ func gathered(requests func(context.Context, client.Object) []reconcile.Request)
 	}
 }
 
-// jobs are the unfinished jobs that are chosen. They find out again which nodes they choose.
+// jobs are the unfinished jobs that are chosen, and those that begin again: the cache may not have
+// the status yet that says so. They find out again which nodes they choose.
 func (r *Reconciler) jobs(
 	ctx context.Context, chosen func(*v1beta1.ImagePullJob) bool, opts ...client.ListOption,
 ) []reconcile.Request {
@@ -92,7 +93,8 @@ func (r *Reconciler) jobs(
 	}
 	var requests []reconcile.Request
 	for i := range list.Items {
-		if job := &list.Items[i]; job.Status.CompletionTime == nil && chosen(job) {
+		job := &list.Items[i]
+		if (job.Status.CompletionTime == nil || spec.BeginsAnew(job)) && chosen(job) {
 			key := client.ObjectKeyFromObject(job)
 			r.rematch(key)
 			requests = append(requests, reconcile.Request{NamespacedName: key})

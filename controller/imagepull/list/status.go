@@ -11,14 +11,15 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
-// done says that all nodes of a child are done.
+// done says that all nodes of a child are done, and that the child does not begin again.
 func done(child *v1beta1.ImagePullJob) bool {
 	s := &child.Status
 	if child.Spec.CompletionPolicy.Type != v1beta1.Never {
-		return s.CompletionTime != nil
+		return s.CompletionTime != nil && !spec.BeginsAnew(child)
 	}
 	return s.StartTime != nil && s.Desired == s.Succeeded+s.Failed
 }

@@ -1,0 +1,67 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull_test
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
+	jobspec "github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+)
+
+// A node joins at the moment at which a job begins again. The job chooses it.
+func TestNodeJoinsWhenJobBeginsAgain(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Minute)
+		b.create("job", spec{})
+		b.until("completed", "job", 2*time.Minute, completed)
+		b.mu.Lock()
+		b.slow = func() time.Duration { return 2 * time.Second }
+		b.mu.Unlock()
+		b.edit("job", func(j *job) { j.Spec.Image = "nginx:2" })
+		time.Sleep(time.Second) // the job knows its nodes, and writes that it begins
+		synctest.Wait()
+		b.add("late", &simNode{takes: time.Second})
+		time.Sleep(10 * time.Second)
+		b.mu.Lock()
+		b.slow = nil
+		b.mu.Unlock()
+		j := b.until("completed", "job", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+	})
+}
+
+// A list does not end because of a child that has ended, and that is about to begin again.
+func TestListWaitsForChildThatBeginsAgain(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a"}})
+		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
+		b.kill()
+		child := b.get(b.childrenOf("list")["a"])
+		child.Spec.SandboxConfig = &v1beta1.SandboxConfig{Labels: map[string]string{"a": "b"}}
+		child.Generation++
+		if err := b.api.Update(t.Context(), child); err != nil {
+			t.Fatal(err)
+		}
+		l.Status = v1beta1.ImageListPullJobStatus{StartTime: l.Status.StartTime, ObservedWork: jobspec.ListWork(l)}
+		if err := b.api.Status().Update(t.Context(), l); err != nil {
+			t.Fatal(err)
+		}
+		lists := &joblist.Reconciler{Client: b.api, Log: b.r.Log}
+		if _, err := lists.Reconcile(t.Context(),
+			reconcile.Request{NamespacedName: client.ObjectKeyFromObject(l)}); err != nil {
+			t.Fatal(err)
+		}
+		if s := b.getList("list").Status; s.Completed != 0 || s.CompletionTime != nil {
+			t.Errorf("status %+v", s)
+		}
+	})
+}
