@@ -73,6 +73,7 @@ type bed struct {
 	refuse  func(client.Object) error // reads past the cache
 	deny    string                    // the image whose job must not be made
 	slow    func() time.Duration      // how long a write of a status takes
+	clashes int                       // so many writes of metadata fail, since somebody else has written
 
 	r     *imagepull.Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -173,6 +174,9 @@ func (b *bed) start() {
 		},
 		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch,
 			opts ...client.PatchOption) error {
+			if b.clash() {
+				return apierrors.NewConflict(schema.GroupResource{Resource: "imagepulljobs"}, o.GetName(), nil)
+			}
 			err := c.Patch(ctx, o, p, opts...)
 			b.wrote("patch", o)
 			return err
@@ -284,6 +288,17 @@ func (b *bed) denies(image string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return image == b.deny
+}
+
+// clash says that a write fails because somebody else has written.
+func (b *bed) clash() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.clashes == 0 {
+		return false
+	}
+	b.clashes--
+	return true
 }
 
 // restart kills the controller and starts another one.

@@ -58,7 +58,9 @@ type simNode struct {
 	comes   time.Time     // when the image does; zero: it is there
 	ahead   time.Duration // of its clock
 	endless string        // "" or the phase in which its pulls stay for ever: Fetching or InQueue
-	slow    time.Duration // how long a command takes, even if its caller does not wait
+	// slow is how long a command takes, slowPull how much longer that to pull takes, even if its
+	// caller does not wait.
+	slow, slowPull time.Duration
 
 	pulls    map[string]*simPull
 	order    []string
@@ -129,11 +131,20 @@ func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode
 	return node, ctx.Err()
 }
 
-// late carries a command out after a while. Its caller may leave before that.
-func late[T any](ctx context.Context, f *fleet, node *simNode, n nodes.Node, do func() (T, error)) (T, error) {
+// delay is how long a command takes.
+func (f *fleet) delay(node *simNode, pull bool) time.Duration {
 	f.mu.Lock()
-	slow := node.slow
-	f.mu.Unlock()
+	defer f.mu.Unlock()
+	if pull {
+		return node.slow + node.slowPull
+	}
+	return node.slow
+}
+
+// late carries a command out after a while. Its caller may leave before that.
+func late[T any](
+	ctx context.Context, f *fleet, n nodes.Node, slow time.Duration, do func() (T, error),
+) (T, error) {
 	if slow == 0 {
 		return do()
 	}
@@ -170,7 +181,7 @@ func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	return late(ctx, f, node, n, func() (*opsv1.PullOperation, error) { return f.pull(node, n, r) })
+	return late(ctx, f, n, f.delay(node, true), func() (*opsv1.PullOperation, error) { return f.pull(node, n, r) })
 }
 
 func (f *fleet) pull(node *simNode, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
@@ -365,13 +376,14 @@ func (f *fleet) ListPulls(ctx context.Context, n nodes.Node) ([]*opsv1.PullOpera
 	if err != nil {
 		return nil, err
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var ops []*opsv1.PullOperation
-	for _, uid := range slices.Backward(node.order) {
-		ops = append(ops, proto.Clone(node.pulls[uid].op).(*opsv1.PullOperation))
-	}
-	return ops, nil
+	return late(ctx, f, n, f.delay(node, false), func() (ops []*opsv1.PullOperation, err error) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for _, uid := range slices.Backward(node.order) {
+			ops = append(ops, proto.Clone(node.pulls[uid].op).(*opsv1.PullOperation))
+		}
+		return ops, nil
+	})
 }
 
 func (f *fleet) WatchPull(
@@ -411,7 +423,9 @@ func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, code, reason 
 	if err != nil {
 		return nil, err
 	}
-	return late(ctx, f, node, n, func() (*opsv1.PullOperation, error) { return f.cancel(node, n, uid, code, reason) })
+	return late(ctx, f, n, f.delay(node, false), func() (*opsv1.PullOperation, error) {
+		return f.cancel(node, n, uid, code, reason)
+	})
 }
 
 func (f *fleet) cancel(node *simNode, n nodes.Node, uid, code, reason string) (*opsv1.PullOperation, error) {
@@ -498,11 +512,18 @@ func (f *fleet) pulling(name string) (images []string) {
 	return images
 }
 
-// called returns how often a method was called on any node.
-func (f *fleet) called(method string) int {
+// given returns whose credentials the last pull on the node has.
+func (f *fleet) given(name string) (users []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.calls[method]
+	n := f.nodes[name]
+	if len(n.order) == 0 {
+		return nil
+	}
+	for _, c := range n.pulls[n.order[len(n.order)-1]].given {
+		users = append(users, c.GetUsername())
+	}
+	return users
 }
 
 func (f *fleet) flying(job string) int {

@@ -88,10 +88,10 @@ type memory struct {
 	inbox inbox
 	// cleanups are the nodes that are being told to forget the job, by name.
 	cleanups map[string]*cleanup
-	// matched says that no node or pod has changed since generation was matched with the nodes.
-	matched    atomic.Bool
-	generation int64
-	written    objects.Freshness
+	// matched says that no node or pod has changed since the spec of state was matched with the
+	// nodes.
+	matched atomic.Bool
+	written objects.Freshness
 	// cleanedUp is closed when the nodes have been told that the job is deleted; nil until the
 	// controller begins to tell them.
 	cleanedUp chan struct{}
@@ -267,10 +267,9 @@ func (p *pass) spec(ctx context.Context) (*spec.Spec, error) {
 	}
 	s.Bound(p.r.Limits)
 	m := p.memory
-	if m.matched.Swap(true) && m.generation == p.job.Generation && m.state != nil && m.state.table.spec.Same(s) {
+	if m.matched.Swap(true) && m.state != nil && m.state.table.spec.Same(s) {
 		return m.state.table.spec, nil
 	}
-	m.generation = p.job.Generation
 	s.Nodes, err = spec.Match(ctx, p.r.Client, p.job, p.r.NodePort)
 	return s, err
 }

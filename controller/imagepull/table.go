@@ -73,7 +73,7 @@ func newTable(s *spec.Spec, m *Metrics, log logrus.FieldLogger, now time.Time) *
 // setSpec takes up a spec that may have changed, and returns the nodes that the job no longer
 // chooses. With unverified, new nodes may already be pulling.
 func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*nodeState) {
-	newWork, newParams := s.Work != t.spec.Work, s.Params != t.spec.Params
+	newWork, newParams, newSecrets := s.Work != t.spec.Work, s.Params != t.spec.Params, !s.SameSecrets(t.spec)
 	t.spec = s
 	nodes, byName := make(nodeStates, 0, len(s.Nodes)), make(map[string]*nodeState, len(s.Nodes))
 	for _, target := range s.Nodes {
@@ -90,8 +90,14 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 		}
 		n.target = target
 		busy := n.call != nil || n.phase == active
-		if newWork || moved && busy || newParams && (busy || n.phase == failed) {
+		switch {
+		case newWork, moved && busy, newParams && (busy || n.phase == failed):
 			t.reset(n)
+		case newSecrets && n.phase == failed:
+			t.reset(n)
+			n.staleFailures = true
+		case newSecrets && n.phase == active:
+			t.interrupt(n) // the node is told to pull again, with the other secrets
 		}
 		nodes, byName[n.name()] = append(nodes, n), n
 	}
@@ -109,7 +115,7 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 		}
 	}
 	t.nodes, t.byName, t.older = nodes, byName, t.older || newWork
-	if newWork || newParams {
+	if newWork || newParams || newSecrets {
 		t.throttle.Reset()
 		t.reported.retries = nil
 	}

@@ -32,7 +32,8 @@ func New(nodes Nodes, secrets client.Reader, noted func(before, keys *pullsecret
 	return &Client{nodes: nodes, credentials: credentials{from: secrets, noted: noted}}
 }
 
-// Pull gives a node the command, with credentials that are no older than maxAge.
+// Pull gives a node the command, with credentials that are no older than maxAge. It does not leave
+// a command that is on its way: the node might take the command after a probe has looked for pulls.
 func (c *Client) Pull(
 	ctx context.Context, s *spec.Spec, node nodes.Node, round int, maxAge time.Duration,
 ) (*opsv1.PullOperation, error) {
@@ -40,7 +41,10 @@ func (c *Client) Pull(
 	if err != nil {
 		return nil, err
 	}
-	return c.nodes.Pull(ctx, node, s.PullRequest(round, keys.For(s.Request.GetImage())))
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return c.nodes.Pull(context.WithoutCancel(ctx), node, s.PullRequest(round, keys.For(s.Request.GetImage())))
 }
 
 // Found is what a node says of a job.

@@ -33,6 +33,7 @@ type credentials struct {
 	// mu lets one goroutine at a time read. It is taken before the job's mutex.
 	mu     sync.Mutex
 	keys   *pullsecrets.Keyring
+	of     *spec.Spec // whose secrets keys are
 	readAt time.Time
 }
 
@@ -40,19 +41,20 @@ type credentials struct {
 func (c *credentials) read(ctx context.Context, s *spec.Spec, maxAge time.Duration) (*pullsecrets.Keyring, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.keys != nil && time.Since(c.readAt) < maxAge {
+	known := c.keys != nil && s.SameSecrets(c.of)
+	if known && time.Since(c.readAt) < maxAge {
 		return c.keys, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, secretsTimeout)
 	defer cancel()
 	keys, err := pullsecrets.Read(ctx, c.from, s.Job.Namespace, pullsecrets.DefaultAccount, s.Secrets, "pullSecrets")
 	if err != nil {
-		if c.keys != nil {
+		if known {
 			return c.keys, nil // those of before are as good as any
 		}
 		return nil, err
 	}
 	c.noted(c.keys, keys)
-	c.keys, c.readAt = keys, time.Now()
+	c.keys, c.of, c.readAt = keys, s, time.Now()
 	return keys, nil
 }

@@ -6,6 +6,7 @@ package spec
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -55,6 +56,7 @@ type Spec struct {
 	Nodes []Target
 
 	uid         types.UID
+	generation  int64
 	parallelism intstr.IntOrString
 	// pinAsked says that the job itself names the time for which the image is pinned.
 	pinAsked bool
@@ -146,8 +148,9 @@ func (s *Spec) readAnnotations(annotations map[string]string) error {
 // up, and of which image. It cannot fail.
 func OfDeleted(job *v1beta1.ImagePullJob) *Spec {
 	return &Spec{
-		Job: client.ObjectKeyFromObject(job), uid: job.UID, parallelism: intstr.FromInt32(1),
-		Request: &opsv1.PullRequest{Image: job.Spec.Image, Owner: owner(job)},
+		Job: client.ObjectKeyFromObject(job), uid: job.UID, generation: job.Generation,
+		parallelism: intstr.FromInt32(1),
+		Request:     &opsv1.PullRequest{Image: job.Spec.Image, Owner: owner(job)},
 	}
 }
 
@@ -220,10 +223,13 @@ func BeginsAnew(job *v1beta1.ImagePullJob) bool {
 		s.ObservedEffort != "" && s.ObservedEffort != ObservedEffort(job)
 }
 
-// Same says that o asks the same of a node, for a job of the same generation.
+// Same says that o is of the same generation of the job, and asks the same of a node.
 func (s *Spec) Same(o *Spec) bool {
-	return s.Work == o.Work && s.Params == o.Params && s.Shortened == o.Shortened
+	return s.generation == o.generation && s.Work == o.Work && s.Params == o.Params && s.Shortened == o.Shortened
 }
+
+// SameSecrets says that o names the same pull secrets.
+func (s *Spec) SameSecrets(o *Spec) bool { return slices.Equal(s.Secrets, o.Secrets) }
 
 // PullUID is the UID of a pull on each node. A node has one pull for each round.
 func (s *Spec) PullUID(round int) string {
