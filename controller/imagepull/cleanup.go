@@ -77,7 +77,7 @@ func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func
 	for _, n := range nodes {
 		left = append(left, j.newCleanup(n, j.table.spec, pins, code))
 	}
-	j.crew.Do(func(ctx context.Context) {
+	j.workers.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, cleanUpTimeout)
 		defer cancel()
 		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
@@ -136,14 +136,15 @@ func (j *jobState) cleanUpAll(pins bool, code string, done func()) int {
 
 // takeBack takes over nodes that are being told to forget the job, and that it chooses again.
 func (j *jobState) takeBack() {
+	t := j.table
 	for name, c := range j.memory.cleanups {
-		n := j.table.byName[name]
+		n := t.byName[name]
 		if n == nil {
 			continue
 		}
 		c.stop()
 		n.quiet = c.ended
-		j.table.setLingering(n, c.pulling && !c.over())
+		mark(&n.lingering, &t.lingering, c.pulling && !c.over())
 		delete(j.memory.cleanups, name)
 	}
 }

@@ -34,7 +34,7 @@ func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
 		return
 	}
 	defer leave()
-	r.crew.Do(func(ctx context.Context) {
+	r.workers.Do(func(ctx context.Context) {
 		j, err := r.deletedState(ctx, job)
 		if err != nil {
 			r.Log.WithError(err).WithField("job", client.ObjectKeyFromObject(job).String()).

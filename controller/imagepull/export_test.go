@@ -23,13 +23,13 @@ const GatherInterval = gatherInterval
 // Prepare is what SetupWithManager does first.
 func (r *Reconciler) Prepare() { r.prepare() }
 
-// Run runs what a manager runs: the goroutines that talk to nodes. queue gets the jobs to look at.
+// Run runs what a manager runs: the goroutines that call nodes. queue gets the jobs to look at.
 func (r *Reconciler) Run(ctx context.Context, queue workqueue.TypedRateLimitingInterface[reconcile.Request]) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	_ = r.tracker.Source().Start(ctx, queue) // returns nil
 	wg.Go(func() { _ = r.tracker.Start(ctx) })
-	_ = r.crew.Start(ctx) // returns nil
+	_ = r.workers.Start(ctx) // returns nil
 }
 
 // Deleted is what an informer does when a job is gone.

@@ -16,7 +16,7 @@ import (
 )
 
 // The reconciler does not touch a job that is OpenKruise's, and looks at it again. Closing the gate
-// ends what is being said to nodes.
+// ends the calls to nodes.
 func TestGateClosed(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(2, time.Hour)

@@ -24,7 +24,7 @@ import (
 // jobState is one job at work: the table of its nodes, and the calls to them. The job's reconcile
 // owns it; what the calls bring is in the inbox.
 type jobState struct {
-	crew    *crew.Crew
+	workers *crew.Crew
 	tracker *nodes.Tracker[*opsv1.PullOperation]
 	log     logrus.FieldLogger
 	command *command.Client
@@ -34,7 +34,7 @@ type jobState struct {
 	table   *table
 }
 
-// call is what is being said to a node.
+// call is a call to a node that is under way.
 type call struct {
 	// stop ends the call early. ended is closed when the call has ended.
 	stop  func()
@@ -63,7 +63,7 @@ func (c *call) probes() bool { return c.key == nodes.Key{} }
 func newJobState(r *Reconciler, s *spec.Spec, m *memory, resume, again bool) *jobState {
 	log := r.Log.WithFields(logrus.Fields{"job": s.Job.String(), "image": s.Request.GetImage()})
 	j := &jobState{
-		crew: r.crew, tracker: r.tracker, log: log, command: command.New(r.Nodes, r.APIReader, m.inbox.noteKeys),
+		workers: r.workers, tracker: r.tracker, log: log, command: command.New(r.Nodes, r.APIReader, m.inbox.noteKeys),
 		memory: m, inbox: &m.inbox, request: reconcile.Request{NamespacedName: s.Job},
 		table: newTable(s, r.Metrics, log, time.Now()),
 	}
@@ -93,27 +93,28 @@ func (j *jobState) step(now time.Time) {
 			t.arrange(n, now)
 		}
 	}
-	t.ring(now)
-	for _, n := range t.adopted {
+	for _, n := range t.schedule.takeDue(now) {
+		t.arrange(n, now)
+	}
+	for _, n := range t.schedule.takeAdopted() {
 		j.pull(n)
 	}
-	t.adopted = nil
 	for t.probes < command.MaxAtOnce {
-		n := t.nextToProbe(now)
+		n := t.schedule.nextToProbe(now)
 		if n == nil {
 			break
 		}
 		j.probe(n)
 	}
 	for free := t.spec.Parallelism() - j.memory.leaving(); t.unverified == 0 && t.pulling() < free; {
-		n := t.nextToPull()
+		n := t.schedule.nextToPull()
 		if n == nil {
 			break
 		}
-		t.beginTurn(n, now)
+		t.beginNext(n, now)
 		j.pull(n)
 	}
-	j.inbox.wait(len(t.turns) > 0 || len(t.survey) > 0, len(t.nodes))
+	j.inbox.wait(t.schedule.waiting(), len(t.nodes))
 }
 
 // takeIn takes in what has become of the call to a node, and says whether the call has ended.
@@ -132,7 +133,7 @@ func (j *jobState) takeIn(n *nodeState, now time.Time) (ended bool) {
 	n.call = nil
 	t.probes--
 	t.throttle.Add(0)
-	if t.setUnverified(n, false); r.err != nil {
+	if mark(&n.unverified, &t.unverified, false); r.err != nil {
 		t.unreached(n, command.TroubleOf(r.err), now)
 	} else {
 		t.adopt(n, r.found, now)
@@ -170,7 +171,7 @@ func (j *jobState) probe(n *nodeState) {
 	ended := make(chan struct{})
 	c := &call{stop: stop, ended: ended}
 	n.call, n.quiet = c, ended
-	j.crew.Do(func(running context.Context) {
+	j.workers.Do(func(running context.Context) {
 		defer close(ended)
 		defer stop()
 		defer context.AfterFunc(running, stop)()

@@ -53,7 +53,7 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 	}
 	m.working = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "criproxy_controller_image_conversations_active",
-		Help: "Conversations with nodes, and waits for them, that are under way for image jobs.",
+		Help: "Calls to nodes, and waits for them, that are under way for image jobs.",
 	})
 	for _, c := range []prometheus.Collector{m.working, m.pulls, m.bytes, m.duration, m.active, m.jobs, m.writes} {
 		if err := r.Register(c); err != nil {
@@ -89,7 +89,7 @@ func (m *Metrics) failed(reason string) {
 	}
 }
 
-// pulling counts nodes that pull, and the goroutines that talk to them.
+// pulling counts nodes that pull, and the goroutines that call them.
 func (m *Metrics) pulling(n int) {
 	if m != nil {
 		m.active.Add(float64(n))
@@ -110,8 +110,8 @@ func (m *Metrics) Wrote(object string) {
 	}
 }
 
-// crew counts the goroutines that talk to nodes.
-func (m *Metrics) crew() prometheus.Gauge {
+// workers counts the goroutines that call nodes.
+func (m *Metrics) workers() prometheus.Gauge {
 	if m == nil {
 		return nil
 	}

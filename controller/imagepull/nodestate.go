@@ -34,10 +34,10 @@ type nodeState struct {
 	phase  phase
 	// order is the node's place in the order of the job, from 1.
 	order int64
-	// turn and alarm are the keys of the node in the lines of the table; 0 if it is in none.
-	turn, alarm int64
-	// call is what is being said to the node; nil if nothing is. quiet is closed when the last call
-	// has ended; nil if there was none.
+	// pullKey and alarmKey are the keys of the node in the schedule; 0 if it is not there.
+	pullKey, alarmKey int64
+	// call is the call to the node that is under way; nil if none is. quiet is closed when the last
+	// call has ended; nil if there was none.
 	call  *call
 	quiet <-chan struct{}
 	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
@@ -56,7 +56,7 @@ type nodeState struct {
 	tries int
 	// untaken says that the node answered and did not take the command.
 	untaken bool
-	// retryAt is when to turn to the node again.
+	// retryAt is when to look at the node again.
 	retryAt time.Time
 	round   int
 	// verifying says that the node had the image, and pulls to make sure that it still has.

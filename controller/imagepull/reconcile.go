@@ -72,7 +72,8 @@ type Reconciler struct {
 	// Gate is closed while OpenKruise carries the jobs out; nil: it never is.
 	Gate *kruise.Gate
 
-	crew *crew.Crew
+	// workers carry out what outlasts a reconcile.
+	workers *crew.Crew
 	// tracker follows the pulls, and wakes the reconciler for a job.
 	tracker *nodes.Tracker[*opsv1.PullOperation]
 
@@ -100,7 +101,7 @@ type memory struct {
 }
 
 func (r *Reconciler) prepare() {
-	r.crew, r.memories = crew.New(r.Metrics.crew()), map[types.NamespacedName]*memory{}
+	r.workers, r.memories = crew.New(r.Metrics.workers()), map[types.NamespacedName]*memory{}
 	r.tracker = nodes.NewPullTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.pulling})
 }
 
@@ -151,7 +152,7 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	w.close()
 }
 
-// forgetAll forgets all jobs and ends what is being said to nodes: the jobs are somebody else's.
+// forgetAll forgets all jobs and ends the calls to nodes: the jobs are somebody else's.
 func (r *Reconciler) forgetAll() {
 	r.mu.Lock()
 	keys := slices.Collect(maps.Keys(r.memories))
@@ -351,7 +352,7 @@ func (p *pass) conclude(ctx context.Context, changed bool) (time.Duration, error
 		}
 	}
 	due = due || p.job.Status.ObservedGeneration != p.job.Generation
-	for _, more := range []time.Duration{t.nextWakeup(now), max(deadline, 0)} {
+	for _, more := range []time.Duration{t.schedule.nextWakeup(now), max(deadline, 0)} {
 		wait = retry.Sooner(wait, more)
 	}
 	if !due {

@@ -529,7 +529,7 @@ func TestNodeFallsSilent(t *testing.T) {
 		}
 		b.fleet.change(first, func(n *simNode) { n.silent = true })
 		begin := time.Now()
-		b.until("the other's turn", "job", 5*time.Minute, func(*job) bool { return b.fleet.begun()[second] == 1 })
+		b.until("on the other node", "job", 5*time.Minute, func(*job) bool { return b.fleet.begun()[second] == 1 })
 		if took := time.Since(begin); took < silenceTimeout || took > silenceTimeout+newsTimeout+15*time.Second {
 			t.Errorf("took %s", took)
 		}

@@ -31,11 +31,11 @@ const gatherInterval = 500 * time.Millisecond
 type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
 
 // SetupWithManager adds the reconciler to a manager: it then watches jobs, nodes and pods, and
-// talks to nodes, with the given number of workers.
+// calls nodes, with the given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
 	r.Gate.OnClose(r.forgetAll)
-	for _, runnable := range []manager.Runnable{r.crew, r.tracker} {
+	for _, runnable := range []manager.Runnable{r.workers, r.tracker} {
 		if err := m.Add(runnable); err != nil {
 			return err
 		}

@@ -49,12 +49,7 @@ type table struct {
 	counts [phases]int
 	// verifying is the number of nodes that are.
 	verifying int
-	// made is when the table was made: alarms count from then.
-	made time.Time
-	// turns has nodes that wait until fewer nodes pull, alarms those that wait for their time, and
-	// survey those that wait for a probe. adopted nodes pull already, and nobody follows them yet.
-	turns, alarms   line
-	survey, adopted []*nodeState
+	schedule  schedule
 	// probes are under way. unverified and lingering are the numbers of nodes that are.
 	probes, unverified, lingering int
 	// older says that nodes may know the job from before: from another controller, or for another
@@ -67,7 +62,7 @@ type table struct {
 }
 
 func newTable(s *spec.Spec, m *Metrics, log logrus.FieldLogger, now time.Time) *table {
-	return &table{metrics: m, log: log, spec: s, byName: map[string]*nodeState{}, made: now}
+	return &table{metrics: m, log: log, spec: s, byName: map[string]*nodeState{}, schedule: schedule{made: now}}
 }
 
 // setSpec takes up a spec that may have changed, and returns the nodes that the job no longer
@@ -81,7 +76,7 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 		if n == nil {
 			n = &nodeState{target: target}
 			t.counts[unknown]++
-			t.setUnverified(n, unverified)
+			mark(&n.unverified, &t.unverified, unverified)
 			t.throttle.Add(0)
 		}
 		moved := n.target.Node != target.Node
@@ -103,9 +98,9 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 	}
 	for name, n := range t.byName {
 		if byName[name] == nil {
-			t.setUnverified(n, false)
-			t.setVerifying(n, false)
-			if n.lingering {
+			mark(&n.unverified, &t.unverified, false)
+			mark(&n.verifying, &t.verifying, false)
+			if n.lingering { // the flag stays: the node is to be cleaned up
 				t.lingering--
 			}
 			t.counts[n.phase]--
@@ -128,16 +123,16 @@ func (t *table) pulling() int { return t.counts[active] + t.lingering }
 
 // reset begins with a node from the start.
 func (t *table) reset(n *nodeState) {
-	t.setLingering(n, n.mayPull())
+	mark(&n.lingering, &t.lingering, n.mayPull())
 	t.interrupt(n)
 	n.reached()
-	t.setVerifying(n, false)
+	mark(&n.verifying, &t.verifying, false)
 	n.op, n.retries, n.retryAt = nil, 0, time.Time{}
 	t.setPhase(n, unknown)
 	t.setFraction(n, 0)
 }
 
-// interrupt ends what is being said to a node.
+// interrupt ends the call to a node.
 func (t *table) interrupt(n *nodeState) {
 	if n.call == nil {
 		return
@@ -149,34 +144,15 @@ func (t *table) interrupt(n *nodeState) {
 	n.call = nil
 }
 
-func (t *table) setVerifying(n *nodeState, verifying bool) {
+// mark sets a flag of a node, and the number of nodes that have the flag.
+func mark(flag *bool, count *int, is bool) {
 	switch {
-	case verifying && !n.verifying:
-		t.verifying++
-	case !verifying && n.verifying:
-		t.verifying--
+	case is && !*flag:
+		*count++
+	case !is && *flag:
+		*count--
 	}
-	n.verifying = verifying
-}
-
-func (t *table) setUnverified(n *nodeState, unverified bool) {
-	switch {
-	case unverified && !n.unverified:
-		t.unverified++
-	case !unverified && n.unverified:
-		t.unverified--
-	}
-	n.unverified = unverified
-}
-
-func (t *table) setLingering(n *nodeState, lingering bool) {
-	switch {
-	case lingering && !n.lingering:
-		t.lingering++
-	case !lingering && n.lingering:
-		t.lingering--
-	}
-	n.lingering = lingering
+	*flag = is
 }
 
 func (t *table) setPhase(n *nodeState, p phase) {
@@ -203,11 +179,11 @@ func (t *table) begin(n *nodeState, now time.Time) {
 	t.setPhase(n, active)
 }
 
-// beginTurn lets a node pull whose turn it is. If the job is done with the node, it makes sure of
-// the image, or tries again.
-func (t *table) beginTurn(n *nodeState, now time.Time) {
+// beginNext lets a node pull that is the next to do so. If the job is done with the node, the node
+// makes sure of the image, or tries again.
+func (t *table) beginNext(n *nodeState, now time.Time) {
 	if n.phase != pending {
-		t.setVerifying(n, n.phase == succeeded)
+		mark(&n.verifying, &t.verifying, n.phase == succeeded)
 		n.round++
 	}
 	t.begin(n, now)
@@ -218,8 +194,8 @@ func (t *table) fail(n *nodeState, reason, message string) {
 	if t.counts[failed] == 0 {
 		t.throttle.Urge()
 	}
-	t.setVerifying(n, false)
-	t.setLingering(n, false)
+	mark(&n.verifying, &t.verifying, false)
+	mark(&n.lingering, &t.lingering, false)
 	t.setPhase(n, failed)
 	n.reason, n.message = reason, message
 	t.reported.failed(n.name(), reason, message)
@@ -235,7 +211,7 @@ func (t *table) unreached(n *nodeState, why command.Trouble, now time.Time) {
 	n.away = why
 	t.throttle.Add(0)
 	if now.Sub(n.since) >= silenceTimeout {
-		t.setLingering(n, false)
+		mark(&n.lingering, &t.lingering, false)
 	}
 	switch {
 	case n.phase == failed:
@@ -253,7 +229,7 @@ func (t *table) unreached(n *nodeState, why command.Trouble, now time.Time) {
 
 // leaveOut notes that the node must not be commanded as it is.
 func (t *table) leaveOut(n *nodeState, now time.Time) {
-	t.setUnverified(n, false)
+	mark(&n.unverified, &t.unverified, false)
 	reason, message := n.target.Reason, n.target.Message
 	if n.away.Reason != reason {
 		n.away = command.Trouble{Reason: reason, Message: message}
@@ -263,11 +239,51 @@ func (t *table) leaveOut(n *nodeState, now time.Time) {
 		n.since = now
 	}
 	if now.Sub(n.since) >= silenceTimeout {
-		t.setLingering(n, false)
+		mark(&n.lingering, &t.lingering, false)
 	}
 	if n.phase != failed && now.Sub(n.since) >= nodeTimeout {
 		t.fail(n, reason, message)
 		t.metrics.failed(reason)
+	}
+}
+
+// arrange puts a node on the schedule.
+func (t *table) arrange(n *nodeState, now time.Time) {
+	t.schedule.remove(n)
+	switch {
+	case n.call != nil:
+	case n.phase == active: // a probe has found it so
+		t.schedule.adopted = append(t.schedule.adopted, n)
+	case n.phase == succeeded || n.gaveUp():
+		switch {
+		case !t.spec.Never || !n.target.Ready:
+		case now.Before(n.retryAt):
+			t.schedule.lookAt(n, n.retryAt)
+		default:
+			t.schedule.pullInOrder(n, afterAll+n.order)
+		}
+	case !n.target.Ready:
+		switch t.leaveOut(n, now); {
+		case n.lingering:
+			t.schedule.lookAt(n, n.since.Add(silenceTimeout))
+		case !n.done():
+			t.schedule.lookAt(n, n.since.Add(nodeTimeout))
+		}
+	case n.phase == pending:
+		t.schedule.pullInOrder(n, n.order)
+	case now.Before(n.retryAt):
+		t.schedule.lookAt(n, n.retryAt)
+	default:
+		t.schedule.probes = append(t.schedule.probes, n)
+	}
+}
+
+// arrangeAll puts all nodes on the schedule.
+func (t *table) arrangeAll(now time.Time) {
+	t.schedule.clear()
+	for i, n := range t.nodes {
+		n.order = int64(i + 1)
+		t.arrange(n, now)
 	}
 }
 
@@ -282,7 +298,7 @@ func (t *table) finished() bool {
 // adopt takes over what a probe has found.
 func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 	stale := n.staleFailures
-	t.setLingering(n, false) // the probe has cancelled what the job no longer wants
+	mark(&n.lingering, &t.lingering, false) // the probe has cancelled what the job no longer wants
 	n.round, n.retryAt, n.staleFailures = f.Rounds, time.Time{}, false
 	op := f.Latest
 	switch {
@@ -320,7 +336,7 @@ func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 // succeed notes that the node has the image.
 func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	n.reached()
-	t.setVerifying(n, false)
+	mark(&n.verifying, &t.verifying, false)
 	n.op, n.retries = op, 0
 	t.setFraction(n, 1)
 	t.setPhase(n, succeeded)
@@ -359,7 +375,7 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 func (t *table) yield(n *nodeState, err error, why command.Trouble, since, now time.Time) {
 	conflict := nodes.Code(err) == codes.AlreadyExists
 	verifying := n.verifying
-	t.setVerifying(n, false)
+	mark(&n.verifying, &t.verifying, false)
 	switch {
 	case conflict && n.retries < maxConflicts:
 		n.round++

@@ -52,7 +52,7 @@ func SetFailures(s *v1beta1.ImagePullJobStatus, list []v1beta1.NodePullFailure) 
 	slices.SortFunc(s.FailureReasons, func(a, b v1beta1.FailureCount) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Reason, b.Reason))
 	})
-	// Take one of each reason in turn, so that a rare reason is among them.
+	// Take one of each reason, again and again, so that a rare reason is among them.
 	for i := 0; len(s.Failures) < min(len(list), MaxDetails); i++ {
 		for _, c := range s.FailureReasons {
 			if all := of[c.Reason]; i < len(all) && len(s.Failures) < MaxDetails {

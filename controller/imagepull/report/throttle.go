@@ -46,10 +46,6 @@ func (p *Throttle) Begin(now time.Time) { p.last = now }
 // Reset begins again, for a job that has been changed.
 func (p *Throttle) Reset() { p.dirty, p.urgent, p.refresh, p.quiet = true, true, 0, 0 }
 
-// WorthWaking says that there is something to write as soon as WriteGap permits, or that nothing is
-// under way which would make it more.
-func (p *Throttle) WorthWaking(n int, idle bool) bool { return p.dirty && (p.worthIt(n) || idle) }
-
 func (p *Throttle) worthIt(n int) bool {
 	nodes := float64(max(n, 1))
 	// A hair less, for the sum of many small numbers.
