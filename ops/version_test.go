@@ -57,6 +57,11 @@ var foreigners = map[string]func(record map[string]any){
 		r["slots"] = map[string]any{"app": r["containers"]}
 		r["containers"] = "see slots"
 	},
+	"a newer version that keeps its command elsewhere": func(r map[string]any) {
+		r["version"] = 2
+		delete(r, "operation")
+		delete(r, "request")
+	},
 }
 
 // An operation of another version is neither undone nor forgotten, and what it has left is shown
