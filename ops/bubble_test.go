@@ -23,6 +23,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // bubble runs an engine where time passes only when nothing else can happen: no sockets, so
@@ -34,7 +35,7 @@ type bubble struct {
 
 type bubbleNode struct {
 	t      *testing.T
-	rt     *fakeRuntime
+	rt     *fakenode.Runtime
 	engine *Engine
 }
 
@@ -45,9 +46,9 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 	synctest.Test(b.t, func(t *testing.T) {
 		log := logrus.New()
 		log.SetOutput(io.Discard)
-		n := &bubbleNode{t: t, rt: newFakeRuntime()}
+		n := &bubbleNode{t: t, rt: fakenode.New()}
 		var err error
-		n.engine, err = Open(t.Context(), Options{StateDir: dir, Conn: directConn{n.rt}, View: view.New(),
+		n.engine, err = Open(t.Context(), Options{StateDir: dir, Conn: fakenode.Direct(n.rt), View: view.New(),
 			Log: log, LegacyLogDir: dir})
 		if err != nil {
 			t.Fatal(err)
@@ -115,9 +116,9 @@ func (n *bubbleNode) restart(uid string, edit ...func(*opsv1.RestartRequest)) *o
 
 // preStop and stop share the grace, as kubelet's do.
 func TestGrace(t *testing.T) {
-	sleeps := func(d time.Duration) func(*fakeRuntime) {
-		return func(f *fakeRuntime) {
-			f.exec = func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+	sleeps := func(d time.Duration) func(*fakenode.Runtime) {
+		return func(f *fakenode.Runtime) {
+			f.OnExec = func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 				limit := time.Duration(r.GetTimeout()) * time.Second
 				if limit > 0 && limit < d {
 					d = limit
@@ -140,7 +141,7 @@ func TestGrace(t *testing.T) {
 		annotations map[string]string
 		grace       *int64
 		hook        *opsv1.Hook
-		script      func(*fakeRuntime)
+		script      func(*fakenode.Runtime)
 		calls       string // exec and stop
 		warning     string
 		took        time.Duration // until the stop
@@ -165,8 +166,8 @@ func TestGrace(t *testing.T) {
 			warning: "did not end within the grace period of 10s", took: 10 * time.Second},
 		{
 			name: "exec fails", hook: execHook("bye"),
-			script: func(f *fakeRuntime) {
-				f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+			script: func(f *fakenode.Runtime) {
+				f.OnExec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 					return &runtimeapi.ExecSyncResponse{ExitCode: 3, Stderr: []byte("no way\n")}, nil
 				}
 			},
@@ -189,11 +190,11 @@ func TestGrace(t *testing.T) {
 			b.annotations = tc.annotations
 			b.run(func(t *testing.T, n *bubbleNode) {
 				var stopped time.Time
-				n.rt.set(func(f *fakeRuntime) {
+				n.rt.Set(func(f *fakenode.Runtime) {
 					if tc.script != nil {
 						tc.script(f)
 					}
-					f.before = func(call string) error {
+					f.Before = func(call string) error {
 						if strings.HasPrefix(call, "StopContainer") {
 							stopped = time.Now()
 						}
@@ -208,7 +209,7 @@ func TestGrace(t *testing.T) {
 					t.Errorf("operation ended %s (%s)", got, op.GetMessage())
 				}
 				var calls []string
-				for _, c := range n.rt.takeCalls() {
+				for _, c := range n.rt.TakeCalls() {
 					if strings.HasPrefix(c, "ExecSync") || strings.HasPrefix(c, "StopContainer") {
 						calls = append(calls, c)
 					}
@@ -235,10 +236,10 @@ func TestGrace(t *testing.T) {
 func TestRuntimeIsAwayAtFirst(t *testing.T) {
 	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
 		synctest.Wait()
-		n.rt.takeCalls()
+		n.rt.TakeCalls()
 		back := time.Now().Add(time.Minute)
-		n.rt.set(func(f *fakeRuntime) {
-			f.before = func(string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.Before = func(string) error {
 				if time.Now().Before(back) {
 					return status.Error(codes.Unavailable, "gone")
 				}
@@ -250,7 +251,7 @@ func TestRuntimeIsAwayAtFirst(t *testing.T) {
 			t.Errorf("operation ended %s (%s)", got, op.GetMessage())
 		}
 		asked := 0
-		for _, c := range n.rt.takeCalls() {
+		for _, c := range n.rt.TakeCalls() {
 			if c == "Version" {
 				asked++
 			}

@@ -18,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 func execHook(cmd ...string) *opsv1.Hook {
@@ -29,7 +30,7 @@ type scenario struct {
 	name   string
 	pod    podOptions
 	edit   func(*opsv1.RestartRequest)
-	script func(*fakeRuntime)
+	script func(*fakenode.Runtime)
 	want   string   // the end of the operation
 	states []string // of the runtime in the end
 	// lost is the end after a crash in the middle of a hook, whose result nobody knows.
@@ -42,8 +43,8 @@ type scenario struct {
 }
 
 // failStarts makes the first starts fail, of any successor.
-func failStarts(f *fakeRuntime, times int) {
-	f.start = func(c *runtimeapi.ContainerConfig) error {
+func failStarts(f *fakenode.Runtime, times int) {
+	f.OnStart = func(c *runtimeapi.ContainerConfig) error {
 		if c.GetMetadata().GetAttempt() == 0 || times == 0 {
 			return nil
 		}
@@ -53,10 +54,10 @@ func failStarts(f *fakeRuntime, times int) {
 }
 
 // failBeside has no container start beside another of its slot.
-func failBeside(f *fakeRuntime) {
-	f.start = func(c *runtimeapi.ContainerConfig) error {
-		for _, other := range f.containers {
-			if s := other.status; s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && s.GetMetadata().
+func failBeside(f *fakenode.Runtime) {
+	f.OnStart = func(c *runtimeapi.ContainerConfig) error {
+		for _, other := range f.Containers {
+			if s := other.Status; s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && s.GetMetadata().
 				GetName() == c.GetMetadata().GetName() {
 				return errors.New("container init was OOM-killed (memory limit too low?)")
 			}
@@ -79,19 +80,19 @@ var scenarios = []scenario{
 	},
 	{
 		name:   "second start",
-		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 1) },
 		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "no start", dies: true,
-		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 100) },
 		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 EXITED, app/1 EXITED, web/0 RUNNING"},
 	},
 	{
 		name: "postStart fails", dies: true,
 		edit: func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") },
-		script: func(f *fakeRuntime) {
-			f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+		script: func(f *fakenode.Runtime) {
+			f.OnExec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 				return &runtimeapi.ExecSyncResponse{ExitCode: 3}, nil
 			}
 		},
@@ -121,12 +122,12 @@ var scenarios = []scenario{
 	},
 	{
 		name: "start first, second start", edit: startFirst,
-		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 1) },
 		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "start first, no start", edit: startFirst,
-		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 100) },
 		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
 	},
 	{
@@ -135,8 +136,8 @@ var scenarios = []scenario{
 			startFirst(r)
 			r.Containers[0].PostStart = execHook("hello")
 		},
-		script: func(f *fakeRuntime) {
-			f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+		script: func(f *fakenode.Runtime) {
+			f.OnExec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 				return &runtimeapi.ExecSyncResponse{ExitCode: 3}, nil
 			}
 		},
@@ -149,7 +150,7 @@ var scenarios = []scenario{
 			startFirst(r)
 			r.Containers[0].MinReadySeconds = 5
 		},
-		script: func(f *fakeRuntime) { f.processes.mortal = "app/1" },
+		script: func(f *fakenode.Runtime) { f.Processes.Mortal = "app/1" },
 		want:   "FAILED, app FAILED NewContainerExited", states: []string{"app/0 RUNNING, web/0 RUNNING"},
 	},
 	{
@@ -163,7 +164,7 @@ var scenarios = []scenario{
 	{
 		name: "start first, limited memory, no start", pod: podOptions{processes: true}, limited: true,
 		edit:   startFirst,
-		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 100) },
 		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
 	},
 	{
@@ -192,30 +193,30 @@ var scenarios = []scenario{
 	},
 	{
 		name: "gate, second start", pod: podOptions{processes: true},
-		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 1) },
 		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "gate, no start", pod: podOptions{processes: true},
-		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		script: func(f *fakenode.Runtime) { failStarts(f, 100) },
 		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "gate, refused", pod: podOptions{processes: true},
-		script: func(f *fakeRuntime) { f.processes.cdi = 0 },
+		script: func(f *fakenode.Runtime) { f.Processes.CDI = 0 },
 		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "gate, no start and then refused", pod: podOptions{processes: true},
-		script: func(f *fakeRuntime) {
+		script: func(f *fakenode.Runtime) {
 			failStarts(f, 1)
-			f.processes.cdi = 1
+			f.Processes.CDI = 1
 		},
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
 		name: "gate, its hook fails", pod: podOptions{processes: true},
-		script: func(f *fakeRuntime) { f.processes.deadHook = true },
+		script: func(f *fakenode.Runtime) { f.Processes.DeadHook = true },
 		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 }
@@ -263,13 +264,14 @@ func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node
 	accepted := false
 	// Processes take their time, and how often the runtime is asked for them meanwhile differs.
 	skip := func(call string) bool {
-		return !accepted || strings.HasPrefix(call, "kubelet:") || s.pod.processes && len(mutating([]string{call})) == 0
+		return !accepted || strings.HasPrefix(call, "kubelet:") ||
+			s.pod.processes && len(fakenode.Mutating([]string{call})) == 0
 	}
-	n.rt.set(func(f *fakeRuntime) {
+	n.rt.Set(func(f *fakenode.Runtime) {
 		if s.script != nil {
 			s.script(f)
 		}
-		f.before = func(call string) error {
+		f.Before = func(call string) error {
 			mu.Lock()
 			if skip(call) {
 				mu.Unlock()
@@ -285,7 +287,7 @@ func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node
 			mu.Unlock()
 			return at(p)
 		}
-		f.after = func(call string) error {
+		f.After = func(call string) error {
 			mu.Lock()
 			if skip(call) {
 				mu.Unlock()
@@ -330,7 +332,7 @@ func (s scenario) pointsOnce(t *testing.T) []point {
 	n := s.begin(t, func(p point) error {
 		mu.Lock()
 		defer mu.Unlock()
-		if !p.done || len(mutating([]string{p.call})) > 0 {
+		if !p.done || len(fakenode.Mutating([]string{p.call})) > 0 {
 			all = append(all, p)
 		}
 		return nil
@@ -347,10 +349,10 @@ func (s scenario) check(t *testing.T, n *node) {
 	if got := verdict(op); got != s.want {
 		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), s.want)
 	}
-	if got := n.rt.state(); !slices.Contains(s.states, got) {
+	if got := n.rt.State(); !slices.Contains(s.states, got) {
 		t.Errorf("runtime has %s, want %q", got, s.states)
 	}
-	if got, want := n.sees(), n.rt.state(); got != want {
+	if got, want := n.sees(), n.rt.State(); got != want {
 		t.Errorf("kubelet sees %s, though there is %s", got, want)
 	}
 	if !plain(n.t, n.kubelet, n.view) {
@@ -374,12 +376,12 @@ func (s scenario) check(t *testing.T, n *node) {
 func (s scenario) checkProcesses(t *testing.T, n *node) {
 	t.Helper()
 	var running []string
-	for _, c := range strings.Split(n.rt.state(), ", ") {
+	for _, c := range strings.Split(n.rt.State(), ", ") {
 		if name, is := strings.CutSuffix(c, " RUNNING"); is {
 			running = append(running, name)
 		}
 	}
-	n.awaitLiving(joined(running)) // applications begin when they do
+	n.awaitLiving(fakenode.Joined(running)) // applications begin when they do
 	if got := n.gates(); got != "" {
 		t.Errorf("gates are left: %s", got)
 	}
@@ -387,9 +389,9 @@ func (s scenario) checkProcesses(t *testing.T, n *node) {
 	if s.edit != nil {
 		s.edit(req)
 	}
-	n.rt.mu.Lock()
-	defer n.rt.mu.Unlock()
-	if both := n.rt.processes.overlaps; len(both) > 0 &&
+	n.rt.Mu.Lock()
+	defer n.rt.Mu.Unlock()
+	if both := n.rt.Processes.Overlaps; len(both) > 0 &&
 		req.GetContainers()[0].GetOrder() == opsv1.Order_ORDER_STOP_FIRST {
 		t.Errorf("%q began beside the one before", both)
 	}
@@ -482,7 +484,7 @@ func (s scenario) crash(t *testing.T, at point) bool {
 			t.Errorf("before Run: %v", err)
 		}
 	}
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	end := func() {}
 	if !s.dies {
 		end = n.relist()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // restarts asks for a restart of app, and of others.
@@ -50,8 +51,8 @@ func TestRestartGoesFirst(t *testing.T) {
 	t.Run("being staged", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			create, created := make(chan struct{}), false
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					if strings.HasPrefix(call, "CreateContainer app/1") && !created {
 						created = true
 						<-create
@@ -109,8 +110,8 @@ func TestRestartGoesFirst(t *testing.T) {
 				return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}, ctx.Err()
 			}
 			held := false
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					if strings.HasPrefix(call, "StopContainer app/0") && !held {
 						held = true
 						<-stop
@@ -133,7 +134,7 @@ func TestRestartGoesFirst(t *testing.T) {
 				t.Errorf("the second restart took %s", took)
 			}
 			op := n.until("up", opsv1.Phase_PHASE_PREPARED, opsv1.Phase_PHASE_CANCELLED)
-			if got := n.rt.state(); !strings.Contains(got, "app/2 RUNNING") {
+			if got := n.rt.State(); !strings.Contains(got, "app/2 RUNNING") {
 				t.Errorf("runtime has %s, the upgrade is %s", got, verdict(op))
 			}
 		})
@@ -146,8 +147,8 @@ func TestRestartGoesFirstAfterACrash(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.prepared("up", func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(3600) })
 		undo := make(chan struct{})
-		n.rt.set(func(f *fakeRuntime) {
-			f.before = func(call string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.Before = func(call string) error {
 				if strings.HasPrefix(call, "RemoveContainer app/1") {
 					<-undo
 				}

@@ -52,7 +52,7 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			b, err := proto.Marshal(&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c,
 				SandboxConfig: n.sandboxConfig()})
 			n.must(err)
-			n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), b)
+			n.engine.node.Records.Created(n.rt.ID(t, "app/0"), b)
 			n.runTidied()
 			n.restart("op", func(r *opsv1.RestartRequest) {
 				if !tc.blind {
@@ -67,7 +67,7 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			if tc.want != succeeded {
 				return
 			}
-			next := n.engine.node.Records.Request(n.rt.idOf(t, "app/1")).GetConfig()
+			next := n.engine.node.Records.Request(n.rt.ID(t, "app/1")).GetConfig()
 			if got := next.GetLinux().GetSecurityContext().GetRunAsUser(); !proto.Equal(got, uid(tc.wantUser)) ||
 				next.GetImage().GetImage() != "sha256:moved" {
 				t.Errorf("image %s with user %v, want %d", next.GetImage().GetImage(), got, tc.wantUser)

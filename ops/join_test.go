@@ -18,16 +18,17 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/restart"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // drains makes app's first container take that long to stop.
 func (n *upNode) drains(d time.Duration) {
-	app := n.rt.idOf(n.t, "app/0")
-	n.rt.set(func(f *fakeRuntime) {
-		f.find(app).stubborn = true
-		f.before = func(call string) error {
+	app := n.rt.ID(n.t, "app/0")
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Find(app).Stubborn = true
+		f.Before = func(call string) error {
 			if strings.HasPrefix(call, "StopContainer app/0") {
-				time.AfterFunc(d, func() { n.rt.exit(n.t, "app/0", 0) })
+				time.AfterFunc(d, func() { n.rt.Exit(n.t, "app/0", 0) })
 			}
 			return nil
 		}
@@ -41,13 +42,13 @@ func (n *upNode) draining(edit ...func(*opsv1.RestartRequest)) {
 	_, err := n.api.Restart(n.t.Context(), restartRequest("op", edit...))
 	n.must(err)
 	synctest.Wait()
-	n.rt.takeCalls()
+	n.rt.TakeCalls()
 }
 
 // probeFails is what kubelet does when a probe of app's first container has failed: it stops it and
 // makes the next one.
 func (n *upNode) probeFails(ctx context.Context, edit ...func(*runtimeapi.ContainerConfig)) error {
-	if err := n.kubeletStops(ctx, n.rt.idOf(n.t, "app/0"), 30); err != nil {
+	if err := n.kubeletStops(ctx, n.rt.ID(n.t, "app/0"), 30); err != nil {
 		return err
 	}
 	return n.kubeletMakes(ctx, n.asks("app", "app:v1", 1, edit...))
@@ -92,7 +93,7 @@ func TestStopJoins(t *testing.T) {
 				if got := warnings(op); got != restart.JoinedWarning {
 					t.Errorf("warnings are %q", got)
 				}
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != "StartContainer app/1; "+
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != "StartContainer app/1; "+
 					"kubelet:StartContainer app/1" {
 					t.Errorf("calls are %s", got)
 				}
@@ -131,8 +132,8 @@ func TestLateStopAndCreation(t *testing.T) {
 				_, err := n.api.Restart(t.Context(), restartRequest("op"))
 				n.must(err)
 				n.ends("op", succeeded, upgraded)
-				n.rt.takeCalls()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.rt.TakeCalls()
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				var edit []func(*runtimeapi.ContainerConfig)
 				if tc.edit != nil {
 					edit = append(edit, tc.edit)
@@ -142,7 +143,7 @@ func TestLateStopAndCreation(t *testing.T) {
 					err != nil && !taken {
 					t.Errorf("got %v", err)
 				}
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 					t.Errorf("calls are %s\nwant %s", got, tc.calls)
 				}
 				n.settled(upgraded)
@@ -161,7 +162,7 @@ func TestStopJoinsWithoutCreation(t *testing.T) {
 					n.kubeletTells()
 				}
 				n.draining()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				if got := n.sees(); got != upgraded {
 					t.Errorf("when its stop is answered kubelet sees %s", got)
 				}
@@ -205,13 +206,13 @@ func TestPodIsKept(t *testing.T) {
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
 		{
-			name: "the successor has ended", tells: true, by: func(n *upNode) { n.rt.exit(n.t, "app/1", 1) },
+			name: "the successor has ended", tells: true, by: func(n *upNode) { n.rt.Exit(n.t, "app/1", 1) },
 			want: "FAILED, app FAILED TakenBackByKubelet", state: "app/0 EXITED, app/1 EXITED, web/0 EXITED",
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
 		{
 			name: "the sandbox has ended", tells: true,
-			by:   func(n *upNode) { n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ready = false }) },
+			by:   func(n *upNode) { n.rt.Set(func(f *fakenode.Runtime) { f.Sandboxes[n.sandbox].Ready = false }) },
 			want: "FAILED, app FAILED TakenBackByKubelet", state: "app/0 EXITED, app/1 EXITED, web/0 EXITED",
 			calls: "StopContainer app/1 30s; kubelet:StopPodSandbox",
 		},
@@ -222,16 +223,16 @@ func TestPodIsKept(t *testing.T) {
 					n.kubeletTells()
 				}
 				n.draining()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				if tc.ends {
 					n.ends("op", tc.want, tc.state)
 				}
 				if tc.by != nil {
 					tc.by(n)
 				}
-				n.rt.takeCalls()
+				n.rt.TakeCalls()
 				n.must(n.kubeletStopsPod(t.Context()))
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 					t.Errorf("calls are %s\nwant %s", got, tc.calls)
 				}
 				n.ends("op", tc.want, tc.state)
@@ -259,7 +260,7 @@ func TestStopDoesNotJoin(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.kubeletTells(tc.tells)
 				n.draining()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				n.ends("op", taken, "app/0 EXITED, web/0 RUNNING")
 			})
 		})
@@ -295,19 +296,19 @@ func TestJoinedCreation(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.draining()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
-				successor := n.rt.idOf(t, "app/1")
-				n.rt.takeCalls()
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
+				successor := n.rt.ID(t, "app/1")
+				n.rt.TakeCalls()
 				var edit []func(*runtimeapi.ContainerConfig)
 				if tc.edit != nil {
 					edit = append(edit, tc.edit)
 				}
 				n.must(n.kubeletMakes(t.Context(), n.asks("app", tc.image, 1, edit...)))
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 					t.Errorf("calls are %s\nwant %s", got, tc.calls)
 				}
 				op := n.ends("op", succeeded, upgraded)
-				if adopted := n.rt.idOf(t, "app/1") == successor; adopted != tc.adopted {
+				if adopted := n.rt.ID(t, "app/1") == successor; adopted != tc.adopted {
 					t.Errorf("adopted: %v", adopted)
 				}
 				if c := op.GetContainers()[0]; !strings.Contains(warnings(op), tc.says) ||
@@ -327,9 +328,9 @@ func TestShorterStopJoins(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
-				n.rt.set(func(f *fakeRuntime) {
-					for _, c := range f.containers {
-						c.stubborn = true
+				n.rt.Set(func(f *fakenode.Runtime) {
+					for _, c := range f.Containers {
+						c.Stubborn = true
 					}
 				})
 				_, err := n.api.Restart(t.Context(),
@@ -337,7 +338,7 @@ func TestShorterStopJoins(t *testing.T) {
 				n.must(err)
 				time.Sleep(2 * time.Second)
 				began := time.Now()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 5))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 5))
 				if took := time.Since(began); took != 5*time.Second {
 					t.Errorf("kubelet has waited %s", took)
 				}
@@ -376,7 +377,7 @@ func TestSecondStopJoins(t *testing.T) {
 		n.draining()
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		if _, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"),
+		if _, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: n.rt.ID(t, "app/0"),
 			Timeout: 30}); err == nil {
 			t.Error("the first stop was answered")
 		}
@@ -392,9 +393,9 @@ func TestSecondStopJoins(t *testing.T) {
 // own policy.
 func TestJoinedRestartFails(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
-		n.rt.set(func(f *fakeRuntime) { failStarts(f, 2) })
+		n.rt.Set(func(f *fakenode.Runtime) { failStarts(f, 2) })
 		n.draining()
-		n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+		n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 		n.until("op")
 		n.must(n.sync(t.Context(), "app", "app:v1"))
 		n.ends("op", "FAILED, app FAILED StartFailed", "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING")
@@ -411,14 +412,14 @@ func TestJoinedRestartIsResumed(t *testing.T) {
 				inUpNode(t, func(t *testing.T, n *upNode) {
 					var state string
 					crashed := make(chan struct{})
-					n.rt.set(func(f *fakeRuntime) {
-						f.before = func(call string) error {
+					n.rt.Set(func(f *fakenode.Runtime) {
+						f.Before = func(call string) error {
 							if strings.HasPrefix(call, at) && state == "" {
 								if joined {
 									n.inBackground(
 										func(ctx context.Context) error {
 											return n.kubeletStops(ctx,
-												n.rt.idOf(t, "app/0"), 30)
+												n.rt.ID(t, "app/0"), 30)
 										})
 									n.log.await(t, "joins the restart")
 								}
@@ -433,7 +434,7 @@ func TestJoinedRestartIsResumed(t *testing.T) {
 					}))
 					n.must(err)
 					<-crashed
-					n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+					n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 					n.boot(state)
 					answered := n.inBackground(n.probeFailsNow) // before the engine runs
 					synctest.Wait()
@@ -454,7 +455,7 @@ func TestJoinedRestartIsResumed(t *testing.T) {
 func TestJoinedCreationOfTheNextProcess(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.draining()
-		n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+		n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 		n.boot(n.crash())
 		answered := n.inBackground(
 			func(ctx context.Context) error { return n.kubeletMakes(ctx, n.asks("app", "app:v1", 1)) })
@@ -470,8 +471,8 @@ func TestJoinedCreationOfTheNextProcess(t *testing.T) {
 func TestStopJoinsWithOverride(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.draining(func(r *opsv1.RestartRequest) { r.Containers[0].Image = "app:v2" })
-		successor := func() string { return n.rt.idOf(t, "app/1") }
-		n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+		successor := func() string { return n.rt.ID(t, "app/1") }
+		n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 		made := successor()
 		n.must(n.kubeletMakes(t.Context(), n.asks("app", "app:v1", 1)))
 		n.ends("op", succeeded, upgraded)

@@ -23,6 +23,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // What is kept of restarts is bounded, in memory and on disk: the oldest operations go, and so do
@@ -180,7 +181,7 @@ func fullEngine(b *testing.B, dir string) *Engine {
 	b.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	e, err := Open(b.Context(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: view.New(),
+	e, err := Open(b.Context(), Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(),
 		Log: log, LegacyLogDir: b.TempDir()})
 	if err != nil {
 		b.Fatal(err)
@@ -238,7 +239,7 @@ func BenchmarkFullJournal(b *testing.B) {
 		log.SetOutput(io.Discard)
 		for b.Loop() {
 			e, err := Open(context.Background(),
-				Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: view.New(), Log: log,
+				Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(), Log: log,
 					LegacyLogDir: dir})
 			if err != nil {
 				b.Fatal(err)

@@ -27,6 +27,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/swap"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // entry is a journal record of an operation on app at a step.
@@ -62,7 +63,8 @@ func journalWith(t testing.TB, records map[string]*store.Record) string {
 }
 
 func openEngine(dir string, v *view.View) (*Engine, error) {
-	return Open(context.Background(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: v, Log: quiet()})
+	return Open(context.Background(),
+		Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: v, Log: quiet()})
 }
 
 // What the view shows as soon as the journal has been read, by step.

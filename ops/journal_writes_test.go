@@ -21,6 +21,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // journalWrites returns how many transactions the journal's file has had. Each waits for the disk.
@@ -103,7 +104,7 @@ func recordOf(t *testing.T, j *store.Journal, uid string) (c store.Container) {
 // ownCalls are the mutating calls of the engine since the last look.
 func (n *node) ownCalls() string {
 	var own []string
-	for _, c := range mutating(n.rt.takeCalls()) {
+	for _, c := range fakenode.Mutating(n.rt.TakeCalls()) {
 		if !strings.HasPrefix(c, "kubelet:") {
 			own = append(own, c)
 		}
@@ -158,7 +159,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 						r["containers"].([]any)[0].(map[string]any)["step"] = o.before
 					})
 				}
-				n.rt.takeCalls()
+				n.rt.TakeCalls()
 				n.boot(state)
 				n.state = state
 				if err := n.checkView(); err != nil {
@@ -174,7 +175,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 					t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 				}
-				if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+				if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 					t.Errorf("runtime has %s, want %s", got, want)
 				}
 				if got := n.ownCalls(); strings.Count(got, "StopContainer app/0") != 1 ||
@@ -204,7 +205,7 @@ func TestTakenBackBeforeTheStop(t *testing.T) {
 			n := newNode(t, podOptions{})
 			var asked atomic.Bool
 			var answered func()
-			incumbent := n.rt.idOf(t, "app/0")
+			incumbent := n.rt.ID(t, "app/0")
 			n.engine.node.Pods = podsFunc(func(ctx context.Context) (*podsapi.Pod, error) {
 				if !asked.Swap(true) {
 					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
@@ -217,7 +218,7 @@ func TestTakenBackBeforeTheStop(t *testing.T) {
 				return deleting(ctx)
 			})
 			n.runTidied()
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			n.restart("op", tc.edit)
 			op := n.finish("op")
 			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
@@ -301,7 +302,7 @@ func TestCrashAtTheEnd(t *testing.T) {
 			if tc.old {
 				foreignRecord(t, state, "op", unfinished(t))
 			}
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			before := n.sees()
 			n.boot(state)
 			n.state = state

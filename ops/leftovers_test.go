@@ -22,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // breakJournal makes writes fail during the call; the returned function makes them work again.
@@ -98,7 +99,7 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
 	r := entry(t, "op", store.StepStage, time.Now())
-	r.Containers[0] = store.Container{Step: store.StepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"),
+	r.Containers[0] = store.Container{Step: store.StepStage, Sandbox: n.sandbox, Incumbent: n.rt.ID(t, "app/0"),
 		Token: someToken, Method: opsv1.MethodGate}
 	n.must(n.engine.disk.Journal.Put("op", r, nil))
 	state := n.copyState()
@@ -130,14 +131,14 @@ func TestTracesOfARemovedSuccessor(t *testing.T) {
 			n.runTidied()
 			log := filepath.Join(n.dir, "1.log")
 			var link string
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					if !strings.HasPrefix(call, "StopContainer app/0") {
 						return nil
 					}
-					c := n.rt.get(t, "app/1")
-					n.rt.set(func(*fakeRuntime) { c.status.LogPath = log })
-					link = filepath.Join(links, criclone.LogLinkName("shop", "default", "app", c.status.GetId()))
+					c := n.rt.Get(t, "app/1")
+					n.rt.Set(func(*fakenode.Runtime) { c.Status.LogPath = log })
+					link = filepath.Join(links, criclone.LogLinkName("shop", "default", "app", c.Status.GetId()))
 					if err := os.WriteFile(log, nil, 0o600); err != nil {
 						t.Error(err)
 					}

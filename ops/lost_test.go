@@ -25,6 +25,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // losses are the ways in which a journal goes, by name.
@@ -59,7 +60,7 @@ func slotSeen(list []*runtimeapi.Container) error {
 			}
 		case runtimeapi.ContainerState_CONTAINER_CREATED:
 			if c.GetAnnotations()[view.StagedAnnotation] != "" {
-				return fmt.Errorf("kubelet sees %s created", nameOf(c))
+				return fmt.Errorf("kubelet sees %s created", fakenode.NameOf(c))
 			}
 		}
 		newest = false
@@ -117,7 +118,7 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 		s.check(t, n)
 		return false
 	}
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	served := n.serving() // as the runtime has it
 	n.must(lose(state))
 	n.boot(state)
@@ -138,10 +139,10 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 		if why := n.leftovers(); why == "" {
 			break
 		} else if time.Now().After(late) {
-			t.Fatalf("%s: the runtime has %s", why, n.rt.state())
+			t.Fatalf("%s: the runtime has %s", why, n.rt.State())
 		}
 	}
-	if got, want := n.sees(), n.rt.state(); got != want || !plain(t, n.kubelet, n.view) {
+	if got, want := n.sees(), n.rt.State(); got != want || !plain(t, n.kubelet, n.view) {
 		t.Errorf("kubelet sees %s, though there is %s", got, want)
 	}
 	if now := n.serving(); served != "" && now != served {
@@ -154,7 +155,7 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 		n.awaitLiving(n.serving() + ", web/0")
 	}
 	// The slot is as usable as before.
-	if n.engine.node.Records.Request(n.rt.idOf(t, n.serving())) == nil {
+	if n.engine.node.Records.Request(n.rt.ID(t, n.serving())) == nil {
 		return true // its environment has a value that the runtime's own record does not keep
 	}
 	n.restart("again")
@@ -167,9 +168,9 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 // serving is the oldest container of app that the runtime shows running, or "". The runtime may be
 // behind the kernel: one whose process is gone does not count beside one whose process is there.
 func (n *node) serving() string {
-	living := strings.Fields(strings.ReplaceAll(n.rt.living(), ",", " "))
+	living := strings.Fields(strings.ReplaceAll(n.rt.Living(), ",", " "))
 	first := ""
-	for c := range strings.SplitSeq(n.rt.state(), ", ") {
+	for c := range strings.SplitSeq(n.rt.State(), ", ") {
 		name, is := strings.CutSuffix(c, " RUNNING")
 		switch {
 		case !is || !strings.HasPrefix(name, "app/"):
@@ -184,7 +185,7 @@ func (n *node) serving() string {
 
 // leftovers says what is still to be taken away.
 func (n *node) leftovers() string {
-	state := n.rt.state()
+	state := n.rt.State()
 	switch {
 	case strings.Contains(state, "CREATED"):
 		return "a staged container is left"
@@ -192,7 +193,7 @@ func (n *node) leftovers() string {
 		return "a successor is left"
 	case n.gates() != "":
 		return "a gate is left"
-	case strings.Contains(n.rt.living(), "waits"):
+	case strings.Contains(n.rt.Living(), "waits"):
 		return "a container waits at its gate"
 	case n.view.Claimed(view.Slot{PodUID: podUID, Container: "app"}):
 		return "the slot is held"
@@ -203,7 +204,7 @@ func (n *node) leftovers() string {
 // makeNext makes the next attempt of app, as kubelet does.
 func (n *node) makeNext(t *testing.T) {
 	t.Helper()
-	n.makeNextAt(t, uint32(strings.Count(n.rt.state(), "app/")))
+	n.makeNextAt(t, uint32(strings.Count(n.rt.State(), "app/")))
 }
 
 // The same for upgrades. Their caller and kubelet begin again from what they find.
@@ -215,7 +216,7 @@ func TestUpgradeCrashesThatLoseTheJournal(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			all, again := s.moments(t), s.moments(t)
 			for i, m := range all {
-				if m.done && len(mutating([]string{m.call})) == 0 || !slices.Contains(again, m) {
+				if m.done && len(fakenode.Mutating([]string{m.call})) == 0 || !slices.Contains(again, m) {
 					continue
 				}
 				loss := losses[i%len(losses)]
@@ -271,27 +272,28 @@ func (s upgradeScenario) crashAndLose(t *testing.T, n *upNode, m moment, lose fu
 		}
 		return nil
 	}
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	_ = seen("")
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = seen, seen })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = seen, seen })
 	n.run()
 	if err := s.roll(t.Context(), n); err != nil {
-		t.Errorf("%v; there is %s", err, n.rt.state())
+		t.Errorf("%v; there is %s", err, n.rt.State())
 	}
 	time.Sleep(time.Hour) // whatever is to be taken away is
 	synctest.Wait()
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	list, err := n.kubelet.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{})
 	n.must(err)
 	if err := slotSeen(list.GetContainers()); err != nil {
 		t.Error(err)
 	}
-	if got, want := n.sees(), n.rt.state(); got != want || strings.Contains(got, "CREATED") ||
+	if got, want := n.sees(), n.rt.State(); got != want || strings.Contains(got, "CREATED") ||
 		strings.Count(got, "RUNNING") != 2 {
 		t.Errorf("kubelet sees %s, there is %s", got, want)
 	}
-	if newest, err := n.newest(t.Context(), "app"); err != nil || n.rt.get(t, nameOf(newest)).config.GetImage().
-		GetUserSpecifiedImage() != "app:v2" {
+	newest, err := n.newest(t.Context(), "app")
+	if err != nil ||
+		n.rt.Get(t, fakenode.NameOf(newest)).Config.GetImage().GetUserSpecifiedImage() != "app:v2" {
 		t.Errorf("%v runs, %v", newest, err)
 	}
 	return true
@@ -318,8 +320,8 @@ func TestContainersOfForgottenOperationsStay(t *testing.T) {
 				t.Errorf("kubelet sees %s", got)
 			}
 			n.runTidied()
-			if got := n.sees(); got != want || n.rt.state() != want {
-				t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+			if got := n.sees(); got != want || n.rt.State() != want {
+				t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 			}
 			n.awaitLiving("app/2, web/0")
 		})
@@ -336,8 +338,8 @@ func TestListsWaitForTheJudge(t *testing.T) {
 	n.boot(state)
 	n.state = state
 	away := status.Error(codes.Unavailable, "the runtime starts")
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if call == "ListContainers" { // the daemon's, not kubelet's
 				return away
 			}
@@ -352,12 +354,12 @@ func TestListsWaitForTheJudge(t *testing.T) {
 		err) != codes.Unavailable {
 		t.Errorf("a list before the judge: %v", err)
 	}
-	id := n.rt.idOf(t, "app/1")
+	id := n.rt.ID(t, "app/1")
 	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(
 		err) != codes.Unavailable {
 		t.Errorf("a status before the judge: %v", err)
 	}
-	n.rt.set(func(f *fakeRuntime) { f.before = nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before = nil })
 	if got := n.sees(); !strings.Contains(got, "app/0") || strings.Contains(got, "app/1") {
 		t.Errorf("kubelet sees %s", got)
 	}
@@ -384,7 +386,7 @@ func TestLateCreationsAreHidden(t *testing.T) {
 	n.engine.lateCreate = time.Millisecond
 	n.run()
 	n.log.await(t, "removed a staged container that no operation knows")
-	if got := n.rt.state(); got != "app/0 RUNNING, web/0 RUNNING" {
+	if got := n.rt.State(); got != "app/0 RUNNING, web/0 RUNNING" {
 		t.Errorf("there is %s", got)
 	}
 }
@@ -394,7 +396,7 @@ func TestLateCreationsAreHidden(t *testing.T) {
 func TestLostAtItsEntrypoint(t *testing.T) {
 	n := newNode(t, podOptions{processes: true, method: opsv1.MethodPidfd})
 	n.runTidied()
-	n.rt.set(func(f *fakeRuntime) { f.processes.slowExec = 300 * time.Millisecond })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Processes.SlowExec = 300 * time.Millisecond })
 	n.restart("op")
 	n.finish("op")
 	state := n.crash()
@@ -416,15 +418,15 @@ func TestShellsDoNotServe(t *testing.T) {
 	n.restart("op")
 	n.finish("op")
 	n.awaitLiving("app/1, web/0")
-	old := n.rt.get(t, "app/0")
-	n.rt.set(func(*fakeRuntime) { old.status.State = runtimeapi.ContainerState_CONTAINER_RUNNING })
-	owned := n.rt.owned
+	old := n.rt.Get(t, "app/0")
+	n.rt.Set(func(*fakenode.Runtime) { old.Status.State = runtimeapi.ContainerState_CONTAINER_RUNNING })
+	owned := n.rt.Owned
 	state := n.crash()
 	n.must(os.Remove(filepath.Join(state, "journal.db")))
 	n.boot(state)
 	n.state = state
 	n.engine.node.Switchover.OfContainer = func(pid int, container string) error {
-		if container == old.status.GetId() {
+		if container == old.Status.GetId() {
 			return fs.ErrNotExist // /proc/PID/cgroup of a process that is gone
 		}
 		return owned(pid, container)
@@ -458,16 +460,16 @@ func TestTheOldOneEndsMeanwhile(t *testing.T) {
 					return nil
 				}
 				if lists++; lists == tc.nth {
-					n.rt.exit(t, "app/0", 0)
+					n.rt.Exit(t, "app/0", 0)
 					if !now {
 						saw = n.sees()
 					}
 				}
 				return nil
 			}
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error { return ends(call, false) }
-				f.after = func(call string) error { return ends(call, true) }
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error { return ends(call, false) }
+				f.After = func(call string) error { return ends(call, true) }
 			})
 			n.boot(state)
 			n.state = state
@@ -481,8 +483,8 @@ func TestTheOldOneEndsMeanwhile(t *testing.T) {
 			if saw != tc.sees {
 				t.Errorf("kubelet saw %q, want %q", saw, tc.sees)
 			}
-			if got := n.sees(); got != swapped || n.rt.state() != swapped {
-				t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+			if got := n.sees(); got != swapped || n.rt.State() != swapped {
+				t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 			}
 			n.awaitLiving("app/1, web/0")
 		})
@@ -497,7 +499,7 @@ func lostBesideTheOld(t *testing.T) (n *node, state string) {
 	n.runTidied()
 	state = n.crashBeforeStop(startFirst)
 	n.must(os.Remove(filepath.Join(state, "journal.db")))
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	return n, state
 }
 
@@ -519,8 +521,8 @@ func judgedBesideTheOld(t *testing.T) *node {
 func (n *node) crashBeforeStop(edit ...func(*opsv1.RestartRequest)) (state string) {
 	n.t.Helper()
 	crashed := make(chan struct{})
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if !strings.HasPrefix(call, "StopContainer app/0") {
 				return nil
 			}
@@ -539,7 +541,7 @@ func (n *node) awaitTidy() {
 	n.t.Helper()
 	for late := time.Now().Add(waitLong); n.leftovers() != ""; time.Sleep(time.Millisecond) {
 		if time.Now().After(late) {
-			n.t.Fatalf("%s: the runtime has %s", n.leftovers(), n.rt.state())
+			n.t.Fatalf("%s: the runtime has %s", n.leftovers(), n.rt.State())
 		}
 	}
 }
@@ -551,11 +553,11 @@ func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 	stopped := make(chan error, 1)
 	go func() {
 		_, err := n.kubelet.StopContainer(t.Context(),
-			&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 5})
+			&runtimeapi.StopContainerRequest{ContainerId: n.rt.ID(t, "app/0"), Timeout: 5})
 		stopped <- err
 	}()
 	eventually := time.Now().Add(waitLong)
-	for !strings.Contains(n.rt.state(), "app/0 EXITED") && time.Now().Before(eventually) {
+	for !strings.Contains(n.rt.State(), "app/0 EXITED") && time.Now().Before(eventually) {
 		time.Sleep(time.Millisecond)
 	}
 	n.run()
@@ -575,8 +577,8 @@ func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 	n := judgedBesideTheOld(t)
 	var lists atomic.Int64
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if call == "ListContainers" && lists.Add(1) <= 3 {
 				return status.Error(codes.Unavailable, "the runtime starts")
 			}
@@ -586,8 +588,8 @@ func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 	n.engine.lateCreate = time.Millisecond
 	n.run()
 	n.awaitTidy()
-	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.state() != got {
-		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.State() != got {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 	}
 }
 
@@ -599,7 +601,7 @@ func TestPanicWhileLostIsCleared(t *testing.T) {
 	n.run()
 	n.log.await(t, "the daemon would have panicked")
 	n.awaitFree(t)
-	n.rt.exit(t, "app/0", 3)
+	n.rt.Exit(t, "app/0", 3)
 	if got := n.sees(); got != "app/0 EXITED, web/0 RUNNING" {
 		t.Errorf("kubelet sees %s", got)
 	}
@@ -617,10 +619,10 @@ func TestLostGateOfTheOneThatTakesOver(t *testing.T) {
 	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
 		t.Errorf("kubelet sees %s at first", got)
 	}
-	n.rt.exit(t, "app/0", 3)
+	n.rt.Exit(t, "app/0", 3)
 	n.run()
 	n.awaitTidy()
-	if got, want := n.sees(), "app/0 EXITED, app/1 EXITED, web/0 RUNNING"; got != want || n.rt.state() != want {
-		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+	if got, want := n.sees(), "app/0 EXITED, app/1 EXITED, web/0 RUNNING"; got != want || n.rt.State() != want {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 	}
 }

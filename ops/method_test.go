@@ -12,6 +12,7 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // has returns the methods of the node that are available, and why the first one that is not, is
@@ -37,38 +38,38 @@ func (n *node) has() (available, why string) {
 func TestMethodForContainer(t *testing.T) {
 	for _, tc := range []struct {
 		name string
-		edit func(c *fakeContainer)
+		edit func(c *fakenode.Container)
 		want string
 	}{
 		{name: "as usual", want: opsv1.MethodGate},
-		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" },
+		{name: "its own /dev", edit: func(c *fakenode.Container) { c.Config.Mounts[0].ContainerPath = "/dev" },
 			want: opsv1.MethodPidfd},
-		{name: "another runtime", edit: func(c *fakeContainer) { c.process.handler = "io.containerd.runsc.v1" },
+		{name: "another runtime", edit: func(c *fakenode.Container) { c.Process.Handler = "io.containerd.runsc.v1" },
 			want: opsv1.MethodPidfd},
 		{name: "processes shared",
-			edit: func(c *fakeContainer) { c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0 },
+			edit: func(c *fakenode.Container) { c.Config.Linux.SecurityContext.NamespaceOptions.Pid = 0 },
 			want: opsv1.MethodGate},
 		{
 			name: "processes shared, another runtime", want: opsv1.MethodPlain,
-			edit: func(c *fakeContainer) {
-				c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0
-				c.process.handler = "io.containerd.kata.v2"
+			edit: func(c *fakenode.Container) {
+				c.Config.Linux.SecurityContext.NamespaceOptions.Pid = 0
+				c.Process.Handler = "io.containerd.kata.v2"
 			},
 		},
-		{name: "nothing is told of it", edit: func(c *fakeContainer) { c.process.silent = true },
+		{name: "nothing is told of it", edit: func(c *fakenode.Container) { c.Process.Silent = true },
 			want: opsv1.MethodPlain},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
-			c := n.rt.get(t, "app/0")
-			id := c.status.GetId()
+			c := n.rt.Get(t, "app/0")
+			id := c.Status.GetId()
 			if tc.edit != nil {
-				n.rt.set(func(*fakeRuntime) { tc.edit(c) })
+				n.rt.Set(func(*fakenode.Runtime) { tc.edit(c) })
 			}
 			req := n.engine.node.Records.Request(id)
-			req.Config = c.config
+			req.Config = c.Config
 			n.engine.node.Records.Created(id, wire(t, req))
 			n.restart("op")
 			op := n.finish("op")

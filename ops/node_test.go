@@ -34,6 +34,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 	"github.com/cri-proxy/cri-proxy/proxy"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -67,7 +68,7 @@ type node struct {
 	t     testing.TB
 	dir   string
 	state string // the state directory of the current daemon
-	rt    *fakeRuntime
+	rt    *fakenode.Runtime
 
 	*daemon
 	daemons []*daemon
@@ -88,11 +89,11 @@ type podOptions struct {
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method, room: o.room}
+	n := &node{t: t, dir: t.TempDir(), rt: fakenode.New(), method: o.method, room: o.room}
 	if o.processes {
-		newProcesses(t, n.rt, n.dir)
+		fakenode.NewProcesses(t, n.rt, n.dir)
 	}
-	n.rt.serve(t, n.socket())
+	n.rt.Serve(t, n.socket())
 	n.state = filepath.Join(n.dir, "state")
 	if err := os.Mkdir(n.state, 0o700); err != nil {
 		t.Fatal(err)
@@ -102,7 +103,7 @@ func newNode(t testing.TB, o podOptions) *node {
 	if o.processes {
 		n.awaitLiving("app/0, web/0") // a start does not wait until the application is there
 	}
-	n.rt.takeCalls()
+	n.rt.TakeCalls()
 	return n
 }
 
@@ -131,8 +132,8 @@ func (n *node) boot(state string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n.rt.processes != nil {
-		d.engine.node.Switchover.OfContainer, d.engine.node.Switchover.Watch = n.rt.owned, d.watch(n.rt)
+	if n.rt.Processes != nil {
+		d.engine.node.Switchover.OfContainer, d.engine.node.Switchover.Watch = n.rt.Owned, d.watch(n.rt)
 	}
 	if n.room != nil {
 		d.engine.node.Switchover.FindPod = n.room.find
@@ -190,9 +191,9 @@ func (n *node) boot(state string) {
 }
 
 // watch watches processes of the runtime's containers.
-func (d *daemon) watch(f *fakeRuntime) func(int, string) (*switchover.Exit, error) {
+func (d *daemon) watch(f *fakenode.Runtime) func(int, string) (*switchover.Exit, error) {
 	return func(pid int, container string) (*switchover.Exit, error) {
-		if err := f.owned(pid, container); err != nil {
+		if err := f.Owned(pid, container); err != nil {
 			return nil, err
 		}
 		w, err := switchover.WatchProcess(pid)
@@ -241,8 +242,8 @@ func (n *node) runTidied() {
 	n.t.Helper()
 	tidied := make(chan struct{})
 	is := sync.OnceFunc(func() { close(tidied) })
-	n.rt.set(func(f *fakeRuntime) {
-		f.after = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.After = func(call string) error {
 			if call == "ListContainers" {
 				is()
 			}
@@ -255,7 +256,7 @@ func (n *node) runTidied() {
 	case <-time.After(waitLong):
 		n.t.Fatal("records are not tidied")
 	}
-	n.rt.set(func(f *fakeRuntime) { f.after = nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.After = nil })
 }
 
 func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
@@ -373,7 +374,7 @@ func (n *node) until(uid string, is func(*opsv1.Operation) bool) *opsv1.Operatio
 		select {
 		case <-changed:
 		case <-late.C:
-			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(), n.rt.takeCalls())
+			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.State(), n.rt.TakeCalls())
 		}
 	}
 }
@@ -406,7 +407,7 @@ func (n *node) sees() string {
 	n.must(err)
 	var out []string
 	for _, c := range all {
-		out = append(out, nameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
+		out = append(out, fakenode.NameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
 	}
 	slices.Sort(out)
 	return strings.Join(out, ", ")
@@ -423,19 +424,19 @@ func (n *node) checkView() error {
 	for _, c := range all {
 		name := c.GetMetadata().GetName()
 		if c.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED {
-			return fmt.Errorf("kubelet sees %s created", nameOf(c))
+			return fmt.Errorf("kubelet sees %s created", fakenode.NameOf(c))
 		}
 		if !done[name] && c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-			return fmt.Errorf("kubelet sees %s %s as the newest", nameOf(c), c.GetState())
+			return fmt.Errorf("kubelet sees %s %s as the newest", fakenode.NameOf(c), c.GetState())
 		}
 		done[name] = true
 		st, err := n.kubelet.ContainerStatus(context.Background(),
 			&runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
 		if err != nil {
-			return fmt.Errorf("kubelet asks for %s, which was listed: %w", nameOf(c), err)
+			return fmt.Errorf("kubelet asks for %s, which was listed: %w", fakenode.NameOf(c), err)
 		}
 		if st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_CREATED {
-			return fmt.Errorf("kubelet reads %s created", nameOf(c))
+			return fmt.Errorf("kubelet reads %s created", fakenode.NameOf(c))
 		}
 	}
 	if len(done) != 2 {

@@ -25,6 +25,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // hold keeps the first call of the engine that begins with prefix back until the returned release
@@ -42,9 +43,9 @@ func (n *node) hold(prefix string) (reached <-chan struct{}, release func()) {
 
 // How a restart ends when the runtime refuses something.
 func TestRuntimeRefuses(t *testing.T) {
-	refuse := func(prefix string, code codes.Code, times int) func(*fakeRuntime) {
-		return func(f *fakeRuntime) {
-			f.before = func(call string) error {
+	refuse := func(prefix string, code codes.Code, times int) func(*fakenode.Runtime) {
+		return func(f *fakenode.Runtime) {
+			f.Before = func(call string) error {
 				if strings.HasPrefix(call, prefix) && times != 0 {
 					times--
 					return status.Error(code, "no such luck")
@@ -55,7 +56,7 @@ func TestRuntimeRefuses(t *testing.T) {
 	}
 	cases := []struct {
 		name    string
-		script  func(*fakeRuntime)
+		script  func(*fakenode.Runtime)
 		want    string
 		message string
 		state   string
@@ -74,13 +75,13 @@ func TestRuntimeRefuses(t *testing.T) {
 			calls: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/1 30s; RemoveContainer app/1",
 		},
 		{
-			name: "start, once", script: func(f *fakeRuntime) { failStarts(f, 1) },
+			name: "start, once", script: func(f *fakenode.Runtime) { failStarts(f, 1) },
 			want: "SUCCEEDED, app SUCCEEDED", state: "app/0 EXITED, app/1 RUNNING, web/0 RUNNING",
 			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; " +
 				"CreateContainer app/1; StartContainer app/1",
 		},
 		{
-			name: "start, always", script: func(f *fakeRuntime) { failStarts(f, 9) },
+			name: "start, always", script: func(f *fakenode.Runtime) { failStarts(f, 9) },
 			want: "FAILED, app FAILED StartFailed", message: "exec: no such file or directory",
 			state: "app/0 EXITED, app/1 EXITED, web/0 RUNNING",
 			calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; RemoveContainer app/1; " +
@@ -100,16 +101,16 @@ func TestRuntimeRefuses(t *testing.T) {
 		},
 		{
 			name: "removal of a stage, for a while",
-			script: func(f *fakeRuntime) {
+			script: func(f *fakenode.Runtime) {
 				var creates, removes int
-				f.after = func(call string) error {
+				f.After = func(call string) error {
 					if call == "CreateContainer app/1" && creates == 0 {
 						creates++ // made, and the answer lost
 						return status.Error(codes.Unavailable, "no such luck")
 					}
 					return nil
 				}
-				f.before = func(call string) error {
+				f.Before = func(call string) error {
 					if strings.HasPrefix(call, "RemoveContainer") && removes < 2 {
 						removes++
 						return status.Error(codes.Unknown, "busy")
@@ -127,8 +128,8 @@ func TestRuntimeRefuses(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			n.rt.takeCalls()
-			n.rt.set(tc.script)
+			n.rt.TakeCalls()
+			n.rt.Set(tc.script)
 			n.restart("op")
 			op := n.finish("op")
 			if got := verdict(op); got != tc.want {
@@ -137,10 +138,10 @@ func TestRuntimeRefuses(t *testing.T) {
 			if !strings.Contains(op.GetMessage(), tc.message) || (tc.message == "") != (op.GetMessage() == "") {
 				t.Errorf("message is %q, want %q", op.GetMessage(), tc.message)
 			}
-			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+			if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 				t.Errorf("calls are %s\nwant      %s", got, tc.calls)
 			}
-			if got := n.rt.state(); got != tc.state {
+			if got := n.rt.State(); got != tc.state {
 				t.Errorf("runtime has %s, want %s", got, tc.state)
 			}
 			if got := n.sees(); got != tc.state {
@@ -158,8 +159,8 @@ func TestRuntimeRefuses(t *testing.T) {
 func TestStopIsNeverPossible(t *testing.T) {
 	b := newBubble(t)
 	b.run(func(t *testing.T, n *bubbleNode) {
-		n.rt.set(func(f *fakeRuntime) {
-			f.before = func(call string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.Before = func(call string) error {
 				if strings.HasPrefix(call, "StopContainer app/0") {
 					return status.Error(codes.Unavailable, "ttrpc: closed")
 				}
@@ -170,10 +171,10 @@ func TestStopIsNeverPossible(t *testing.T) {
 		if got, want := verdict(op), "FAILED, app FAILED StopFailed"; got != want {
 			t.Errorf("operation ended %s, want %s", got, want)
 		}
-		if got, want := n.rt.state(), "app/0 RUNNING"; got != want {
+		if got, want := n.rt.State(), "app/0 RUNNING"; got != want {
 			t.Errorf("runtime has %s", got)
 		}
-		if calls := mutating(n.rt.takeCalls()); len(calls) > 20 {
+		if calls := fakenode.Mutating(n.rt.TakeCalls()); len(calls) > 20 {
 			t.Errorf("%d calls", len(calls))
 		}
 	})
@@ -200,7 +201,7 @@ func TestJournalBreaks(t *testing.T) {
 			if got := verdict(op); got != tc.want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
 			}
-			if got := n.rt.state(); got != tc.state || n.sees() != tc.state {
+			if got := n.rt.State(); got != tc.state || n.sees() != tc.state {
 				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.state)
 			}
 		})
@@ -216,8 +217,8 @@ func TestMetrics(t *testing.T) {
 	n.run()
 	n.restart("good")
 	n.finish("good")
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if strings.HasPrefix(call, "CreateContainer") {
 				return status.Error(codes.Unknown, "no such luck")
 			}
@@ -305,8 +306,8 @@ func TestRuntimeHangs(t *testing.T) {
 		t.Run(tc.call, func(t *testing.T) {
 			newBubble(t).run(func(t *testing.T, n *bubbleNode) {
 				synctest.Wait() // the start is over
-				n.rt.set(func(f *fakeRuntime) {
-					f.hang = func(ctx context.Context, call string) error {
+				n.rt.Set(func(f *fakenode.Runtime) {
+					f.Hang = func(ctx context.Context, call string) error {
 						if call != tc.call {
 							return nil
 						}
@@ -318,7 +319,7 @@ func TestRuntimeHangs(t *testing.T) {
 				if got := verdict(op); got != tc.want {
 					t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
 				}
-				if got := n.rt.state(); got != tc.state {
+				if got := n.rt.State(); got != tc.state {
 					t.Errorf("runtime has %s, want %s", got, tc.state)
 				}
 				if n.engine.node.View.Claimed(view.Slot{PodUID: podUID, Container: "app"}) {
@@ -384,7 +385,7 @@ func TestCancel(t *testing.T) {
 			if tc.code == codes.OK && op.GetMessage() != "app: changed my mind" {
 				t.Errorf("message is %q", op.GetMessage())
 			}
-			if got := n.rt.state(); got != tc.end || n.sees() != tc.end {
+			if got := n.rt.State(); got != tc.end || n.sees() != tc.end {
 				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.end)
 			}
 			// Of a finished operation it changes nothing.
@@ -446,7 +447,7 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			first := n.rt.idOf(t, "app/0")
+			first := n.rt.ID(t, "app/0")
 			reached, release := n.hold("StopContainer app/0")
 			n.restart("first")
 			<-reached
@@ -465,7 +466,7 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 			if got := verdict(n.finish("second")); got != tc.want {
 				t.Errorf("the second ended %s, want %s", got, tc.want)
 			}
-			if got := n.rt.state(); got != tc.state || n.sees() != tc.state {
+			if got := n.rt.State(); got != tc.state || n.sees() != tc.state {
 				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.state)
 			}
 		})
@@ -513,7 +514,7 @@ func TestSameUID(t *testing.T) {
 	if again := n.restart("op"); !proto.Equal(again, op) {
 		t.Errorf("a repeated command is answered %v, want %v", again, op)
 	}
-	if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+	if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 		t.Errorf("runtime has %s, want one restart", got)
 	}
 }
@@ -527,8 +528,8 @@ func TestSeveralContainers(t *testing.T) {
 			}
 		}
 	}
-	fail := func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	fail := func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if call == "CreateContainer app/1" {
 				return status.Error(codes.Unknown, "no such luck")
 			}
@@ -538,7 +539,7 @@ func TestSeveralContainers(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		edit   func(*opsv1.RestartRequest)
-		script func(*fakeRuntime)
+		script func(*fakenode.Runtime)
 		want   string
 		state  string
 	}{
@@ -558,7 +559,7 @@ func TestSeveralContainers(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
 			if tc.script != nil {
-				n.rt.set(tc.script)
+				n.rt.Set(tc.script)
 			}
 			end := n.relist()
 			n.restart("op", tc.edit)
@@ -567,7 +568,7 @@ func TestSeveralContainers(t *testing.T) {
 			if got := verdict(op); got != tc.want {
 				t.Errorf("operation ended %s, want %s", got, tc.want)
 			}
-			if got := n.rt.state(); got != tc.state || n.sees() != tc.state {
+			if got := n.rt.State(); got != tc.state || n.sees() != tc.state {
 				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.state)
 			}
 		})
@@ -593,7 +594,7 @@ func TestRestartIsRefused(t *testing.T) {
 		{name: "expected ID differs",
 			edit: func(r *opsv1.RestartRequest) { r.Containers[0].ExpectedContainerId = "containerd://nope" },
 			code: codes.FailedPrecondition, reason: opsv1.ReasonExpectedIDDiffers, message: "not nope"},
-		{name: "exited", prepare: func(n *node) { n.rt.exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition,
+		{name: "exited", prepare: func(n *node) { n.rt.Exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition,
 			reason: opsv1.ReasonContainerNotRunning, message: "not running (exited)"},
 		{name: "pod stopped", prepare: func(n *node) {
 			_, err := n.kubelet.StopPodSandbox(context.Background(),
@@ -601,17 +602,18 @@ func TestRestartIsRefused(t *testing.T) {
 			n.must(err)
 		}, code: codes.FailedPrecondition, reason: opsv1.ReasonPodStopping, message: "going away"},
 		{name: "runtime away", prepare: func(n *node) {
-			n.rt.set(
-				func(f *fakeRuntime) {
-					f.before = func(string) error {
+			n.rt.Set(
+				func(f *fakenode.Runtime) {
+					f.Before = func(string) error {
 						return status.Error(codes.Unavailable,
 							"gone")
 					}
 				})
 		}, code: codes.Unavailable, message: "gone"},
 		{name: "runtime broken", prepare: func(n *node) {
-			n.rt.set(
-				func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unknown, "odd") } })
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(string) error { return status.Error(codes.Unknown, "odd") }
+			})
 		}, code: codes.Internal, message: "asking the runtime: "},
 		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.disk.Journal.Close()) },
 			code: codes.Internal, message: "nothing was done"},

@@ -14,6 +14,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // readyAfter asks for StartFirst and that the successor runs for so long.
@@ -38,8 +39,8 @@ func calledStop(calls []string) bool {
 func TestMinReady(t *testing.T) {
 	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
 		var started, stopped time.Time
-		n.rt.set(func(f *fakeRuntime) {
-			f.before = func(call string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.Before = func(call string) error {
 				switch {
 				case strings.HasPrefix(call, "StartContainer"):
 					started = time.Now()
@@ -75,7 +76,7 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 		{
 			name: "the successor ends", edit: readyAfter(3600), want: "FAILED, app FAILED NewContainerExited",
 			says: "exit code 7",
-			do:   func(n *node) { n.rt.exit(n.t, "app/1", 7) },
+			do:   func(n *node) { n.rt.Exit(n.t, "app/1", 7) },
 		},
 		{
 			name: "cancelled", edit: readyAfter(3600), want: "CANCELLED, app CANCELLED Cancelled", says: "enough",
@@ -90,7 +91,7 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 			says: "not found",
 			do: func(n *node) {
 				_, err := n.rt.RemoveContainer(n.t.Context(),
-					&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(n.t, "app/1")})
+					&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.ID(n.t, "app/1")})
 				n.must(err)
 			},
 		},
@@ -99,7 +100,7 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			end := n.relist()
 			n.restart("op", tc.edit)
 			n.awaitReadying()
@@ -112,7 +113,7 @@ func TestIncumbentIsNotTouched(t *testing.T) {
 			if got := verdict(op); got != tc.want || !strings.Contains(op.GetMessage(), tc.says) {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
 			}
-			if calls := n.rt.takeCalls(); calledStop(calls) {
+			if calls := n.rt.TakeCalls(); calledStop(calls) {
 				t.Errorf("calls are %q", calls)
 			}
 			n.checkOnlyLiving(t, "app/0, web/0")
@@ -132,8 +133,8 @@ func (n *node) awaitReadying() {
 func TestSuccessorEndsDuringPreStop(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	n.rt.takeCalls()
-	n.during("ExecSync app/0", func() { n.rt.exit(t, "app/1", 7) })
+	n.rt.TakeCalls()
+	n.during("ExecSync app/0", func() { n.rt.Exit(t, "app/1", 7) })
 	end := n.relist()
 	n.restart("op", startFirst, func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") })
 	op := n.finish("op")
@@ -141,7 +142,7 @@ func TestSuccessorEndsDuringPreStop(t *testing.T) {
 	if got, want := verdict(op), "FAILED, app FAILED NewContainerExited"; got != want {
 		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 	}
-	if calls := n.rt.takeCalls(); calledStop(calls) {
+	if calls := n.rt.TakeCalls(); calledStop(calls) {
 		t.Errorf("calls are %q", calls)
 	}
 	n.checkOnlyLiving(t, "app/0, web/0")
@@ -155,7 +156,7 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 		n.runTidied()
 		n.restart("op", readyAfter(3600))
 		n.awaitReadying()
-		n.rt.exit(t, "app/0", 5)
+		n.rt.Exit(t, "app/0", 5)
 		op := n.finish("op")
 		if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 			t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
@@ -169,7 +170,7 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 		n := newNode(t, podOptions{})
 		n.runTidied()
 		end := n.relist()
-		n.during("StartContainer app/1", func() { n.rt.exit(t, "app/0", 5) })
+		n.during("StartContainer app/1", func() { n.rt.Exit(t, "app/0", 5) })
 		n.restart("op", startFirst)
 		op := n.finish("op")
 		end()
@@ -183,14 +184,14 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 	t.Run("before the start", func(t *testing.T) {
 		n := newNode(t, podOptions{})
 		n.runTidied()
-		n.during("CreateContainer app/1", func() { n.rt.exit(t, "app/0", 5) })
+		n.during("CreateContainer app/1", func() { n.rt.Exit(t, "app/0", 5) })
 		n.restart("op", startFirst)
 		op := n.finish("op")
 		if got, want := verdict(op), "FAILED, app FAILED ContainerNotRunning"; got != want {
 			t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 		}
-		if got, want := n.sees(), "app/0 EXITED, web/0 RUNNING"; got != want || n.rt.state() != want {
-			t.Errorf("kubelet sees %s, there is %s, want %s", got, n.rt.state(), want)
+		if got, want := n.sees(), "app/0 EXITED, web/0 RUNNING"; got != want || n.rt.State() != want {
+			t.Errorf("kubelet sees %s, there is %s, want %s", got, n.rt.State(), want)
 		}
 	})
 }
@@ -213,12 +214,12 @@ func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 			<-free
 			_ = tx.Rollback()
 		}()
-		n.rt.exit(t, "app/0", 5)
+		n.rt.Exit(t, "app/0", 5)
 		return w, err
 	}
 	n.restart("op", startFirst)
 	late := time.Now().Add(waitLong)
-	for got := ""; got != "app/0 EXITED, app/1 CREATED, web/0 RUNNING"; got = n.rt.state() {
+	for got := ""; got != "app/0 EXITED, app/1 CREATED, web/0 RUNNING"; got = n.rt.State() {
 		if time.Now().After(late) {
 			t.Fatalf("the runtime has %s", got)
 		}
@@ -260,13 +261,13 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.engine.node.Pods = deleting
 			n.runTidied()
-			n.rt.takeCalls()
-			incumbent := n.rt.idOf(t, "app/0")
+			n.rt.TakeCalls()
+			incumbent := n.rt.ID(t, "app/0")
 			var answered func()
 			ask := func() {
 				answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 					_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
-					if got := n.rt.living(); got != "web/0" {
+					if got := n.rt.Living(); got != "web/0" {
 						t.Errorf("when kubelet is answered, alive are %s", got)
 					}
 					return err
@@ -289,7 +290,7 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
-			if calls := strings.Join(n.rt.takeCalls(), "; "); !strings.Contains(calls, "; StopContainer app/1 7s; ") {
+			if calls := strings.Join(n.rt.TakeCalls(), "; "); !strings.Contains(calls, "; StopContainer app/1 7s; ") {
 				t.Errorf("calls are %s", calls)
 			}
 			n.checkOnlyLiving(t, "web/0")
@@ -363,7 +364,7 @@ func TestCancelIsWritten(t *testing.T) {
 
 			n.boot(state)
 			n.state = state
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			end := n.relist()
 			n.run()
 			op := n.finish("op")
@@ -372,7 +373,7 @@ func TestCancelIsWritten(t *testing.T) {
 				op.GetMessage() != "app: enough" {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
-			for _, c := range n.rt.takeCalls() {
+			for _, c := range n.rt.TakeCalls() {
 				if strings.HasPrefix(c, "Start") || strings.HasPrefix(c, "Create") ||
 					strings.HasPrefix(c, "StopContainer app/0") {
 					t.Errorf("called %s", c)
@@ -407,7 +408,7 @@ func TestJournalBreaksDuringTheOverlap(t *testing.T) {
 			if got := verdict(op); got != tc.want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
 			}
-			if got := n.rt.state(); got != tc.state || n.sees() != tc.state {
+			if got := n.rt.State(); got != tc.state || n.sees() != tc.state {
 				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.state)
 			}
 		})

@@ -12,6 +12,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // panicAt makes the engine panic when it calls the method: the first times.
@@ -68,7 +69,7 @@ func TestPanicEndsTheOperationOnly(t *testing.T) {
 			}
 			n.leash.bug.Store(nil)
 			n.awaitFree(t)
-			if got := n.rt.state(); got != tc.state || n.sees() != got || n.gates() != "" {
+			if got := n.rt.State(); got != tc.state || n.sees() != got || n.gates() != "" {
 				t.Errorf("kubelet sees %s, there is %s, gates %q", n.sees(), got, n.gates())
 			}
 			if !n.log.has("the daemon would have panicked") {
@@ -107,7 +108,7 @@ func TestPanicOfAResumedOperation(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
 	state := n.crashBeforeStop()
-	n.rt.set(func(f *fakeRuntime) { f.before = nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before = nil })
 	n.boot(state)
 	n.state = state
 	n.leash.panicAt("StopContainer", always)
@@ -133,8 +134,8 @@ func TestPanicOfAResumedOperation(t *testing.T) {
 	}
 	n.log.await(t, "removed a staged container that no operation knows")
 	n.awaitFree(t)
-	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.state() != got || n.gates() != "" {
-		t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.state(), n.gates())
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.State() != got || n.gates() != "" {
+		t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.State(), n.gates())
 	}
 }
 
@@ -187,7 +188,7 @@ func TestPanicOfAnAbandonedOperation(t *testing.T) {
 	}
 	n.leash.bug.Store(nil)
 	n.awaitFree(t)
-	n.rt.exit(t, "app/0", 3)
+	n.rt.Exit(t, "app/0", 3)
 	if got := n.sees(); got != "app/0 EXITED, web/0 RUNNING" {
 		t.Errorf("kubelet sees %s", got)
 	}

@@ -26,7 +26,7 @@ import (
 func (n *upNode) probedFrom(name string) time.Time {
 	n.t.Helper()
 	st, err := n.kubelet.ContainerStatus(n.t.Context(),
-		&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(n.t, name)})
+		&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.ID(n.t, name)})
 	n.must(err)
 	at := time.Unix(st.GetStatus().GetStartedAt()/int64(time.Second), 0)
 	for from := time.Now(); ; from = from.Add(100 * time.Millisecond) {
@@ -81,7 +81,7 @@ func TestProbesAreHeld(t *testing.T) {
 				n.must(err)
 				op := n.ends("op", succeeded, upgraded)
 				c := op.GetContainers()[0]
-				if s := n.rt.get(t, "app/1").status.GetStartedAt(); c.GetStartTime().AsTime().UnixNano() != s {
+				if s := n.rt.Get(t, "app/1").Status.GetStartedAt(); c.GetStartTime().AsTime().UnixNano() != s {
 					t.Errorf("the operation says that the container began at %s", c.GetStartTime().AsTime())
 				}
 				if c.GetGap().AsDuration() > time.Second || len(c.GetWarnings()) > 0 {
@@ -95,9 +95,9 @@ func TestProbesAreHeld(t *testing.T) {
 					return
 				}
 				n.wantHeld("app/1", tc.hold)
-				n.rt.exit(t, "app/1", 3)
+				n.rt.Exit(t, "app/1", 3)
 				st, err := n.kubelet.ContainerStatus(t.Context(),
-					&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.idOf(t, "app/1")})
+					&runtimeapi.ContainerStatusRequest{ContainerId: n.rt.ID(t, "app/1")})
 				n.must(err)
 				if s := st.GetStatus(); s.GetStartedAt() > s.GetFinishedAt() {
 					t.Errorf("it ended before it began: %v", s)
@@ -119,7 +119,7 @@ func TestProbesAreHeldByTheNextProcess(t *testing.T) {
 		n.ends("op", succeeded, upgraded)
 		n.reboot(n.crash())
 		n.wantHeld("app/1", 30*time.Second)
-		if at := n.engine.node.Records.Started(n.rt.idOf(t, "app/1")); !at.IsZero() {
+		if at := n.engine.node.Records.Started(n.rt.ID(t, "app/1")); !at.IsZero() {
 			t.Errorf("the process is said to have begun at %s", at)
 		}
 	})
@@ -160,7 +160,7 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 	})
 	t.Run("only the image is put ready", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
-			app := n.rt.idOf(t, "app/0")
+			app := n.rt.ID(t, "app/0")
 			req := n.engine.node.Records.Request(app)
 			req.Config.Annotations[criclone.AnnotationHash] = "of another kubelet"
 			n.engine.node.Records.Created(app, wire(t, req))
@@ -168,14 +168,14 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 			n.commit("op")
 			n.until("op")
 			// It ends before kubelet has seen the new spec: that one is not meant.
-			n.rt.exit(t, "app/0", 1)
+			n.rt.Exit(t, "app/0", 1)
 			n.must(n.sync(t.Context(), "app", "app:v1"))
 			if from := n.probedFrom("app/1"); time.Until(from) > 0 {
 				t.Errorf("probes of the old image are held until %s", from)
 			}
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			n.wantHeld("app/2", 12*time.Second)
-			n.rt.exit(t, "app/2", 1) // of its own: kubelet has seen it
+			n.rt.Exit(t, "app/2", 1) // of its own: kubelet has seen it
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			if from := n.probedFrom("app/3"); time.Until(from) > 0 {
 				t.Errorf("probes of a later container are held until %s", from)

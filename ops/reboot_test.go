@@ -14,18 +14,19 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // powerOff leaves of the pod what containerd has of it after the next boot: the sandbox is not
 // ready, and containers of which it knows nothing better have ended with exit code 255
 // (internal/cri/server/restart.go, unknownExitCode).
 func (n *node) powerOff() {
-	n.rt.set(func(f *fakeRuntime) {
-		for _, s := range f.sandboxes {
-			s.ready = false
+	n.rt.Set(func(f *fakenode.Runtime) {
+		for _, s := range f.Sandboxes {
+			s.Ready = false
 		}
-		for _, c := range f.containers {
-			f.end(c, 255, "Unknown")
+		for _, c := range f.Containers {
+			f.End(c, 255, "Unknown")
 		}
 	})
 }
@@ -68,10 +69,10 @@ func TestPowerOff(t *testing.T) {
 						return status.Error(codes.Unavailable, "the caller is gone")
 					}
 				}
-				n.rt.set(func(f *fakeRuntime) { f.before, f.after = die(false), die(true) })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = die(false), die(true) })
 				n.restart("op")
 				<-crashed
-				n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 				n.powerOff()
 				foreignRecord(t, state, "op", func(r map[string]any) {
 					delete(r, "boot")
@@ -93,9 +94,9 @@ func TestPowerOff(t *testing.T) {
 					t.Errorf("it says exit code %d and gap %v", one.GetExitCode(), one.GetGap())
 				}
 				n.awaitFree(t)
-				if got := n.sees(); got != n.rt.state() || slices.Contains(strings.Split(got, ", "), "app/1 CREATED") ||
+				if got := n.sees(); got != n.rt.State() || slices.Contains(strings.Split(got, ", "), "app/1 CREATED") ||
 					n.gates() != "" {
-					t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.state(), n.gates())
+					t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.State(), n.gates())
 				}
 			})
 		}
@@ -109,8 +110,8 @@ func TestGapEndsWithTheEntrypoint(t *testing.T) {
 	for _, name := range []string{"runc:[2:INIT]", "crun", "youki:INIT"} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
-			n.rt.processes.rename(n.dir, name)
-			n.rt.set(func(f *fakeRuntime) { f.processes.slowExec = takes })
+			n.rt.Processes.Rename(n.dir, name)
+			n.rt.Set(func(f *fakenode.Runtime) { f.Processes.SlowExec = takes })
 			n.runTidied()
 			n.restart("op")
 			op := n.finish("op")

@@ -10,6 +10,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // commitWithEnvironment is the commit of a controller that knows the pod.
@@ -49,7 +50,7 @@ func TestCommitLooksAtTheImage(t *testing.T) {
 					return
 				}
 				n.until("op", opsv1.Phase_PHASE_ARMED)
-				if got := n.rt.get(t, "app/1").config.GetImage().GetImage(); got != tc.now.GetId() {
+				if got := n.rt.Get(t, "app/1").Config.GetImage().GetImage(); got != tc.now.GetId() {
 					t.Errorf("what waits is of %s", got)
 				}
 				_, err := n.api.AbortUpgrade(t.Context(), &opsv1.AbortUpgradeRequest{Uid: "op"})
@@ -67,13 +68,13 @@ func TestPartsNeedTheGate(t *testing.T) {
 	}})
 	n.runTidied()
 	made := 0
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if !strings.HasPrefix(call, "CreateContainer app/1") {
 				return nil
 			}
 			if made++; made == 1 {
-				return unknownContainer("the gate's hook")
+				return fakenode.UnknownContainer("the gate's hook")
 			}
 			return nil
 		}
@@ -84,7 +85,7 @@ func TestPartsNeedTheGate(t *testing.T) {
 		made != 1 {
 		t.Errorf("ended %s (%s) after %d creations, want %s", got, op.GetMessage(), made, want)
 	}
-	if got := n.rt.state(); got != "app/0 RUNNING, web/0 RUNNING" {
+	if got := n.rt.State(); got != "app/0 RUNNING, web/0 RUNNING" {
 		t.Errorf("runtime has %s", got)
 	}
 	n.awaitLiving("app/0, web/0")

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 func golden(t testing.TB, what string, got []string, want string) {
@@ -31,19 +32,19 @@ func TestRestart(t *testing.T) {
 	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 	}
-	calls := mutating(n.rt.takeCalls())
+	calls := fakenode.Mutating(n.rt.TakeCalls())
 	golden(t, "calls", calls, `
 		CreateContainer app/1
 		StopContainer app/0 30s
 		StartContainer app/1`)
-	if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+	if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 		t.Errorf("runtime has %s", got)
 	}
-	if got := n.sees(); got != n.rt.state() {
+	if got := n.sees(); got != n.rt.State() {
 		t.Errorf("kubelet sees %s, though the operation is over", got)
 	}
 	c := op.GetContainers()[0]
-	if c.GetIncumbentId() != n.rt.idOf(t, "app/0") || c.GetSuccessorId() != n.rt.idOf(t, "app/1") ||
+	if c.GetIncumbentId() != n.rt.ID(t, "app/0") || c.GetSuccessorId() != n.rt.ID(t, "app/1") ||
 		c.GetAttempt() != 1 {
 		t.Errorf("IDs or attempt are wrong: %v", c)
 	}

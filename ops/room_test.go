@@ -20,6 +20,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/swap"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 const testMiB = 1 << 20
@@ -96,7 +97,7 @@ func (r *fakeRoom) find(pid int, container string) (*cgroup.Pod, error) {
 }
 
 // calls returns those that change something, of this test only.
-func (n *node) calls() string { return strings.Join(mutating(n.rt.takeCalls()), "; ") }
+func (n *node) calls() string { return strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; ") }
 
 func warnings(op *opsv1.Operation) string {
 	return strings.Join(op.GetContainers()[0].GetWarnings(), "\n")
@@ -111,13 +112,13 @@ func limited(t *testing.T, o podOptions, limitMiB int64) (*node, *fakeRoom) {
 	n.withImages()
 	if limitMiB > 0 {
 		_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
-			ContainerId: n.rt.idOf(t, "app/0"),
+			ContainerId: n.rt.ID(t, "app/0"),
 			Linux:       &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: limitMiB * testMiB},
 		})
 		n.must(err)
 	}
 	n.runTidied()
-	n.rt.takeCalls()
+	n.rt.TakeCalls()
 	return n, o.room
 }
 
@@ -189,8 +190,8 @@ func TestNoRoomForTheGate(t *testing.T) {
 			if tc.begin != nil {
 				tc.begin(room)
 			}
-			n.rt.set(func(f *fakeRuntime) {
-				f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.OnExec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 					tc.before(room)
 					return &runtimeapi.ExecSyncResponse{}, nil
 				}
@@ -265,8 +266,8 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			if tc.method == opsv1.MethodPidfd && (tc.armed != nil || !tc.reboot) {
 				n.until("op", func(op *opsv1.Operation) bool {
 					return op.GetContainers()[0].GetMethod() == opsv1.MethodPidfd &&
-						strings.Contains(n.rt.state(), "app/1 CREATED") &&
-						op.GetContainers()[0].GetSuccessorId() == n.rt.idOf(t, "app/1")
+						strings.Contains(n.rt.State(), "app/1 CREATED") &&
+						op.GetContainers()[0].GetSuccessorId() == n.rt.ID(t, "app/1")
 				})
 			}
 			n.awaitLiving(tc.want)
@@ -274,7 +275,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 				t.Errorf("something was started: %s", calls)
 			}
 			_, err = n.kubelet.StopContainer(t.Context(),
-				&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
+				&runtimeapi.StopContainerRequest{ContainerId: n.rt.ID(t, "app/0"), Timeout: 30})
 			n.must(err)
 			n.kubeletCreates("app:v2")
 			op := n.finish("op")
@@ -334,8 +335,8 @@ func TestRoomToOverlap(t *testing.T) {
 				tc.begin(room)
 			}
 			most := 0
-			n.rt.set(func(f *fakeRuntime) {
-				f.start = func(c *runtimeapi.ContainerConfig) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.OnStart = func(c *runtimeapi.ContainerConfig) error {
 					most = room.limit()
 					if tc.fails {
 						return errors.New("exec: no such file or directory")
@@ -401,7 +402,7 @@ func TestHugepagesToOverlap(t *testing.T) {
 	room.set("pod/hugetlb.2MB.max", strconv.Itoa(8*testMiB))
 	room.set("pod/hugetlb.2MB.current", strconv.Itoa(6*testMiB))
 	_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
-		ContainerId: n.rt.idOf(t, "app/0"),
+		ContainerId: n.rt.ID(t, "app/0"),
 		Linux: &runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{
 			{PageSize: "2MB", Limit: 8 * testMiB}, {PageSize: "1GB", Limit: 0},
 		}},
@@ -425,8 +426,8 @@ func TestTwoOverlaps(t *testing.T) {
 	t.Parallel()
 	n, room := limited(t, podOptions{}, 48)
 	most := 0
-	n.rt.set(func(f *fakeRuntime) {
-		f.start = func(*runtimeapi.ContainerConfig) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.OnStart = func(*runtimeapi.ContainerConfig) error {
 			most = max(most, room.limit())
 			return nil
 		}
@@ -472,10 +473,10 @@ func TestStartFailsBesideTheOldOne(t *testing.T) {
 				t.Parallel()
 				n := newNode(t, podOptions{processes: true})
 				n.runTidied()
-				old := n.rt.get(t, "app/0")
-				n.rt.set(func(f *fakeRuntime) {
-					f.start = func(*runtimeapi.ContainerConfig) error {
-						if old.status.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+				old := n.rt.Get(t, "app/0")
+				n.rt.Set(func(f *fakenode.Runtime) {
+					f.OnStart = func(*runtimeapi.ContainerConfig) error {
+						if old.Status.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
 							return errors.New(tc.says)
 						}
 						return nil
@@ -536,19 +537,19 @@ func TestKilledInstead(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
-			old := n.rt.get(t, "app/0")
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			old := n.rt.Get(t, "app/0")
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					if !strings.HasPrefix(call, tc.at) {
 						return nil
 					}
-					f.mu.Lock()
-					defer f.mu.Unlock()
+					f.Mu.Lock()
+					defer f.Mu.Unlock()
 					reason := "Error"
 					if tc.oom {
 						reason = swap.OOMKilled
 					}
-					f.end(old, tc.code, reason)
+					f.End(old, tc.code, reason)
 					return nil
 				}
 			})

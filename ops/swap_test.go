@@ -22,6 +22,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // gates returns what is in the directory of the gates.
@@ -36,7 +37,7 @@ func (n *node) gates() string {
 			out = append(out, e.Name())
 		}
 	}
-	return joined(out)
+	return fakenode.Joined(out)
 }
 
 // checkSwap asserts what holds after every operation on a node with processes: what the runtime
@@ -45,17 +46,17 @@ func (n *node) gates() string {
 func (n *node) checkSwap(t *testing.T, living string) {
 	t.Helper()
 	n.awaitLiving(living) // applications begin when they do
-	n.rt.mu.Lock()
-	overlaps := joined(n.rt.processes.overlaps)
-	n.rt.mu.Unlock()
+	n.rt.Mu.Lock()
+	overlaps := fakenode.Joined(n.rt.Processes.Overlaps)
+	n.rt.Mu.Unlock()
 	if overlaps != "" {
 		t.Errorf("began beside the one before: %s", overlaps)
 	}
 	if got := n.gates(); got != "" {
 		t.Errorf("gates are left: %s", got)
 	}
-	if got := n.sees(); got != n.rt.state() {
-		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+	if got := n.sees(); got != n.rt.State() {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 	}
 	if !plain(n.t, n.kubelet, n.view) {
 		t.Error("something is still hidden or masked")
@@ -108,10 +109,10 @@ func TestMethods(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true, method: tc.method})
 			n.runTidied()
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			if tc.late {
-				n.rt.set(func(f *fakeRuntime) {
-					f.processes.late = func(string) error {
+				n.rt.Set(func(f *fakenode.Runtime) {
+					f.Processes.Late = func(string) error {
 						n.awaitLiving("app/1, web/0")
 						return nil
 					}
@@ -124,10 +125,10 @@ func TestMethods(t *testing.T) {
 			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Fatalf("operation ended %s (%s)", got, op.GetMessage())
 			}
-			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+			if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 				t.Errorf("calls are %s\nwant %s", got, tc.calls)
 			}
-			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+			if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
 			n.checkSwap(t, "app/1, web/0")
@@ -144,9 +145,9 @@ func TestMethods(t *testing.T) {
 
 // awaitLiving waits until just these containers have processes.
 func (n *node) awaitLiving(want string) {
-	for late := time.Now().Add(waitLong); n.rt.living() != want; time.Sleep(time.Millisecond) { // asks the kernel
+	for late := time.Now().Add(waitLong); n.rt.Living() != want; time.Sleep(time.Millisecond) { // asks the kernel
 		if time.Now().After(late) {
-			n.t.Errorf("alive are %s, want %s", n.rt.living(), want)
+			n.t.Errorf("alive are %s, want %s", n.rt.Living(), want)
 			return
 		}
 	}
@@ -160,7 +161,7 @@ func TestGatedSuccessorIsNotSeen(t *testing.T) {
 	end := n.relist()
 	n.restart("op")
 	<-reached
-	if got, want := n.rt.living(), "app/0, app/1 waits, web/0"; got != want {
+	if got, want := n.rt.Living(), "app/0, app/1 waits, web/0"; got != want {
 		t.Errorf("alive are %s, want %s", got, want)
 	}
 	if got, want := n.sees(), "app/0 RUNNING, web/0 RUNNING"; got != want {
@@ -186,7 +187,7 @@ func TestStartIsCorrected(t *testing.T) {
 	stopped := time.Now()
 	release()
 	n.finish("op")
-	id := n.rt.idOf(t, "app/1")
+	id := n.rt.ID(t, "app/1")
 	read := func() time.Time {
 		t.Helper()
 		st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: id})
@@ -222,10 +223,12 @@ func TestStartIsCorrected(t *testing.T) {
 // What goes wrong with the gate does not keep the container from being restarted, and does not
 // touch the incumbent.
 func TestGateCannotBeUsed(t *testing.T) {
-	always := func(f func(*fakeProcesses)) func(*fakeRuntime) { return func(rt *fakeRuntime) { f(rt.processes) } }
+	always := func(f func(*fakenode.Processes)) func(*fakenode.Runtime) {
+		return func(rt *fakenode.Runtime) { f(rt.Processes) }
+	}
 	for _, tc := range []struct {
 		name   string
-		script func(*fakeRuntime)
+		script func(*fakenode.Runtime)
 		edit   func(*node)
 		want   string
 		method string
@@ -234,7 +237,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 		both   bool // the applications may have run at once
 	}{
 		{
-			name: "CDI is refused", script: always(func(p *fakeProcesses) { p.cdi = 0 }),
+			name: "CDI is refused", script: always(func(p *fakenode.Processes) { p.CDI = 0 }),
 			method: opsv1.MethodPidfd,
 			calls:  "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
@@ -247,33 +250,35 @@ func TestGateCannotBeUsed(t *testing.T) {
 			method: opsv1.MethodPidfd, calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the container ends at the hook", script: always(func(p *fakeProcesses) { p.deadHook = true }),
+			name: "the container ends at the hook", script: always(func(p *fakenode.Processes) { p.DeadHook = true }),
 			method: opsv1.MethodPidfd,
 			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; " +
 				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the hook is not run", script: always(func(p *fakeProcesses) { p.noHook = true }), both: true,
+			name: "the hook is not run", script: always(func(p *fakenode.Processes) { p.NoHook = true }), both: true,
 			method: opsv1.MethodPidfd,
 			calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; " +
 				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the start fails once", script: func(f *fakeRuntime) { failStarts(f, 1) }, method: opsv1.MethodGate,
+			name: "the start fails once", script: func(f *fakenode.Runtime) { failStarts(f, 1) },
+			method: opsv1.MethodGate,
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
 				"StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
 			name: "the start fails, and then CDI is refused", method: opsv1.MethodPidfd,
-			script: func(f *fakeRuntime) {
+			script: func(f *fakenode.Runtime) {
 				failStarts(f, 1)
-				f.processes.cdi = 1
+				f.Processes.CDI = 1
 			},
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
 				"CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the start fails twice", script: func(f *fakeRuntime) { failStarts(f, 9) }, method: opsv1.MethodGate,
+			name: "the start fails twice", script: func(f *fakenode.Runtime) { failStarts(f, 9) },
+			method: opsv1.MethodGate,
 			want: "FAILED, app FAILED StartFailed",
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
 				"StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
@@ -283,9 +288,9 @@ func TestGateCannotBeUsed(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			if tc.script != nil {
-				n.rt.set(tc.script)
+				n.rt.Set(tc.script)
 			}
 			if tc.edit != nil {
 				tc.edit(n)
@@ -294,7 +299,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 			early := ""
 			n.watchCalls(func(call string) {
 				if call == "StopContainer app/0 30s" {
-					early = n.rt.living()
+					early = n.rt.Living()
 				}
 			})
 			end := n.relist()
@@ -307,7 +312,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 			if got := verdict(op); got != tc.want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
 			}
-			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+			if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 				t.Errorf("calls are %s\nwant      %s", got, tc.calls)
 			}
 			if got := op.GetContainers()[0].GetMethod(); got != tc.method {
@@ -317,7 +322,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 				t.Errorf("before the stop, alive were %s", early)
 			}
 			if tc.both {
-				n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Processes.Overlaps = nil })
 			}
 			if tc.edit == nil {
 				n.checkSwap(t, tc.living)
@@ -329,9 +334,9 @@ func TestGateCannotBeUsed(t *testing.T) {
 // watchCalls calls f before the effect of each call of the engine, beside what the runtime does
 // then already.
 func (n *node) watchCalls(f func(call string)) {
-	n.rt.set(func(rt *fakeRuntime) {
-		before := rt.before
-		rt.before = func(call string) error {
+	n.rt.Set(func(rt *fakenode.Runtime) {
+		before := rt.Before
+		rt.Before = func(call string) error {
 			f(call)
 			if before != nil {
 				return before(call)
@@ -345,22 +350,22 @@ func (n *node) watchCalls(f func(call string)) {
 func TestStopFailsWhileGated(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if strings.HasPrefix(call, "StopContainer app/0") {
 				return status.Error(codes.Unknown, "no such luck")
 			}
 			return nil
 		}
 	})
-	n.rt.takeCalls()
+	n.rt.TakeCalls()
 	n.restart("op")
 	op := n.finish("op")
 	if got, want := verdict(op), "FAILED, app FAILED StopFailed"; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	// With the least grace, for there is no application.
-	if got, want := strings.Join(mutating(n.rt.takeCalls()), "; "),
+	if got, want := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "),
 		"CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; "+
 			"RemoveContainer app/1"; got != want {
 		t.Errorf("calls are %s\nwant %s", got, want)
@@ -373,8 +378,8 @@ func TestStopFailsWhileGated(t *testing.T) {
 func TestStopFailsAfterTheEnd(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	n.rt.set(func(f *fakeRuntime) {
-		f.processes.late = func(string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Processes.Late = func(string) error {
 			n.awaitLiving("app/1, web/0")
 			return status.Error(codes.Unknown, "no such luck")
 		}
@@ -384,7 +389,7 @@ func TestStopFailsAfterTheEnd(t *testing.T) {
 	if got, want := n.sees(), "app/0 RUNNING, web/0 RUNNING"; got != want {
 		t.Errorf("kubelet sees %s, want %s", got, want)
 	}
-	n.rt.exit(t, "app/0", 0)
+	n.rt.Exit(t, "app/0", 0)
 	op := n.finish("op")
 	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
@@ -399,7 +404,7 @@ func TestIncumbentDiesWhileGated(t *testing.T) {
 		t.Run(at, func(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
-			n.during(at, func() { n.rt.exit(t, "app/0", 3) })
+			n.during(at, func() { n.rt.Exit(t, "app/0", 3) })
 			end := n.relist()
 			n.restart("op")
 			op := n.finish("op")
@@ -419,7 +424,7 @@ func TestIncumbentDiesWhileGated(t *testing.T) {
 func TestGatedSuccessorDies(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	n.during("StopContainer app/0", func() { n.rt.exit(t, "app/1", 137) })
+	n.during("StopContainer app/0", func() { n.rt.Exit(t, "app/1", 137) })
 	n.restart("op")
 	op := n.finish("op")
 	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
@@ -449,8 +454,8 @@ func TestTakenBackWhileGated(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.engine.node.Pods = deleting
 			n.runTidied()
-			n.rt.takeCalls()
-			incumbent := n.rt.idOf(t, "app/0")
+			n.rt.TakeCalls()
+			incumbent := n.rt.ID(t, "app/0")
 			var answered func()
 			n.during(tc.at, func() {
 				answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
@@ -466,7 +471,7 @@ func TestTakenBackWhileGated(t *testing.T) {
 				t.Errorf("operation ended %s, want %s", got, want)
 			}
 			var own []string
-			for _, c := range mutating(n.rt.takeCalls()) {
+			for _, c := range fakenode.Mutating(n.rt.TakeCalls()) {
 				if !strings.HasPrefix(c, "kubelet:") {
 					own = append(own, c)
 				}
@@ -484,12 +489,12 @@ func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.engine.node.Pods = deleting
 	n.runTidied()
-	n.rt.set(func(f *fakeRuntime) { f.processes.lateHook = true })
-	incumbent := n.rt.idOf(t, "app/0")
+	n.rt.Set(func(f *fakenode.Runtime) { f.Processes.LateHook = true })
+	incumbent := n.rt.ID(t, "app/0")
 	n.engine.node.Switchover.GateTimeout = time.Hour // the test ends sooner
 	var answered func()
-	n.rt.set(func(f *fakeRuntime) {
-		f.after = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.After = func(call string) error {
 			if call != "StartContainer app/1" {
 				return nil
 			}
@@ -512,7 +517,7 @@ func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 
 func (n *node) checkOnlyLiving(t *testing.T, living string) {
 	t.Helper()
-	n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Processes.Overlaps = nil })
 	n.checkSwap(t, living)
 }
 
@@ -531,10 +536,10 @@ func TestGateAfterGate(t *testing.T) {
 			t.Errorf("method is %s", op.GetContainers()[0].GetMethod())
 		}
 	}
-	if c := n.rt.get(t, "app/2").config; len(c.GetCDIDevices()) != 1 || len(c.GetMounts()) != 2 {
+	if c := n.rt.Get(t, "app/2").Config; len(c.GetCDIDevices()) != 1 || len(c.GetMounts()) != 2 {
 		t.Errorf("the third has %v and %v", c.GetCDIDevices(), c.GetMounts())
 	}
-	req := n.engine.node.Records.Request(n.rt.idOf(t, "app/2"))
+	req := n.engine.node.Records.Request(n.rt.ID(t, "app/2"))
 	if len(req.GetConfig().GetCDIDevices()) != 0 || len(req.GetConfig().GetMounts()) != 1 {
 		t.Errorf("recorded is %v", req)
 	}
@@ -560,8 +565,8 @@ func (n *node) reboot(state string) {
 	n.t.Helper()
 	n.boot(state)
 	n.state = state
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
-	n.rt.takeCalls()
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
+	n.rt.TakeCalls()
 }
 
 // crashAt crashes the daemon in the middle of the first call of the engine that begins with prefix,
@@ -570,8 +575,8 @@ func (n *node) crashAt(prefix string, edit ...func(*opsv1.RestartRequest)) (stat
 	n.t.Helper()
 	crashed := make(chan string, 1)
 	d := n.daemon
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if strings.HasPrefix(call, prefix) && d.leash.gone.Load() == nil {
 				crashed <- n.crash()
 				return status.Error(codes.Unavailable, "the caller is gone")
@@ -601,7 +606,7 @@ func TestResumeAtTheGate(t *testing.T) {
 			same: true},
 		{
 			name: "it has ended", method: opsv1.MethodPidfd,
-			do: func(n *node, _ string) { n.rt.exit(n.t, "app/1", 137) },
+			do: func(n *node, _ string) { n.rt.Exit(n.t, "app/1", 137) },
 			calls: "StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; " +
 				"StopContainer app/0 30s; StartContainer app/1",
 		},
@@ -613,7 +618,7 @@ func TestResumeAtTheGate(t *testing.T) {
 		},
 		{
 			name: "the incumbent has ended", method: opsv1.MethodGate, same: true,
-			do:    func(n *node, _ string) { n.rt.exit(n.t, "app/0", 3) },
+			do:    func(n *node, _ string) { n.rt.Exit(n.t, "app/0", 3) },
 			calls: "StartContainer app/1; StopContainer app/0 30s",
 		},
 	} {
@@ -622,10 +627,10 @@ func TestResumeAtTheGate(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
 			state := n.crashAt("StopContainer app/0")
-			if got, want := n.rt.living(), "app/0, app/1 waits, web/0"; got != want {
+			if got, want := n.rt.Living(), "app/0, app/1 waits, web/0"; got != want {
 				t.Fatalf("alive are %s, want %s", got, want)
 			}
-			before := n.rt.idOf(t, "app/1")
+			before := n.rt.ID(t, "app/1")
 			if tc.do != nil {
 				tc.do(n, state)
 			}
@@ -640,10 +645,10 @@ func TestResumeAtTheGate(t *testing.T) {
 			if got := op.GetContainers()[0].GetMethod(); got != tc.method {
 				t.Errorf("method is %s, want %s", got, tc.method)
 			}
-			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+			if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 				t.Errorf("calls are %s\nwant      %s", got, tc.calls)
 			}
-			if same := n.rt.idOf(t, "app/1") == before; same != tc.same {
+			if same := n.rt.ID(t, "app/1") == before; same != tc.same {
 				t.Errorf("the successor is the same one: %t", same)
 			}
 			n.checkSwap(t, "app/1, web/0")
@@ -660,8 +665,8 @@ func TestResumePastTheGate(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
 			crashed := make(chan string, 1)
-			n.rt.set(func(f *fakeRuntime) {
-				f.processes.late = func(string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Processes.Late = func(string) error {
 					n.awaitLiving("app/1, web/0")
 					crashed <- n.crash()
 					if knows {
@@ -672,13 +677,13 @@ func TestResumePastTheGate(t *testing.T) {
 			})
 			n.restart("op")
 			state := <-crashed
-			before := n.rt.idOf(t, "app/1")
-			n.rt.set(func(f *fakeRuntime) { f.processes.late = nil })
+			before := n.rt.ID(t, "app/1")
+			n.rt.Set(func(f *fakenode.Runtime) { f.Processes.Late = nil })
 			n.reboot(state)
 			if !knows { // until it is asked for the old one again, or for the new one
 				log := n.log
 				var asked atomic.Int32
-				exit := sync.OnceFunc(func() { n.rt.exit(t, "app/0", 0) })
+				exit := sync.OnceFunc(func() { n.rt.Exit(t, "app/0", 0) })
 				n.watchCalls(func(call string) {
 					if !log.has("process not watched") {
 						return
@@ -695,14 +700,14 @@ func TestResumePastTheGate(t *testing.T) {
 			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
-			if n.rt.idOf(t, "app/1") != before {
+			if n.rt.ID(t, "app/1") != before {
 				t.Error("the successor that served has been replaced")
 			}
 			n.checkSwap(t, "app/1, web/0")
 			// The process before may not have come to write when that began.
 			st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: before})
 			n.must(err)
-			if at := st.GetStatus().GetStartedAt(); at <= n.rt.get(t, "app/1").status.GetStartedAt() {
+			if at := st.GetStatus().GetStartedAt(); at <= n.rt.Get(t, "app/1").Status.GetStartedAt() {
 				t.Errorf("kubelet is told of a start at %d, which is that of the runtime", at)
 			}
 		})
@@ -716,30 +721,30 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	var later atomic.Int64 // how much the clock of the methods is ahead
 	n.engine.node.Switchover.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	n.runTidied()
-	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Processes.NoHook = true })
 	for _, uid := range []string{"first", "second", "third"} {
 		if uid == "third" { // asked anew
 			later.Add(int64(switchover.ProbeAge))
 		}
-		n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+		n.rt.Set(func(f *fakenode.Runtime) { f.Processes.Overlaps = nil })
 		n.restart(uid)
 		op := n.finish(uid)
 		if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 			t.Fatalf("%s ended %s (%s)", uid, got, op.GetMessage())
 		}
 		if uid != "first" {
-			n.rt.mu.Lock()
-			if len(n.rt.processes.overlaps) > 0 {
-				t.Errorf("%s: began beside the one before: %q", uid, n.rt.processes.overlaps)
+			n.rt.Mu.Lock()
+			if len(n.rt.Processes.Overlaps) > 0 {
+				t.Errorf("%s: began beside the one before: %q", uid, n.rt.Processes.Overlaps)
 			}
-			n.rt.mu.Unlock()
+			n.rt.Mu.Unlock()
 		}
 	}
 	got, why := n.has()
 	if got != "pidfd plain" || !strings.Contains(why, "without running its hook") {
 		t.Errorf("the node has %s (%s)", got, why)
 	}
-	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = false })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Processes.NoHook = false })
 	later.Add(int64(switchover.NoHookAge))
 	n.restart("later")
 	if op := n.finish("later"); op.GetContainers()[0].GetMethod() != "gate" {
@@ -752,18 +757,18 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 func TestRuntimeIsLateToKnow(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
-	app := n.rt.get(t, "app/0")
-	state := func(s runtimeapi.ContainerState) { n.rt.set(func(*fakeRuntime) { app.status.State = s }) }
+	app := n.rt.Get(t, "app/0")
+	state := func(s runtimeapi.ContainerState) { n.rt.Set(func(*fakenode.Runtime) { app.Status.State = s }) }
 	looks := -1 // since the stop
-	n.rt.set(func(f *fakeRuntime) {
-		f.after = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.After = func(call string) error {
 			if strings.HasPrefix(call, "StopContainer app/0") {
 				state(runtimeapi.ContainerState_CONTAINER_RUNNING)
 				looks = 0
 			}
 			return nil
 		}
-		f.before = func(call string) error {
+		f.Before = func(call string) error {
 			if looks < 0 || call != "ContainerStatus app/0" {
 				return nil
 			}
@@ -792,13 +797,13 @@ func TestIncumbentRemovedWhileStopping(t *testing.T) {
 		t.Run(map[bool]string{false: "plain", true: "gate"}[processes], func(t *testing.T) {
 			n := newNode(t, podOptions{processes: processes})
 			n.runTidied()
-			n.rt.set(func(f *fakeRuntime) {
-				f.after = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.After = func(call string) error {
 					if !strings.HasPrefix(call, "StopContainer app/0") {
 						return nil
 					}
-					app := n.rt.get(t, "app/0")
-					n.rt.set(func(f *fakeRuntime) { f.remove(app) })
+					app := n.rt.Get(t, "app/0")
+					n.rt.Set(func(f *fakenode.Runtime) { f.Remove(app) })
 					return status.Error(codes.NotFound, "get container info: not found")
 				}
 			})
@@ -806,7 +811,7 @@ func TestIncumbentRemovedWhileStopping(t *testing.T) {
 			if got, want := verdict(n.finish("op")), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Errorf("operation ended %s, want %s", got, want)
 			}
-			if got, want := n.rt.state(), "app/1 RUNNING, web/0 RUNNING"; got != want {
+			if got, want := n.rt.State(), "app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
 		})

@@ -16,13 +16,14 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/restart"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // during calls f once, before the effect of the first call of the engine that begins with prefix.
 func (n *node) during(prefix string, f func()) {
 	var once sync.Once
-	n.rt.set(func(rt *fakeRuntime) {
-		rt.before = func(call string) error {
+	n.rt.Set(func(rt *fakenode.Runtime) {
+		rt.Before = func(call string) error {
 			if strings.HasPrefix(call, prefix) {
 				once.Do(f)
 			}
@@ -101,17 +102,18 @@ func TestTakenBack(t *testing.T) {
 				n := newNode(t, podOptions{})
 				n.engine.node.Pods = deleting
 				n.runTidied()
-				n.rt.takeCalls()
+				n.rt.TakeCalls()
 				if m.exec {
-					n.rt.set(func(f *fakeRuntime) {
-						f.exec = func(ctx context.Context, _ *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse,
-							error) {
+					n.rt.Set(func(f *fakenode.Runtime) {
+						f.OnExec = func(
+							ctx context.Context, _ *runtimeapi.ExecSyncRequest,
+						) (*runtimeapi.ExecSyncResponse, error) {
 							<-ctx.Done()
 							return nil, ctx.Err()
 						}
 					})
 				}
-				incumbent := n.rt.idOf(t, "app/0")
+				incumbent := n.rt.ID(t, "app/0")
 				var answered func()
 				n.during(m.at, func() {
 					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
@@ -143,7 +145,7 @@ func TestTakenBack(t *testing.T) {
 					t.Errorf("message is %q", op.GetMessage())
 				}
 				var own []string
-				for _, c := range mutating(n.rt.takeCalls()) {
+				for _, c := range fakenode.Mutating(n.rt.TakeCalls()) {
 					if !strings.HasPrefix(c, "kubelet:") {
 						own = append(own, c)
 					}
@@ -155,7 +157,7 @@ func TestTakenBack(t *testing.T) {
 				if got := strings.Join(own, "; "); got != want {
 					t.Errorf("engine called %s\nwant %s", got, want)
 				}
-				if got := n.rt.state(); got != state {
+				if got := n.rt.State(); got != state {
 					t.Errorf("runtime has %s, want %s", got, state)
 				}
 				if got := n.sees(); got != state {
@@ -231,7 +233,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 		}
 		return nil
 	})
-	incumbent = n.rt.idOf(t, "app/0")
+	incumbent = n.rt.ID(t, "app/0")
 	ready.Done()
 	op := n.finish("op")
 	select {
@@ -244,7 +246,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 	if err := <-answered; err != nil {
 		t.Errorf("kubelet's calls: %v", err)
 	}
-	got := verdict(op) + "; " + n.rt.state()
+	got := verdict(op) + "; " + n.rt.State()
 	switch got {
 	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
@@ -252,14 +254,14 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), restart.JoinedWarning); warned != joined {
 			t.Errorf("joined %v, the warnings are %q", joined, op.GetContainers()[0].GetWarnings())
 		}
-		if !joined && len(mutating([]string{at.call})) > 0 {
+		if !joined && len(fakenode.Mutating([]string{at.call})) > 0 {
 			t.Errorf("ended %s, though kubelet came before the reveal", got)
 		}
 	default:
 		t.Errorf("ended %s", got)
 	}
-	if n.sees() != n.rt.state() {
-		t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.state())
+	if n.sees() != n.rt.State() {
+		t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.State())
 	}
 	if s.pod.processes {
 		s.checkProcesses(t, n)
@@ -283,7 +285,7 @@ func (n *node) kubeletMakesNext(ctx context.Context) error {
 func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
-	incumbent := n.rt.idOf(t, "app/0")
+	incumbent := n.rt.ID(t, "app/0")
 	var answered func()
 	n.during("CreateContainer app/1", func() {
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
@@ -301,8 +303,8 @@ func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
-	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.state() != want {
-		t.Errorf("kubelet sees %s, the runtime has %s, want %s", got, n.rt.state(), want)
+	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.State() != want {
+		t.Errorf("kubelet sees %s, the runtime has %s, want %s", got, n.rt.State(), want)
 	}
 }
 
@@ -313,7 +315,7 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	n.runTidied()
 	var answered func()
 	n.during("CreateContainer app/1", func() {
-		n.rt.exit(t, "app/0", 3)
+		n.rt.Exit(t, "app/0", 3)
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 			_, err := k.CreateContainer(ctx,
 				&runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1),
@@ -331,7 +333,7 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	if !strings.Contains(op.GetMessage(), "exit code 3") {
 		t.Errorf("message is %q", op.GetMessage())
 	}
-	if got, want := n.rt.state(), "app/0 EXITED, app/1 CREATED, web/0 RUNNING"; got != want {
+	if got, want := n.rt.State(), "app/0 EXITED, app/1 CREATED, web/0 RUNNING"; got != want {
 		t.Errorf("runtime has %s, want %s", got, want)
 	}
 }
@@ -344,12 +346,12 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 		t.Run(at, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			incumbent := n.rt.idOf(t, "app/0")
+			incumbent := n.rt.ID(t, "app/0")
 			var answered func()
 			var once sync.Once
 			created := false
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					created = created || call == "CreateContainer app/1"
 					if created && call == "ContainerStatus app/0" {
 						once.Do(func() {
@@ -359,7 +361,7 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 								return err
 							})
 							n.log.await(t, "takes the slot back")
-							for !strings.Contains(n.rt.state(), "app/0 EXITED") {
+							for !strings.Contains(n.rt.State(), "app/0 EXITED") {
 								time.Sleep(time.Millisecond) // the call is on its way
 							}
 						})
@@ -373,7 +375,7 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 				t.Errorf("operation ended %s, want %s", got, want)
 			}
-			if got, want := n.rt.state(), "app/0 EXITED, web/0 RUNNING"; got != want {
+			if got, want := n.rt.State(), "app/0 EXITED, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
 		})
@@ -384,12 +386,12 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 func TestKubeletIsStoppingAlready(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
-	incumbent := n.rt.get(t, "app/0")
-	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })
+	incumbent := n.rt.Get(t, "app/0")
+	n.rt.Set(func(*fakenode.Runtime) { incumbent.Stubborn = true })
 	stopping := make(chan struct{})
 	n.during("kubelet:StopContainer", func() { close(stopping) })
 	answered := n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-		_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(),
+		_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.Status.GetId(),
 			Timeout: 10})
 		return err
 	})
@@ -399,9 +401,9 @@ func TestKubeletIsStoppingAlready(t *testing.T) {
 	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonPodStopping; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
-	n.rt.exit(t, "app/0", 0)
+	n.rt.Exit(t, "app/0", 0)
 	answered()
-	if got, want := n.rt.state(), "app/0 EXITED, web/0 RUNNING"; got != want {
+	if got, want := n.rt.State(), "app/0 EXITED, web/0 RUNNING"; got != want {
 		t.Errorf("runtime has %s, want %s", got, want)
 	}
 }
@@ -411,12 +413,12 @@ func TestKubeletStopsWithLessGrace(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.engine.node.Pods = deleting
 	n.runTidied()
-	incumbent := n.rt.get(t, "app/0")
-	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })
+	incumbent := n.rt.Get(t, "app/0")
+	n.rt.Set(func(*fakenode.Runtime) { incumbent.Stubborn = true })
 	var answered func()
 	n.during("StopContainer app/0 30s", func() {
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
-			_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(),
+			_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.Status.GetId(),
 				Timeout: 0})
 			return err
 		})
@@ -438,7 +440,7 @@ func TestResourcesUpdatedDuringTheRestart(t *testing.T) {
 		t.Run(at, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			incumbent := n.rt.idOf(t, "app/0")
+			incumbent := n.rt.ID(t, "app/0")
 			n.during(at, func() {
 				n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 					_, err := k.UpdateContainerResources(ctx,
@@ -451,7 +453,7 @@ func TestResourcesUpdatedDuringTheRestart(t *testing.T) {
 			if got, want := verdict(n.finish("op")), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Errorf("operation ended %s", got)
 			}
-			linux := n.rt.get(t, "app/1").status.GetResources().GetLinux()
+			linux := n.rt.Get(t, "app/1").Status.GetResources().GetLinux()
 			if linux.GetCpusetCpus() != "2" || linux.GetCpuShares() != 102 {
 				t.Errorf("the new container has %v, want the CPUs that kubelet set meanwhile", linux)
 			}

@@ -31,6 +31,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // fakeImages are the images of a node: what a pull brings, and what the runtime says of them.
@@ -84,7 +85,7 @@ func (f *fakeImages) Pin(_ context.Context, image, _ string, _ time.Time) error 
 type upNode struct {
 	t       *testing.T
 	dir     string
-	rt      *fakeRuntime
+	rt      *fakenode.Runtime
 	images  *fakeImages
 	pods    podsapi.Pods
 	shape   *node
@@ -113,7 +114,7 @@ func inUpNode(t *testing.T, f func(t *testing.T, n *upNode)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		n := &upNode{t: t, dir: dir, rt: newFakeRuntime(), images: newFakeImages()}
+		n := &upNode{t: t, dir: dir, rt: fakenode.New(), images: newFakeImages()}
 		n.shape = &node{t: t, dir: dir, rt: n.rt}
 		defer func() {
 			for _, p := range n.processes {
@@ -131,7 +132,7 @@ func inUpNode(t *testing.T, f func(t *testing.T, n *upNode)) {
 		n.makePod()
 		n.run()
 		synctest.Wait()
-		n.rt.takeCalls()
+		n.rt.TakeCalls()
 		f(t, n)
 	})
 }
@@ -153,7 +154,7 @@ func (n *upNode) boot(state string) {
 	}
 	log.SetLevel(logrus.DebugLevel)
 	p := &upProcess{state: state, view: view.New(), log: &signals{}, stop: func() {},
-		leash: &leash{ClientConnInterface: directConn{n.rt}}}
+		leash: &leash{ClientConnInterface: fakenode.Direct(n.rt)}}
 	log.AddHook(p.log)
 	var err error
 	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
@@ -198,14 +199,14 @@ func (n *upNode) crash() string {
 // reboot is the next process after a crash; it runs.
 func (n *upNode) reboot(state string) {
 	n.t.Helper()
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 	n.boot(state)
 	n.run()
 }
 
 // throughProxy makes calls as kubelet does, through the interceptors.
 type throughProxy struct {
-	f     *fakeRuntime
+	f     *fakenode.Runtime
 	d     *interceptors.Director
 	leash *leash // that of the process
 }
@@ -246,7 +247,7 @@ func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte,
 				continue
 			}
 			resp, err := m.Handler(p.f, ctx, func(v any) error { return proto.Unmarshal(raw, v.(proto.Message)) },
-				p.f.watchKubelet)
+				p.f.WatchKubelet)
 			if err != nil {
 				return nil, err
 			}
@@ -254,17 +255,6 @@ func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte,
 		}
 		return nil, status.Error(codes.Unimplemented, method)
 	}
-}
-
-// watchKubelet is watch for calls that are not the engine's: they are noted only.
-func (f *fakeRuntime) watchKubelet(
-	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
-) (any, error) {
-	call := "kubelet:" + f.describe(ctx, info.FullMethod, req)
-	f.mu.Lock()
-	f.calls = append(f.calls, call)
-	f.mu.Unlock()
-	return handler(ctx, req)
 }
 
 func (throughProxy) NewStream(
@@ -369,9 +359,9 @@ func (n *upNode) sees() string {
 	n.must(err)
 	var out []string
 	for _, c := range list.GetContainers() {
-		out = append(out, nameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
+		out = append(out, fakenode.NameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
 	}
-	return joined(out)
+	return fakenode.Joined(out)
 }
 
 func upgradeRequest(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) *opsv1.PrepareUpgradeRequest {
@@ -438,8 +428,8 @@ func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
 		select {
 		case <-changed:
 		case <-time.After(48 * time.Hour):
-			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(),
-				mutating(n.rt.takeCalls()))
+			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.State(),
+				fakenode.Mutating(n.rt.TakeCalls()))
 		}
 	}
 }
@@ -459,11 +449,11 @@ func (n *upNode) ends(uid, want, state string) *opsv1.Operation {
 func (n *upNode) settled(state string) {
 	n.t.Helper()
 	synctest.Wait()
-	if got := n.rt.state(); got != state {
+	if got := n.rt.State(); got != state {
 		n.t.Errorf("runtime has %s, want %s", got, state)
 	}
-	if got := n.sees(); got != n.rt.state() {
-		n.t.Errorf("kubelet sees %s, though there is %s", got, n.rt.state())
+	if got := n.sees(); got != n.rt.State() {
+		n.t.Errorf("kubelet sees %s, though there is %s", got, n.rt.State())
 	}
 	if !plain(n.t, n.kubelet, n.view) {
 		n.t.Error("something is still hidden or masked")

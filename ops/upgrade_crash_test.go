@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // upgradeScenario is an upgrade whose process dies at every call that it makes.
@@ -79,7 +80,7 @@ func TestUpgradeCrashes(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			all, again := s.moments(t), s.moments(t)
 			for _, m := range all {
-				if m.done && len(mutating([]string{m.call})) == 0 {
+				if m.done && len(fakenode.Mutating([]string{m.call})) == 0 {
 					continue // what reads leaves nothing behind
 				}
 				if !slices.Contains(again, m) {
@@ -132,9 +133,9 @@ func (n *upNode) watchMoments(at func(moment) error) {
 		mu.Unlock()
 		return at(m)
 	}
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error { return tell(moment{call: call}) }
-		f.after = func(call string) error { return tell(moment{call: call, done: true}) }
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error { return tell(moment{call: call}) }
+		f.After = func(call string) error { return tell(moment{call: call, done: true}) }
 	})
 }
 
@@ -173,20 +174,20 @@ func (s upgradeScenario) crashAt(t *testing.T, n *upNode, m moment) bool {
 	if got := n.sees(); got != before && !s.revealedMeanwhile(m, before, got) {
 		t.Errorf("kubelet sees %s after the crash, %s before it", got, before)
 	}
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(string) error { return n.checkSeen(s) }
-		f.after = func(string) error { return n.checkSeen(s) }
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(string) error { return n.checkSeen(s) }
+		f.After = func(string) error { return n.checkSeen(s) }
 	})
 	n.run()
 	if err := s.roll(t.Context(), n); err != nil {
 		t.Error(err)
 	}
 	state = s.state
-	if n.until("op"); n.rt.state() == s.other {
+	if n.until("op"); n.rt.State() == s.other {
 		state = s.other
 	}
 	n.ends("op", s.want, state)
-	if got := n.rt.get(t, "app/1").config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
+	if got := n.rt.Get(t, "app/1").Config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
 		t.Errorf("runs %s", got)
 	}
 	return true
@@ -233,7 +234,7 @@ func (n *upNode) checkSeen(s upgradeScenario) error {
 			running[c.GetMetadata().GetName()]++
 		case runtimeapi.ContainerState_CONTAINER_CREATED:
 			if c.GetAnnotations()["cri-proxy.io/staged"] != "" {
-				n.t.Errorf("kubelet sees %s created", nameOf(c))
+				n.t.Errorf("kubelet sees %s created", fakenode.NameOf(c))
 			}
 		}
 	}
@@ -264,7 +265,7 @@ func (s upgradeScenario) roll(ctx context.Context, n *upNode) error {
 		n.patched = patched
 		if s.ends && patched {
 			if c, err := n.newest(ctx, "app"); err == nil && c.GetMetadata().GetAttempt() == 0 {
-				n.rt.exit(n.t, "app/0", 3)
+				n.rt.Exit(n.t, "app/0", 3)
 			}
 		}
 		through := patched
@@ -285,7 +286,7 @@ func (s upgradeScenario) roll(ctx context.Context, n *upNode) error {
 		}
 		_ = crinode.Sleep(ctx, time.Second)
 	}
-	return fmt.Errorf("still %s", n.rt.state())
+	return fmt.Errorf("still %s", n.rt.State())
 }
 
 // unlessGone waits for f, unless ctx ends: a process that is gone does not answer.

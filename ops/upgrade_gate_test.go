@@ -49,7 +49,7 @@ func (n *node) arm() {
 	_, err = n.api.CommitUpgrade(n.t.Context(), n.engine.commitRequest("op"))
 	n.must(err)
 	n.phase(opsv1.Phase_PHASE_ARMED)
-	if got, want := n.rt.living(), "app/0, app/1 waits, web/0"; got != want {
+	if got, want := n.rt.Living(), "app/0, app/1 waits, web/0"; got != want {
 		n.t.Fatalf("alive are %s, want %s", got, want)
 	}
 }
@@ -83,23 +83,23 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		or     string // if the process ends while it is looked at
 	}{
 		{name: "it waits", method: opsv1.MethodGate},
-		{name: "it has died", do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
-		{name: "the old one has ended", do: func(n *node) { n.rt.exit(n.t, "app/0", 3) }, method: opsv1.MethodGate},
+		{name: "it has died", do: func(n *node) { n.rt.Exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
+		{name: "the old one has ended", do: func(n *node) { n.rt.Exit(n.t, "app/0", 3) }, method: opsv1.MethodGate},
 		{
 			name: "both have ended", method: opsv1.MethodPidfd, or: opsv1.MethodPlain,
 			do: func(n *node) {
-				n.rt.exit(n.t, "app/1", 137)
-				n.rt.exit(n.t, "app/0", 3)
+				n.rt.Exit(n.t, "app/1", 137)
+				n.rt.Exit(n.t, "app/0", 3)
 			},
 		},
 		{name: "the next process, it waits", reboot: true, method: opsv1.MethodGate},
-		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.exit(n.t, "app/1", 137) },
+		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.Exit(n.t, "app/1", 137) },
 			method: opsv1.MethodPidfd},
 		{
 			name: "the next process, both have ended", reboot: true, method: opsv1.MethodPidfd, or: opsv1.MethodPlain,
 			do: func(n *node) {
-				n.rt.exit(n.t, "app/1", 137)
-				n.rt.exit(n.t, "app/0", 3)
+				n.rt.Exit(n.t, "app/1", 137)
+				n.rt.Exit(n.t, "app/0", 3)
 			},
 		},
 	} {
@@ -107,7 +107,7 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			t.Parallel()
 			n := upgradable(t)
 			n.arm()
-			incumbent := n.rt.idOf(t, "app/0")
+			incumbent := n.rt.ID(t, "app/0")
 			state := ""
 			if tc.reboot {
 				state = n.crash()
@@ -122,7 +122,7 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), waitLong)
 			defer cancel()
-			if n.rt.get(t, "app/0").status.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+			if n.rt.Get(t, "app/0").Status.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
 				_, err := n.kubelet.StopContainer(ctx,
 					&runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 30})
 				n.must(err)
@@ -132,10 +132,10 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			if got := verdict(op); got != succeeded {
 				t.Errorf("operation ended %s (%s)", got, op.GetMessage())
 			}
-			if got := n.rt.state(); got != swapped {
+			if got := n.rt.State(); got != swapped {
 				t.Errorf("runtime has %s", got)
 			}
-			if got := n.rt.idOf(t, "app/1"); got != id {
+			if got := n.rt.ID(t, "app/1"); got != id {
 				t.Errorf("kubelet has %s, there is %s", id, got)
 			}
 			if got := op.GetContainers()[0].GetMethod(); got != tc.method && (got != tc.or || tc.or == "") {
@@ -157,7 +157,7 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		n := upgradable(t)
 		n.arm()
 		_, err := n.kubelet.StopContainer(t.Context(),
-			&runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 30})
+			&runtimeapi.StopContainerRequest{ContainerId: n.rt.ID(t, "app/0"), Timeout: 30})
 		n.must(err)
 		n.kubeletCreates("app:v1")
 		if got, want := verdict(n.finish("op")), "FAILED, app FAILED TakenBackByKubelet"; got != want {

@@ -18,6 +18,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // Kubelet drives an upgrade to its end.
@@ -44,10 +45,10 @@ func TestUpgradeDrivenByKubelet(t *testing.T) {
 				}
 				n.must(n.sync(t.Context(), "app", "app:v2"))
 				op := n.ends("op", succeeded, upgraded)
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); got != tc.calls {
 					t.Errorf("calls are %s\nwant %s", got, tc.calls)
 				}
-				if c := op.GetContainers()[0]; c.GetSuccessorId() != n.rt.idOf(t, "app/1") || len(c.GetWarnings()) > 0 {
+				if c := op.GetContainers()[0]; c.GetSuccessorId() != n.rt.ID(t, "app/1") || len(c.GetWarnings()) > 0 {
 					t.Errorf("operation: %v", op)
 				}
 				n.must(n.sync(t.Context(), "app", "app:v2"))
@@ -94,11 +95,11 @@ func TestUpgradeAdoption(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.armed("op")
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				if got := n.sees(); got != upgraded {
 					t.Errorf("kubelet sees %s", got)
 				}
-				successor := n.rt.idOf(t, "app/1")
+				successor := n.rt.ID(t, "app/1")
 				if tc.attempt > 1 {
 					n.must(n.kubeletStops(t.Context(), successor, 30))
 				}
@@ -121,7 +122,8 @@ func TestUpgradeAdoption(t *testing.T) {
 				if adopted := newest.GetId() == successor; adopted != tc.adopted {
 					t.Errorf("adopted: %v", adopted)
 				}
-				if got := n.rt.get(t, nameOf(newest)).config.GetImage().GetUserSpecifiedImage(); got != tc.image {
+				made := n.rt.Get(t, fakenode.NameOf(newest)).Config
+				if got := made.GetImage().GetUserSpecifiedImage(); got != tc.image {
 					t.Errorf("runs %s", got)
 				}
 				n.must(n.sync(t.Context(), "app", tc.image))
@@ -137,8 +139,8 @@ func TestUpgradeMismatchIsAnsweredInTime(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.slowToStop()
 		n.armed("op")
-		n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
-		n.rt.set(func(f *fakeRuntime) { f.find(n.successor()).stubborn = true })
+		n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
+		n.rt.Set(func(f *fakenode.Runtime) { f.Find(n.successor()).Stubborn = true })
 		n.must(n.kubeletMakes(t.Context(), n.asks("app", "app:v1", 1)))
 		n.ends("op", "FAILED, app FAILED TakenBackByKubelet", upgraded)
 	})
@@ -146,17 +148,17 @@ func TestUpgradeMismatchIsAnsweredInTime(t *testing.T) {
 
 // slowToStop gives the pod an hour to stop.
 func (n *upNode) slowToStop() {
-	n.rt.set(func(f *fakeRuntime) {
-		for _, c := range f.containers {
-			c.status.Annotations[criclone.AnnotationTerminationGrace] = "3600"
+	n.rt.Set(func(f *fakenode.Runtime) {
+		for _, c := range f.Containers {
+			c.Status.Annotations[criclone.AnnotationTerminationGrace] = "3600"
 		}
 	})
 }
 
 // successor is the ID of the one container that an operation has made. The caller holds rt.mu.
 func (n *upNode) successor() string {
-	for id, c := range n.rt.containers {
-		if nameOf(c.status) == "app/1" {
+	for id, c := range n.rt.Containers {
+		if fakenode.NameOf(c.Status) == "app/1" {
 			return id
 		}
 	}
@@ -189,7 +191,7 @@ func TestUpgradeGivesWay(t *testing.T) {
 				t.Run(s.name+", "+order+", "+name, func(t *testing.T) {
 					inUpNode(t, func(t *testing.T, n *upNode) {
 						s.to(n, edit)
-						n.rt.takeCalls()
+						n.rt.TakeCalls()
 						f(t, n)
 					})
 				})
@@ -199,24 +201,24 @@ func TestUpgradeGivesWay(t *testing.T) {
 				n.ends("op", taken, "app/0 EXITED, web/0 EXITED")
 			})
 			run("container ends, and kubelet makes it anew", func(t *testing.T, n *upNode) {
-				n.rt.exit(t, "app/0", 3)
+				n.rt.Exit(t, "app/0", 3)
 				n.must(n.sync(t.Context(), "app", "app:v1"))
 				n.ends("op", taken, upgraded)
-				if got := n.rt.get(t, "app/1").config.GetImage().GetUserSpecifiedImage(); got != "app:v1" {
+				if got := n.rt.Get(t, "app/1").Config.GetImage().GetUserSpecifiedImage(); got != "app:v1" {
 					t.Errorf("runs %s", got)
 				}
 			})
 			if s.name == "armed" {
 				run("container ends, and kubelet has the new spec", func(t *testing.T, n *upNode) {
-					n.rt.exit(t, "app/0", 3)
+					n.rt.Exit(t, "app/0", 3)
 					n.must(n.sync(t.Context(), "app", "app:v2"))
 					n.ends("op", succeeded, upgraded)
 				})
 				run("pod deleted", func(t *testing.T, n *upNode) {
-					n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 40))
+					n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 40))
 					n.must(n.kubeletStopsPod(t.Context()))
 					n.ends("op", taken, "app/0 EXITED, app/1 EXITED, web/0 EXITED")
-					if got := strings.Join(mutating(n.rt.takeCalls()), "; "); !strings.Contains(got,
+					if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); !strings.Contains(got,
 						"StopContainer app/1 40s; kubelet:StopPodSandbox") {
 						t.Errorf("calls are %s", got)
 					}
@@ -224,9 +226,9 @@ func TestUpgradeGivesWay(t *testing.T) {
 				continue
 			}
 			run("container stopped", func(t *testing.T, n *upNode) {
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 40))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 40))
 				n.ends("op", taken, "app/0 EXITED, web/0 RUNNING")
-				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); s.name == "running beside" &&
+				if got := strings.Join(fakenode.Mutating(n.rt.TakeCalls()), "; "); s.name == "running beside" &&
 					!strings.Contains(got, "StopContainer app/1 40s") {
 					t.Errorf("calls are %s", got)
 				}
@@ -266,7 +268,7 @@ func TestUpgradeAsksKubelet(t *testing.T) {
 				})
 				n.armed("op")
 				began := time.Now()
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				if took := time.Since(began); took > 5*time.Second {
 					t.Errorf("kubelet has waited %s", took)
 				}
@@ -292,8 +294,8 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) })
 			back := time.Now().Add(time.Hour)
-			n.rt.set(func(f *fakeRuntime) {
-				f.before = func(call string) error {
+			n.rt.Set(func(f *fakenode.Runtime) {
+				f.Before = func(call string) error {
 					if strings.HasPrefix(call, "RemoveContainer") && time.Now().Before(back) {
 						return status.Error(codes.Unknown, "device or resource busy")
 					}
@@ -301,12 +303,13 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 				}
 			})
 			time.Sleep(2 * time.Minute) // the hold is over
-			n.rt.takeCalls()
+			n.rt.TakeCalls()
 			began := time.Now()
 			stopped := n.inBackground(
-				func(ctx context.Context) error { return n.kubeletStops(ctx, n.rt.idOf(t, "app/0"), 30) })
+				func(ctx context.Context) error { return n.kubeletStops(ctx, n.rt.ID(t, "app/0"), 30) })
 			synctest.Wait()
-			if calls := mutating(n.rt.takeCalls()); len(calls) == 0 || calls[0] != "kubelet:StopContainer app/0 30s" {
+			calls := fakenode.Mutating(n.rt.TakeCalls())
+			if len(calls) == 0 || calls[0] != "kubelet:StopContainer app/0 30s" {
 				t.Errorf("calls are %q", calls)
 			}
 			if _, err := stopped(); err != nil && status.Code(err) != codes.DeadlineExceeded {
@@ -322,14 +325,14 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.slowToStop()
 			n.armed("op", first(runBeside))
-			n.rt.set(func(f *fakeRuntime) { f.find(n.successor()).stubborn = true })
+			n.rt.Set(func(f *fakenode.Runtime) { f.Find(n.successor()).Stubborn = true })
 			aborted := n.inBackground(func(ctx context.Context) error {
 				_, err := n.api.AbortUpgrade(ctx, &opsv1.AbortUpgradeRequest{Uid: "op"})
 				return err
 			})
 			time.Sleep(time.Minute)
 			began := time.Now()
-			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 10))
+			n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 10))
 			if took := time.Since(began); took != 10*time.Second {
 				t.Errorf("kubelet has waited %s", took)
 			}
@@ -345,8 +348,8 @@ func TestKubeletStopsWhileUpgradeIsTakenBack(t *testing.T) {
 func TestShorterStopDuringUpgrade(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.armed("op")
-		app := n.rt.idOf(t, "app/0")
-		n.rt.set(func(f *fakeRuntime) { f.find(app).stubborn = true })
+		app := n.rt.ID(t, "app/0")
+		n.rt.Set(func(f *fakenode.Runtime) { f.Find(app).Stubborn = true })
 		long := n.inBackground(func(ctx context.Context) error { return n.kubeletStops(ctx, app, 3600) })
 		time.Sleep(time.Minute)
 		longer := n.inBackground(func(ctx context.Context) error { return n.kubeletStops(ctx, app, 3600) })
@@ -371,8 +374,8 @@ func TestKubeletRestartsDuringUpgrade(t *testing.T) {
 	t.Run("while it stops the container", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
-			app := n.rt.idOf(t, "app/0")
-			n.rt.set(func(f *fakeRuntime) { f.find(app).stubborn = true })
+			app := n.rt.ID(t, "app/0")
+			n.rt.Set(func(f *fakenode.Runtime) { f.Find(app).Stubborn = true })
 			ctx, cut := context.WithCancel(t.Context())
 			first := n.inBackground(func(context.Context) error { return n.kubeletStops(ctx, app, 30) })
 			time.Sleep(time.Second)
@@ -390,7 +393,7 @@ func TestKubeletRestartsDuringUpgrade(t *testing.T) {
 	t.Run("before it creates the container", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
-			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+			n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 			n.must(n.sync(t.Context(), "app", "app:v2")) // which is content
 			n.ends("op", succeeded, upgraded)
 		})
@@ -398,7 +401,7 @@ func TestKubeletRestartsDuringUpgrade(t *testing.T) {
 	t.Run("and the pod is gone when it is back", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
-			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+			n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 			// behind the proxy
 			_, err := n.rt.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: n.sandbox})
 			n.must(err)
@@ -446,18 +449,18 @@ func TestResourcesDuringUpgrade(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", edit)
 			_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
-				ContainerId: n.rt.idOf(t, "app/0"), Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"},
+				ContainerId: n.rt.ID(t, "app/0"), Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"},
 			})
 			n.must(err)
 			for _, name := range []string{"app/0", "app/1"} {
-				if got := n.rt.get(t, name).status.GetResources().GetLinux().GetCpusetCpus(); got != "2" {
+				if got := n.rt.Get(t, name).Status.GetResources().GetLinux().GetCpusetCpus(); got != "2" {
 					t.Errorf("%s has cpus %s", name, got)
 				}
 			}
 			n.must(n.sync(t.Context(), "app", "app:v2",
 				func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpusetCpus = "3" }))
 			n.ends("op", succeeded, upgraded)
-			if got := n.rt.get(t, "app/1").status.GetResources().GetLinux().GetCpusetCpus(); got != "3" {
+			if got := n.rt.Get(t, "app/1").Status.GetResources().GetLinux().GetCpusetCpus(); got != "3" {
 				t.Errorf("the new container has cpus %s", got)
 			}
 		})

@@ -28,6 +28,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/swap"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 func seconds(n int64) *durationpb.Duration { return durationpb.New(time.Duration(n) * time.Second) }
@@ -126,7 +127,7 @@ func TestUpgradeFailures(t *testing.T) {
 		{
 			name: "ends before the commit", want: failed(opsv1.ReasonContainerNotRunning), commit: true,
 			says: "exit code 3",
-			do:   func(n *upNode) { n.rt.exit(n.t, "app/0", 3) },
+			do:   func(n *upNode) { n.rt.Exit(n.t, "app/0", 3) },
 		},
 		{
 			name: "aborted when prepared", want: "CANCELLED, app CANCELLED Cancelled", says: "enough", do: abort,
@@ -134,7 +135,7 @@ func TestUpgradeFailures(t *testing.T) {
 		{
 			name: "cannot start", edit: first(runBeside), commit: true, want: failed(opsv1.ReasonStartFailed),
 			says:   "no such file",
-			script: func(n *upNode) { n.rt.set(func(f *fakeRuntime) { failStarts(f, 100) }) },
+			script: func(n *upNode) { n.rt.Set(func(f *fakenode.Runtime) { failStarts(f, 100) }) },
 		},
 		{
 			name: "exits before it is ready",
@@ -144,7 +145,7 @@ func TestUpgradeFailures(t *testing.T) {
 				n.after("StartContainer app/1", func() {
 					go func() {
 						time.Sleep(10 * time.Second)
-						n.rt.exit(n.t, "app/1", 7)
+						n.rt.Exit(n.t, "app/1", 7)
 					}()
 				})
 			},
@@ -190,14 +191,14 @@ func TestUpgradeFailures(t *testing.T) {
 					Sub(began); tc.after > 0 && (took < tc.after || took > tc.after+5*time.Second) {
 					t.Errorf("ended after %s, want %s", took, tc.after)
 				}
-				if calledStop(n.rt.takeCalls()) {
+				if calledStop(n.rt.TakeCalls()) {
 					t.Error("the container has been stopped")
 				}
 				if _, err := n.api.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: "op"}); !tc.commit &&
 					status.Code(err) != codes.FailedPrecondition {
 					t.Errorf("commit of what has ended: %v", err)
 				}
-				n.rt.set(func(f *fakeRuntime) { f.before, f.after, f.start = nil, nil, nil })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After, f.OnStart = nil, nil, nil })
 				n.must(n.sync(t.Context(), "app", "app:v2")) // the slot is free
 			})
 		})
@@ -247,8 +248,8 @@ func abort(n *upNode) {
 
 // refuse makes the engine's calls that begin with prefix fail.
 func (n *upNode) refuse(prefix string, err error) {
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
+	n.rt.Set(func(f *fakenode.Runtime) {
+		f.Before = func(call string) error {
 			if strings.HasPrefix(call, prefix) {
 				return err
 			}
@@ -260,8 +261,8 @@ func (n *upNode) refuse(prefix string, err error) {
 // after calls f after the engine's first call that begins with prefix.
 func (n *upNode) after(prefix string, f func()) {
 	done := false
-	n.rt.set(func(rt *fakeRuntime) {
-		rt.after = func(call string) error {
+	n.rt.Set(func(rt *fakenode.Runtime) {
+		rt.After = func(call string) error {
 			if strings.HasPrefix(call, prefix) && !done {
 				done = true
 				f()
@@ -326,7 +327,7 @@ func TestUpgradeAborted(t *testing.T) {
 		t.Run(order+", stopping", func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
 				n.armed("op", edit)
-				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "app/0"), 30))
 				if _, err := n.api.AbortUpgrade(t.Context(), &opsv1.AbortUpgradeRequest{Uid: "op"}); status.Code(
 					err) != codes.FailedPrecondition {
 					t.Errorf("got %v", err)
@@ -343,17 +344,17 @@ func TestSuccessorDiesWhileArmed(t *testing.T) {
 	t.Run("before kubelet comes", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", first(runBeside))
-			n.rt.exit(t, "app/1", 7)
+			n.rt.Exit(t, "app/1", 7)
 			n.ends("op", "FAILED, app FAILED NewContainerExited", untouched)
 		})
 	})
 	t.Run("at the moment that kubelet comes", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", first(runBeside))
-			n.rt.exit(t, "app/1", 7)
+			n.rt.Exit(t, "app/1", 7)
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			n.ends("op", "FAILED, app FAILED NewContainerExited", upgraded)
-			if st := n.rt.get(t, "app/1").status; st.GetAnnotations()[view.StagedAnnotation] != "" {
+			if st := n.rt.Get(t, "app/1").Status; st.GetAnnotations()[view.StagedAnnotation] != "" {
 				t.Error("kubelet has got the one that died")
 			}
 		})
@@ -361,7 +362,7 @@ func TestSuccessorDiesWhileArmed(t *testing.T) {
 	t.Run("and cannot be started", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
-			n.rt.set(func(f *fakeRuntime) { failStarts(f, 2) })
+			n.rt.Set(func(f *fakenode.Runtime) { failStarts(f, 2) })
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			n.ends("op", "FAILED, app FAILED StartFailed", upgraded)
 		})
@@ -369,7 +370,7 @@ func TestSuccessorDiesWhileArmed(t *testing.T) {
 	t.Run("and is started at the second try", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op")
-			n.rt.set(func(f *fakeRuntime) { failStarts(f, 1) })
+			n.rt.Set(func(f *fakenode.Runtime) { failStarts(f, 1) })
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			n.ends("op", succeeded, upgraded)
 		})
@@ -420,7 +421,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			n.after("StartContainer web/1", func() {
 				go func() {
 					time.Sleep(10 * time.Second)
-					n.rt.exit(n.t, "web/1", 7)
+					n.rt.Exit(n.t, "web/1", 7)
 				}()
 			})
 			seen := n.phases("op")
@@ -434,15 +435,15 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 	t.Run("one is taken back, the other one too", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", webToo, first(runBeside))
-			n.rt.exit(t, "app/1", 7)
+			n.rt.Exit(t, "app/1", 7)
 			n.ends("op", "FAILED, app FAILED NewContainerExited, web CANCELLED Cancelled", untouched)
 		})
 	})
 	t.Run("one fails when the other one is stopped already", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", webToo, first(runBeside))
-			n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "web/0"), 30))
-			n.rt.exit(t, "app/1", 7)
+			n.must(n.kubeletStops(t.Context(), n.rt.ID(t, "web/0"), 30))
+			n.rt.Exit(t, "app/1", 7)
 			n.must(n.sync(t.Context(), "web", "web:v2"))
 			n.ends("op", "FAILED, app FAILED NewContainerExited, web SUCCEEDED",
 				"app/0 RUNNING, web/0 EXITED, web/1 RUNNING")
@@ -458,7 +459,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			})
 			n.must(err)
 			_, err = n.rt.RemoveContainer(t.Context(),
-				&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(t, "app/1")})
+				&runtimeapi.RemoveContainerRequest{ContainerId: n.rt.ID(t, "app/1")})
 			n.must(err)
 			n.reboot(n.crash())
 			began := time.Now()
@@ -505,11 +506,11 @@ func (n *upNode) phases(uid string) (seen func() string) {
 // olderKubelet has made app/0 with a hash of the whole spec, as kubelet before 1.31 does.
 func olderKubelet(t *testing.T, n *upNode) {
 	t.Helper()
-	req := n.engine.node.Records.Request(n.rt.idOf(t, "app/0"))
+	req := n.engine.node.Records.Request(n.rt.ID(t, "app/0"))
 	req.Config.Annotations[criclone.AnnotationHash] = "1234"
 	raw, err := proto.Marshal(req)
 	n.must(err)
-	n.engine.node.Records.Created(n.rt.idOf(t, "app/0"), raw)
+	n.engine.node.Records.Created(n.rt.ID(t, "app/0"), raw)
 }
 
 // A container that kubelet must make itself: the image is put ready, and the commit is all that is
@@ -600,8 +601,8 @@ func TestOperationBegunDuringTheCheck(t *testing.T) {
 			return func(r *opsv1.PrepareUpgradeRequest) { r.Owner, r.Containers[0].Image = "rollout", image }
 		}
 		var begun atomic.Bool
-		n.rt.set(func(rt *fakeRuntime) {
-			rt.before = func(call string) error {
+		n.rt.Set(func(rt *fakenode.Runtime) {
+			rt.Before = func(call string) error {
 				if strings.HasPrefix(call, "ListContainers") && begun.CompareAndSwap(false, true) {
 					n.prepared("one", wanted("app:v2"))
 				}
@@ -735,8 +736,8 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 func TestSlotIsFreeWhileTheImageIsPulledAgain(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		crashed := make(chan string, 1)
-		n.rt.set(func(f *fakeRuntime) {
-			f.after = func(call string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.After = func(call string) error {
 				if call == "CreateContainer app/1" {
 					crashed <- n.crash()
 				}
@@ -749,7 +750,7 @@ func TestSlotIsFreeWhileTheImageIsPulledAgain(t *testing.T) {
 		n.reboot(state)
 		n.until("op", opsv1.Phase_PHASE_PULLING)
 		synctest.Wait()
-		n.rt.exit(t, "app/0", 3)
+		n.rt.Exit(t, "app/0", 3)
 		began := time.Now()
 		n.must(n.sync(t.Context(), "app", "app:v1"))
 		if took := time.Since(began); took > time.Second {
@@ -773,13 +774,13 @@ func TestUpgradeWithoutAJournal(t *testing.T) {
 			if took := time.Since(began); took > 35*time.Second {
 				t.Errorf("kubelet has waited %s", took)
 			}
-			if got := n.rt.get(t, "app/1").config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
+			if got := n.rt.Get(t, "app/1").Config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
 				t.Errorf("runs %s", got)
 			}
 			n.engine.disk.Journal.Reopen()
 			n.until("op")
 			synctest.Wait()
-			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+			if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
 			op := n.engine.operations.lookup("op").Snapshot()

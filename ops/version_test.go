@@ -21,6 +21,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // foreignRecord makes the record of the operation in the state directory one that this version does
@@ -99,10 +100,10 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 						return status.Error(codes.Unavailable, "the caller is gone")
 					}
 				}
-				n.rt.set(func(f *fakeRuntime) { f.before, f.after = die(false), die(true) })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = die(false), die(true) })
 				n.restart("op")
 				<-crashed
-				n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+				n.rt.Set(func(f *fakenode.Runtime) { f.Before, f.After = nil, nil })
 				raw := foreignRecord(t, state, "op", change)
 				n.boot(state)
 				n.state = state
@@ -117,8 +118,8 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 						t.Fatal("still guarded")
 					}
 				}
-				if got := n.sees(); got != tc.sees || n.rt.state() != tc.there {
-					t.Errorf("kubelet sees %s, want %s; there is %s, want %s", got, tc.sees, n.rt.state(), tc.there)
+				if got := n.sees(); got != tc.sees || n.rt.State() != tc.there {
+					t.Errorf("kubelet sees %s, want %s; there is %s, want %s", got, tc.sees, n.rt.State(), tc.there)
 				}
 				op, err := n.api.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: "op"})
 				if err != nil || op.GetPhase() != opsv1.Phase_PHASE_FAILED ||
@@ -138,11 +139,11 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 				}
 				if tc.sees != tc.there {
 					// kubelet's policy goes before: the name is free when it makes the next one.
-					n.rt.exit(t, "app/0", 1)
+					n.rt.Exit(t, "app/0", 1)
 					n.makeNextAt(t, 1)
 					if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want ||
-						n.rt.state() != want {
-						t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+						n.rt.State() != want {
+						t.Errorf("kubelet sees %s, there is %s", got, n.rt.State())
 					}
 				}
 				err = n.engine.disk.Journal.View(func(tx *bolt.Tx) error {

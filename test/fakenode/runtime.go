@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package fakenode
 
 import (
 	"context"
@@ -27,63 +27,63 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 )
 
-// fakeRuntime is a container runtime without containers: a CRI server with containerd's
+// Runtime is a container runtime without containers: a CRI server with containerd's
 // rules for names, states and errors (internal/cri/server), whose calls a test can
 // watch, hold up and fail.
-type fakeRuntime struct {
+type Runtime struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	began time.Time // when it began to serve on the socket, on a real clock; zero in a bubble
 
-	mu         sync.Mutex // guards all following fields
-	sandboxes  map[string]*fakeSandbox
-	containers map[string]*fakeContainer
+	Mu         sync.Mutex // guards all following fields
+	Sandboxes  map[string]*Sandbox
+	Containers map[string]*Container
 	names      map[string]string // reserved name to container ID
 	made       int
-	calls      []string
-	before     func(call string) error
-	after      func(call string) error
-	hang       func(ctx context.Context, call string) error // before
-	exec       func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error)
-	start      func(c *runtimeapi.ContainerConfig) error // nil: starts
+	Calls      []string
+	Before     func(call string) error
+	After      func(call string) error
+	Hang       func(ctx context.Context, call string) error // before
+	OnExec     func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error)
+	OnStart    func(c *runtimeapi.ContainerConfig) error // nil: starts
 	// of the runtime, as a verbose Status tells it; empty: it does not answer that
 	config    string
-	processes *fakeProcesses // nil: containers have none
+	Processes *Processes // nil: containers have none
 }
 
-type fakeSandbox struct {
+type Sandbox struct {
 	id     string
-	ready  bool
+	Ready  bool
 	ip     string
 	config *runtimeapi.PodSandboxConfig
 	at     int64
 }
 
-func (s *fakeSandbox) state() runtimeapi.PodSandboxState {
-	if s.ready {
+func (s *Sandbox) state() runtimeapi.PodSandboxState {
+	if s.Ready {
 		return runtimeapi.PodSandboxState_SANDBOX_READY
 	}
 	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 }
 
-type fakeContainer struct {
-	status   *runtimeapi.ContainerStatus
+type Container struct {
+	Status   *runtimeapi.ContainerStatus
 	sandbox  string
-	config   *runtimeapi.ContainerConfig
+	Config   *runtimeapi.ContainerConfig
 	reserved string
-	stubborn bool          // ignores SIGTERM
+	Stubborn bool          // ignores SIGTERM
 	dead     chan struct{} // closed when the process is gone
 	gate     *os.File      // the directory that is mounted where the hook is, if there is one
-	told     string        // what a verbose status tells beyond CRI; empty: what containerd does
-	process  *fakeProcess  // since its start
+	Told     string        // what a verbose status tells beyond CRI; empty: what containerd does
+	Process  *Process      // since its start
 }
 
-func newFakeRuntime() *fakeRuntime {
-	return &fakeRuntime{sandboxes: map[string]*fakeSandbox{}, containers: map[string]*fakeContainer{},
+func New() *Runtime {
+	return &Runtime{Sandboxes: map[string]*Sandbox{}, Containers: map[string]*Container{},
 		names: map[string]string{}}
 }
 
-// serve answers on the Unix socket until the test ends.
-func (f *fakeRuntime) serve(t testing.TB, path string) {
+// Serve answers on the Unix socket until the test ends.
+func (f *Runtime) Serve(t testing.TB, path string) {
 	t.Helper()
 	f.began = time.Now()
 	l, err := net.Listen("unix", path)
@@ -105,14 +105,14 @@ func (f *fakeRuntime) serve(t testing.TB, path string) {
 }
 
 // watch notes the call and gives the test a say before and after it has its effect.
-func (f *fakeRuntime) watch(
+func (f *Runtime) watch(
 	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
 ) (any, error) {
-	call := f.describe(ctx, info.FullMethod, req)
-	f.mu.Lock()
-	f.calls = append(f.calls, call)
-	before, after, hang := f.before, f.after, f.hang
-	f.mu.Unlock()
+	call := f.Describe(ctx, info.FullMethod, req)
+	f.Mu.Lock()
+	f.Calls = append(f.Calls, call)
+	before, after, hang := f.Before, f.After, f.Hang
+	f.Mu.Unlock()
 	if hang != nil {
 		if err := hang(ctx, call); err != nil {
 			return nil, err
@@ -135,22 +135,33 @@ func (f *fakeRuntime) watch(
 	return resp, nil
 }
 
-// describe is the form of a call in goldens: method, container as name/attempt, details.
+// WatchKubelet notes a call of kubelet's. The test has no say in it.
+func (f *Runtime) WatchKubelet(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
+	call := "kubelet:" + f.Describe(ctx, info.FullMethod, req)
+	f.Mu.Lock()
+	f.Calls = append(f.Calls, call)
+	f.Mu.Unlock()
+	return handler(ctx, req)
+}
+
+// Describe is the form of a call in goldens: method, container as name/attempt, details.
 // Kubelet's calls begin with "kubelet:".
-func (f *fakeRuntime) describe(ctx context.Context, method string, req any) string {
+func (f *Runtime) Describe(ctx context.Context, method string, req any) string {
 	var b strings.Builder
 	if md, _ := metadata.FromIncomingContext(ctx); len(md.Get("caller")) > 0 {
 		b.WriteString("kubelet:")
 	}
 	b.WriteString(method[strings.LastIndexByte(method, '/')+1:])
 	if r, ok := req.(interface{ GetContainerId() string }); ok {
-		f.mu.Lock()
-		if c := f.find(r.GetContainerId()); c != nil {
-			fmt.Fprintf(&b, " %s", nameOf(c.status))
+		f.Mu.Lock()
+		if c := f.Find(r.GetContainerId()); c != nil {
+			fmt.Fprintf(&b, " %s", NameOf(c.Status))
 		} else {
 			b.WriteString(" ?")
 		}
-		f.mu.Unlock()
+		f.Mu.Unlock()
 	}
 	switch r := req.(type) {
 	case *runtimeapi.CreateContainerRequest:
@@ -168,7 +179,7 @@ func (f *fakeRuntime) describe(ctx context.Context, method string, req any) stri
 // allowed is the timeout of a stop as goldens have it. The default grace is told of as such, though
 // the stop gets what is left of it: on a real clock that is less by the seconds that a busy machine
 // or disk takes, of which there are no more than since the test began.
-func (f *fakeRuntime) allowed(timeout int64, kubelet bool) int64 {
+func (f *Runtime) allowed(timeout int64, kubelet bool) int64 {
 	const whole, least = int64(crinode.DefaultGrace / time.Second), 10 // less is what a test has asked for
 	if !kubelet && !f.began.IsZero() && timeout < whole &&
 		timeout >= max(least, whole-int64(time.Since(f.began)/time.Second)) {
@@ -177,14 +188,14 @@ func (f *fakeRuntime) allowed(timeout int64, kubelet bool) int64 {
 	return timeout
 }
 
-func nameOf(s interface {
+func NameOf(s interface {
 	GetMetadata() *runtimeapi.ContainerMetadata
 }) string {
 	return fmt.Sprintf("%s/%d", s.GetMetadata().GetName(), s.GetMetadata().GetAttempt())
 }
 
-// mutating leaves the calls out that only read.
-func mutating(calls []string) []string {
+// Mutating leaves the calls out that only read.
+func Mutating(calls []string) []string {
 	return slices.DeleteFunc(slices.Clone(calls), func(c string) bool {
 		m := strings.TrimPrefix(c, "kubelet:")
 		return strings.HasPrefix(m, "List") || strings.HasPrefix(m, "ContainerStatus") ||
@@ -192,27 +203,27 @@ func mutating(calls []string) []string {
 	})
 }
 
-func (f *fakeRuntime) takeCalls() []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.calls
-	f.calls = nil
+func (f *Runtime) TakeCalls() []string {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	c := f.Calls
+	f.Calls = nil
 	return c
 }
 
-func (f *fakeRuntime) set(change func(f *fakeRuntime)) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+func (f *Runtime) Set(change func(f *Runtime)) {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	change(f)
 }
 
-// find accepts unique prefixes as containerd does. The caller holds f.mu.
-func (f *fakeRuntime) find(id string) *fakeContainer {
-	if c := f.containers[id]; c != nil || id == "" {
+// Find accepts unique prefixes as containerd does. The caller holds f.mu.
+func (f *Runtime) Find(id string) *Container {
+	if c := f.Containers[id]; c != nil || id == "" {
 		return c
 	}
-	var found *fakeContainer
-	for full, c := range f.containers {
+	var found *Container
+	for full, c := range f.Containers {
 		if strings.HasPrefix(full, id) {
 			if found != nil {
 				return nil
@@ -223,13 +234,13 @@ func (f *fakeRuntime) find(id string) *fakeContainer {
 	return found
 }
 
-// get returns the container with that name/attempt, which must exist.
-func (f *fakeRuntime) get(t testing.TB, name string) *fakeContainer {
+// Get returns the container with that name/attempt, which must exist.
+func (f *Runtime) Get(t testing.TB, name string) *Container {
 	t.Helper()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, c := range f.containers {
-		if nameOf(c.status) == name {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	for _, c := range f.Containers {
+		if NameOf(c.Status) == name {
 			return c
 		}
 	}
@@ -237,65 +248,65 @@ func (f *fakeRuntime) get(t testing.TB, name string) *fakeContainer {
 	return nil
 }
 
-func (f *fakeRuntime) idOf(t testing.TB, name string) string { return f.get(t, name).status.GetId() }
+func (f *Runtime) ID(t testing.TB, name string) string { return f.Get(t, name).Status.GetId() }
 
-// exit ends a container by itself.
-func (f *fakeRuntime) exit(t testing.TB, name string, code int32) {
+// Exit ends a container by itself.
+func (f *Runtime) Exit(t testing.TB, name string, code int32) {
 	t.Helper()
-	c := f.get(t, name)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.end(c, code, "Error")
+	c := f.Get(t, name)
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	f.End(c, code, "Error")
 }
 
-// end stops a running container. The caller holds f.mu.
-func (f *fakeRuntime) end(c *fakeContainer, code int32, reason string) {
-	if c.status.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+// End stops a running container. The caller holds f.mu.
+func (f *Runtime) End(c *Container, code int32, reason string) {
+	if c.Status.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return
 	}
-	if c.process != nil {
-		c.process.kill()
+	if c.Process != nil {
+		c.Process.kill()
 	}
-	s := c.status
+	s := c.Status
 	s.State, s.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
 	s.ExitCode, s.Reason = code, reason
 	close(c.dead)
 }
 
 // now is later with each call, as creation times must differ.
-func (f *fakeRuntime) now() int64 {
+func (f *Runtime) now() int64 {
 	f.made++
 	return time.Now().UnixNano() + int64(f.made)
 }
 
-// state returns what really is there: name/attempt and state.
-func (f *fakeRuntime) state() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+// State returns what really is there: name/attempt and state.
+func (f *Runtime) State() string {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	var out []string
-	for _, c := range f.containers {
-		out = append(out, nameOf(c.status)+" "+strings.TrimPrefix(c.status.GetState().String(), "CONTAINER_"))
+	for _, c := range f.Containers {
+		out = append(out, NameOf(c.Status)+" "+strings.TrimPrefix(c.Status.GetState().String(), "CONTAINER_"))
 	}
-	return joined(out)
+	return Joined(out)
 }
 
-func joined(out []string) string {
+func Joined(out []string) string {
 	slices.Sort(out)
 	return strings.Join(out, ", ")
 }
 
-func unknownContainer(id string) error {
+func UnknownContainer(id string) error {
 	return status.Errorf(codes.NotFound, "an error occurred when try to find container %q: not found", id)
 }
 
-func (f *fakeRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
+func (f *Runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
 	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2",
 		RuntimeApiVersion: "v1"}, nil
 }
 
-func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+func (f *Runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	if f.config == "" {
 		return nil, status.Error(codes.Unimplemented, "method Status not implemented")
 	}
@@ -303,54 +314,54 @@ func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runti
 		nil
 }
 
-func (f *fakeRuntime) RunPodSandbox(
+func (f *Runtime) RunPodSandbox(
 	_ context.Context, r *runtimeapi.RunPodSandboxRequest,
 ) (*runtimeapi.RunPodSandboxResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	at := f.now()
 	id := fmt.Sprintf("sandbox%d", f.made)
-	f.sandboxes[id] = &fakeSandbox{id: id, ready: true, ip: "127.0.0.1", config: r.GetConfig(), at: at}
+	f.Sandboxes[id] = &Sandbox{id: id, Ready: true, ip: "127.0.0.1", config: r.GetConfig(), at: at}
 	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, nil
 }
 
-func (f *fakeRuntime) StopPodSandbox(
+func (f *Runtime) StopPodSandbox(
 	_ context.Context, r *runtimeapi.StopPodSandboxRequest,
 ) (*runtimeapi.StopPodSandboxResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if s := f.sandboxes[r.GetPodSandboxId()]; s != nil {
-		s.ready = false
-		for _, c := range f.containers {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	if s := f.Sandboxes[r.GetPodSandboxId()]; s != nil {
+		s.Ready = false
+		for _, c := range f.Containers {
 			if c.sandbox == s.id {
-				f.end(c, 137, "Error")
+				f.End(c, 137, "Error")
 			}
 		}
 	}
 	return &runtimeapi.StopPodSandboxResponse{}, nil
 }
 
-func (f *fakeRuntime) RemovePodSandbox(
+func (f *Runtime) RemovePodSandbox(
 	_ context.Context, r *runtimeapi.RemovePodSandboxRequest,
 ) (*runtimeapi.RemovePodSandboxResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, c := range f.containers {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	for _, c := range f.Containers {
 		if c.sandbox == r.GetPodSandboxId() {
-			f.remove(c)
+			f.Remove(c)
 		}
 	}
-	delete(f.sandboxes, r.GetPodSandboxId())
+	delete(f.Sandboxes, r.GetPodSandboxId())
 	return &runtimeapi.RemovePodSandboxResponse{}, nil
 }
 
-func (f *fakeRuntime) ListPodSandbox(
+func (f *Runtime) ListPodSandbox(
 	_ context.Context, r *runtimeapi.ListPodSandboxRequest,
 ) (*runtimeapi.ListPodSandboxResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	resp := &runtimeapi.ListPodSandboxResponse{}
-	for _, s := range f.sandboxes {
+	for _, s := range f.Sandboxes {
 		if !hasLabels(s.config.GetLabels(), r.GetFilter().GetLabelSelector()) {
 			continue
 		}
@@ -360,12 +371,12 @@ func (f *fakeRuntime) ListPodSandbox(
 	return resp, nil
 }
 
-func (f *fakeRuntime) PodSandboxStatus(
+func (f *Runtime) PodSandboxStatus(
 	_ context.Context, r *runtimeapi.PodSandboxStatusRequest,
 ) (*runtimeapi.PodSandboxStatusResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := f.sandboxes[r.GetPodSandboxId()]
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	s := f.Sandboxes[r.GetPodSandboxId()]
 	if s == nil {
 		return nil, status.Errorf(codes.NotFound, "an error occurred when try to find sandbox: not found")
 	}
@@ -394,16 +405,16 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
-func (f *fakeRuntime) CreateContainer(
+func (f *Runtime) CreateContainer(
 	_ context.Context, r *runtimeapi.CreateContainerRequest,
 ) (*runtimeapi.CreateContainerResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := f.sandboxes[r.GetPodSandboxId()]
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	s := f.Sandboxes[r.GetPodSandboxId()]
 	if s == nil {
 		return nil, status.Errorf(codes.NotFound, "failed to find sandbox id %q: not found", r.GetPodSandboxId())
 	}
-	if !s.ready {
+	if !s.Ready {
 		return nil, status.Errorf(codes.Unknown, "sandbox container %q is not running", s.id)
 	}
 	m, pod := r.GetConfig().GetMetadata(), r.GetSandboxConfig().GetMetadata()
@@ -416,14 +427,14 @@ func (f *fakeRuntime) CreateContainer(
 	id := fmt.Sprintf("%03d%s%d", f.made, m.GetName(), m.GetAttempt())
 	f.names[name] = id
 	config := proto.Clone(r.GetConfig()).(*runtimeapi.ContainerConfig)
-	gate, err := f.processes.mount(config)
+	gate, err := f.Processes.mount(config)
 	if err != nil {
 		delete(f.names, name)
 		return nil, err
 	}
-	f.containers[id] = &fakeContainer{
-		sandbox: s.id, config: config, reserved: name, dead: make(chan struct{}), gate: gate,
-		status: &runtimeapi.ContainerStatus{
+	f.Containers[id] = &Container{
+		sandbox: s.id, Config: config, reserved: name, dead: make(chan struct{}), gate: gate,
+		Status: &runtimeapi.ContainerStatus{
 			Id: id, Metadata: config.GetMetadata(), State: runtimeapi.ContainerState_CONTAINER_CREATED, CreatedAt: at,
 			ImageRef: config.GetImage().GetImage(), Labels: maps.Clone(config.GetLabels()),
 			Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
@@ -434,61 +445,61 @@ func (f *fakeRuntime) CreateContainer(
 	return &runtimeapi.CreateContainerResponse{ContainerId: id}, nil
 }
 
-func (f *fakeRuntime) StartContainer(
+func (f *Runtime) StartContainer(
 	ctx context.Context, r *runtimeapi.StartContainerRequest,
 ) (*runtimeapi.StartContainerResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.find(r.GetContainerId())
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	c := f.Find(r.GetContainerId())
 	if c == nil {
-		return nil, unknownContainer(r.GetContainerId())
+		return nil, UnknownContainer(r.GetContainerId())
 	}
-	if s := c.status.GetState(); s != runtimeapi.ContainerState_CONTAINER_CREATED {
+	if s := c.Status.GetState(); s != runtimeapi.ContainerState_CONTAINER_CREATED {
 		return nil, status.Errorf(codes.Unknown,
-			"failed to set starting state for container %q: container is in %s state", c.status.GetId(), s)
+			"failed to set starting state for container %q: container is in %s state", c.Status.GetId(), s)
 	}
 	err := ctx.Err()
-	if err == nil && f.start != nil {
-		err = f.start(c.config)
+	if err == nil && f.OnStart != nil {
+		err = f.OnStart(c.Config)
 	}
-	if err == nil && f.processes != nil {
+	if err == nil && f.Processes != nil {
 		err = f.run(c)
 	}
 	if err != nil {
-		c.status.State, c.status.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
-		c.status.ExitCode, c.status.Reason, c.status.Message = 128, "StartError", err.Error()
+		c.Status.State, c.Status.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
+		c.Status.ExitCode, c.Status.Reason, c.Status.Message = 128, "StartError", err.Error()
 		return nil, status.Errorf(codes.Unknown, "failed to create containerd task: %v", err)
 	}
-	c.status.State, c.status.StartedAt = runtimeapi.ContainerState_CONTAINER_RUNNING, f.now()
+	c.Status.State, c.Status.StartedAt = runtimeapi.ContainerState_CONTAINER_RUNNING, f.now()
 	return &runtimeapi.StartContainerResponse{}, nil
 }
 
-func (f *fakeRuntime) StopContainer(
+func (f *Runtime) StopContainer(
 	ctx context.Context, r *runtimeapi.StopContainerRequest,
 ) (*runtimeapi.StopContainerResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.find(r.GetContainerId())
-	if c == nil || c.status.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	c := f.Find(r.GetContainerId())
+	if c == nil || c.Status.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return &runtimeapi.StopContainerResponse{}, nil
 	}
-	if !c.stubborn {
-		if c.process != nil && f.processes.late != nil {
-			late, name := f.processes.late, nameOf(c.status)
-			c.process.stopping = true // it ends when this call says so
-			f.mu.Unlock()
-			c.process.kill()
+	if !c.Stubborn {
+		if c.Process != nil && f.Processes.Late != nil {
+			late, name := f.Processes.Late, NameOf(c.Status)
+			c.Process.stopping = true // it ends when this call says so
+			f.Mu.Unlock()
+			c.Process.kill()
 			err := late(name)
-			f.mu.Lock()
-			c.process.stopping = false
+			f.Mu.Lock()
+			c.Process.stopping = false
 			if err != nil {
 				return nil, err
 			}
 		}
-		f.end(c, 0, "Completed")
+		f.End(c, 0, "Completed")
 		return &runtimeapi.StopContainerResponse{}, nil
 	}
-	f.mu.Unlock()
+	f.Mu.Unlock()
 	kill := time.NewTimer(time.Duration(r.GetTimeout()) * time.Second)
 	defer kill.Stop()
 	var err error
@@ -498,44 +509,44 @@ func (f *fakeRuntime) StopContainer(
 	case <-ctx.Done(): // then nobody kills
 		err = status.FromContextError(ctx.Err()).Err()
 	}
-	f.mu.Lock()
+	f.Mu.Lock()
 	if err != nil {
 		return nil, err
 	}
-	f.end(c, 137, "Error")
+	f.End(c, 137, "Error")
 	return &runtimeapi.StopContainerResponse{}, nil
 }
 
-func (f *fakeRuntime) RemoveContainer(
+func (f *Runtime) RemoveContainer(
 	_ context.Context, r *runtimeapi.RemoveContainerRequest,
 ) (*runtimeapi.RemoveContainerResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if c := f.find(r.GetContainerId()); c != nil {
-		f.remove(c)
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	if c := f.Find(r.GetContainerId()); c != nil {
+		f.Remove(c)
 	}
 	return &runtimeapi.RemoveContainerResponse{}, nil
 }
 
-// remove kills what runs. The caller holds f.mu.
-func (f *fakeRuntime) remove(c *fakeContainer) {
-	f.end(c, 137, "Error")
+// Remove kills what runs. The caller holds f.mu.
+func (f *Runtime) Remove(c *Container) {
+	f.End(c, 137, "Error")
 	if c.gate != nil {
 		_ = c.gate.Close() // only read
 	}
-	delete(f.containers, c.status.GetId())
+	delete(f.Containers, c.Status.GetId())
 	delete(f.names, c.reserved)
 }
 
-func (f *fakeRuntime) ListContainers(
+func (f *Runtime) ListContainers(
 	_ context.Context, r *runtimeapi.ListContainersRequest,
 ) (*runtimeapi.ListContainersResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	resp := &runtimeapi.ListContainersResponse{}
 	flt := r.GetFilter()
-	for id, c := range f.containers {
-		s := c.status
+	for id, c := range f.Containers {
+		s := c.Status
 		if !strings.HasPrefix(id, flt.GetId()) || !strings.HasPrefix(c.sandbox, flt.GetPodSandboxId()) ||
 			!hasLabels(s.GetLabels(), flt.GetLabelSelector()) ||
 			(flt.GetState() != nil && flt.GetState().GetState() != s.GetState()) {
@@ -549,41 +560,41 @@ func (f *fakeRuntime) ListContainers(
 	return resp, nil
 }
 
-func (f *fakeRuntime) ContainerStatus(
+func (f *Runtime) ContainerStatus(
 	_ context.Context, r *runtimeapi.ContainerStatusRequest,
 ) (*runtimeapi.ContainerStatusResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.find(r.GetContainerId())
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	c := f.Find(r.GetContainerId())
 	if c == nil {
-		return nil, unknownContainer(r.GetContainerId())
+		return nil, UnknownContainer(r.GetContainerId())
 	}
-	resp := &runtimeapi.ContainerStatusResponse{Status: proto.Clone(c.status).(*runtimeapi.ContainerStatus)}
+	resp := &runtimeapi.ContainerStatusResponse{Status: proto.Clone(c.Status).(*runtimeapi.ContainerStatus)}
 	if r.GetVerbose() {
-		resp.Info = verbose(c.config)
-		if c.told != "" {
-			resp.Info = map[string]string{"info": c.told}
+		resp.Info = verbose(c.Config)
+		if c.Told != "" {
+			resp.Info = map[string]string{"info": c.Told}
 		}
-		if c.process != nil {
-			resp.Info = c.process.verbose(c.config)
+		if c.Process != nil {
+			resp.Info = c.Process.verbose(c.Config)
 		}
 	}
 	return resp, nil
 }
 
-func (f *fakeRuntime) ExecSync(
+func (f *Runtime) ExecSync(
 	ctx context.Context, r *runtimeapi.ExecSyncRequest,
 ) (*runtimeapi.ExecSyncResponse, error) {
-	f.mu.Lock()
-	c, exec := f.find(r.GetContainerId()), f.exec
+	f.Mu.Lock()
+	c, exec := f.Find(r.GetContainerId()), f.OnExec
 	state := runtimeapi.ContainerState_CONTAINER_UNKNOWN
 	if c != nil {
-		state = c.status.GetState()
+		state = c.Status.GetState()
 	}
-	f.mu.Unlock()
+	f.Mu.Unlock()
 	switch {
 	case c == nil:
-		return nil, unknownContainer(r.GetContainerId())
+		return nil, UnknownContainer(r.GetContainerId())
 	case state != runtimeapi.ContainerState_CONTAINER_RUNNING:
 		return nil, status.Errorf(codes.Unknown, "container is in %s state", state)
 	case exec == nil:
@@ -592,24 +603,26 @@ func (f *fakeRuntime) ExecSync(
 	return exec(ctx, r)
 }
 
-func (f *fakeRuntime) UpdateContainerResources(
+func (f *Runtime) UpdateContainerResources(
 	_ context.Context, r *runtimeapi.UpdateContainerResourcesRequest,
 ) (*runtimeapi.UpdateContainerResourcesResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.find(r.GetContainerId())
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	c := f.Find(r.GetContainerId())
 	if c == nil {
-		return nil, unknownContainer(r.GetContainerId())
+		return nil, UnknownContainer(r.GetContainerId())
 	}
-	c.status.Resources = &runtimeapi.ContainerResources{
-		Linux: criclone.OverlayResources(c.status.GetResources().GetLinux(), r.GetLinux())}
+	c.Status.Resources = &runtimeapi.ContainerResources{
+		Linux: criclone.OverlayResources(c.Status.GetResources().GetLinux(), r.GetLinux())}
 	return &runtimeapi.UpdateContainerResourcesResponse{}, nil
 }
 
-// directConn calls the runtime without a socket, for tests in a synctest bubble.
-type directConn struct{ f *fakeRuntime }
+// Direct is a connection to the runtime without a socket, for tests in a synctest bubble.
+func Direct(f *Runtime) grpc.ClientConnInterface { return direct{f} }
 
-func (d directConn) Invoke(ctx context.Context, method string, args, reply any, _ ...grpc.CallOption) error {
+type direct struct{ f *Runtime }
+
+func (d direct) Invoke(ctx context.Context, method string, args, reply any, _ ...grpc.CallOption) error {
 	for _, m := range runtimeapi.RuntimeService_ServiceDesc.Methods {
 		if !strings.HasSuffix(method, "/"+m.MethodName) {
 			continue
@@ -627,6 +640,6 @@ func (d directConn) Invoke(ctx context.Context, method string, args, reply any, 
 	return status.Error(codes.Unimplemented, method)
 }
 
-func (directConn) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+func (direct) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
 	return nil, status.Error(codes.Unimplemented, "no streams here")
 }

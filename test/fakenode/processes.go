@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package fakenode
 
 import (
 	"bufio"
@@ -27,28 +27,28 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
-// fakeProcesses gives the containers of a fakeRuntime real processes. Those behind a gate run the
+// Processes gives the containers of a fakeRuntime real processes. Those behind a gate run the
 // real hook, as runc does: its process is called runc:[2:INIT], runs the hook, and becomes the
 // application with the same number.
-type fakeProcesses struct {
+type Processes struct {
 	t    testing.TB
 	init string // a shell under the name of runc's process
 
 	// The rest is guarded by fakeRuntime.mu.
-	cdi      int           // how many containers with CDI devices can be created
-	mortal   string        // a container whose application ends at once
-	noHook   bool          // the hook is not run, and the application begins at once
-	deadHook bool          // the container ends instead of running the hook
-	slowExec time.Duration // between the start, or the end of the hook, and the execution of the application
-	lateHook bool          // the runtime's process does not come to run the hook
+	CDI      int           // how many containers with CDI devices can be created
+	Mortal   string        // a container whose application ends at once
+	NoHook   bool          // the hook is not run, and the application begins at once
+	DeadHook bool          // the container ends instead of running the hook
+	SlowExec time.Duration // between the start, or the end of the hook, and the execution of the application
+	LateHook bool          // the runtime's process does not come to run the hook
 	// called in StopContainer, between the end of the process and that of the container
-	late     func(name string) error
-	all      []*fakeProcess
-	slots    map[string]*fakeProcess // of each slot, whose application began last
-	overlaps []string                // applications that began beside another of their slot
+	Late     func(name string) error
+	all      []*Process
+	slots    map[string]*Process // of each slot, whose application began last
+	Overlaps []string            // applications that began beside another of their slot
 }
 
-type fakeProcess struct {
+type Process struct {
 	cmd    *exec.Cmd
 	reaped chan struct{}
 	pipe   *os.File
@@ -56,19 +56,19 @@ type fakeProcess struct {
 
 	// The rest is guarded by fakeRuntime.mu.
 	stopping bool
-	handler  string // runtime type; empty: runc's
-	silent   bool   // the runtime tells nothing beyond CRI
+	Handler  string // runtime type; empty: runc's
+	Silent   bool   // the runtime tells nothing beyond CRI
 }
 
-// newProcesses makes the runtime one of real processes, with CDI and the given directory for its
+// NewProcesses makes the runtime one of real processes, with CDI and the given directory for its
 // specs.
-func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
+func NewProcesses(t testing.TB, f *Runtime, dir string) {
 	t.Helper()
 	shell, err := exec.LookPath("sh")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &fakeProcesses{t: t, init: filepath.Join(dir, "runc:[2:INIT]"), slots: map[string]*fakeProcess{}, cdi: 1000}
+	p := &Processes{t: t, init: filepath.Join(dir, "runc:[2:INIT]"), slots: map[string]*Process{}, CDI: 1000}
 	if err := os.Symlink(shell, p.init); err != nil {
 		t.Fatal(err)
 	}
@@ -77,16 +77,16 @@ func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.set(func(f *fakeRuntime) { f.processes, f.config = p, string(config) })
+	f.Set(func(f *Runtime) { f.Processes, f.config = p, string(config) })
 	t.Cleanup(func() {
-		f.mu.Lock()
+		f.Mu.Lock()
 		all := p.all
-		for _, c := range f.containers {
+		for _, c := range f.Containers {
 			if c.gate != nil {
 				_ = c.gate.Close() // only read
 			}
 		}
-		f.mu.Unlock()
+		f.Mu.Unlock()
 		for _, q := range all {
 			q.kill()
 			q.heard.Wait()
@@ -94,8 +94,8 @@ func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
 	})
 }
 
-// rename gives the runtime's processes another name.
-func (p *fakeProcesses) rename(dir, name string) {
+// Rename gives the runtime's processes another name.
+func (p *Processes) Rename(dir, name string) {
 	as := filepath.Join(dir, name)
 	if as == p.init {
 		return
@@ -108,15 +108,15 @@ func (p *fakeProcesses) rename(dir, name string) {
 
 // mount opens the directory that the hook comes from, for bind mounts outlive the names of what
 // they mount.
-func (p *fakeProcesses) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
+func (p *Processes) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
 	if len(c.GetCDIDevices()) == 0 {
 		return nil, nil
 	}
-	if p == nil || p.cdi == 0 {
+	if p == nil || p.CDI == 0 {
 		return nil, status.Errorf(codes.Unknown,
 			"failed to generate spec: CDI device injection failed: unresolvable CDI devices %v", c.GetCDIDevices())
 	}
-	p.cdi--
+	p.CDI--
 	plain := &runtimeapi.ContainerConfig{}
 	gate.At("").Inject(plain)
 	if c.GetCDIDevices()[0].GetName() != plain.GetCDIDevices()[0].GetName() {
@@ -131,44 +131,44 @@ func (p *fakeProcesses) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
 }
 
 // run starts the container's process. The caller holds f.mu.
-func (f *fakeRuntime) run(c *fakeContainer) error {
-	p := f.processes
+func (f *Runtime) run(c *Container) error {
+	p := f.Processes
 	read, write, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	script, dir := `echo begun >&3; exec 3>&-; exec sleep 100000`, ""
-	if nameOf(c.status) == p.mortal {
+	if NameOf(c.Status) == p.Mortal {
 		script = `echo begun >&3; exit 3`
 	}
 	switch {
-	case c.gate == nil || p.noHook:
-		if p.slowExec > 0 {
-			script = fmt.Sprintf(`sleep %f; `, p.slowExec.Seconds()) + script
+	case c.gate == nil || p.NoHook:
+		if p.SlowExec > 0 {
+			script = fmt.Sprintf(`sleep %f; `, p.SlowExec.Seconds()) + script
 		}
-	case p.lateHook:
+	case p.LateHook:
 		script = `sleep 100000; exit 1`
-	case p.deadHook:
+	case p.DeadHook:
 		script = `exit 1`
 	default:
 		dir = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), c.gate.Fd())
 		script = `"$0/hook" "$0/gate" || exit 1; ` + script
-		if p.slowExec > 0 {
+		if p.SlowExec > 0 {
 			script = fmt.Sprintf(
 				`"$0/hook" "$0/gate" || exit 1; sleep %f; echo begun >&3; exec 3>&-; exec sleep 100000`,
-				p.slowExec.Seconds())
+				p.SlowExec.Seconds())
 		}
 	}
-	q := &fakeProcess{cmd: exec.Command(p.init, "-c", script, dir), reaped: make(chan struct{}), pipe: read}
+	q := &Process{cmd: exec.Command(p.init, "-c", script, dir), reaped: make(chan struct{}), pipe: read}
 	q.cmd.ExtraFiles = []*os.File{write}
 	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // the hook ends with the container, as in a PID namespace
 	err = errors.Join(q.cmd.Start(), write.Close())
 	if err != nil {
 		return errors.Join(err, read.Close())
 	}
-	c.process = q
+	c.Process = q
 	p.all = append(p.all, q)
-	name := nameOf(c.status)
+	name := NameOf(c.Status)
 	q.heard.Go(func() { // ends with the process
 		if line, _ := bufio.NewReader(read).ReadString('\n'); line != "" {
 			f.begun(name, q)
@@ -178,29 +178,29 @@ func (f *fakeRuntime) run(c *fakeContainer) error {
 	q.heard.Go(func() { // ends with the process
 		_ = q.cmd.Wait() // killed or not
 		close(q.reaped)
-		f.mu.Lock()
-		defer f.mu.Unlock()
+		f.Mu.Lock()
+		defer f.Mu.Unlock()
 		if !q.stopping {
-			f.end(c, int32(q.cmd.ProcessState.ExitCode()), "Error")
+			f.End(c, int32(q.cmd.ProcessState.ExitCode()), "Error")
 		}
 	})
 	return nil
 }
 
 // begun notes that an application has begun.
-func (f *fakeRuntime) begun(name string, q *fakeProcess) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	p := f.processes
+func (f *Runtime) begun(name string, q *Process) {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	p := f.Processes
 	slot, _, _ := strings.Cut(name, "/")
 	if before := p.slots[slot]; before != nil && before != q && before.alive() {
-		p.overlaps = append(p.overlaps, name)
+		p.Overlaps = append(p.Overlaps, name)
 	}
 	p.slots[slot] = q
 }
 
 // kill ends the process, and the hook that it runs, and waits for them.
-func (q *fakeProcess) kill() {
+func (q *Process) kill() {
 	pid := q.cmd.Process.Pid
 	children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid)) // none of a process that is gone
 	_ = syscall.Kill(-pid, syscall.SIGKILL)                                        // it may have ended
@@ -212,7 +212,7 @@ func (q *fakeProcess) kill() {
 	}
 }
 
-func (q *fakeProcess) alive() bool { return alive(strconv.Itoa(q.cmd.Process.Pid)) }
+func (q *Process) alive() bool { return alive(strconv.Itoa(q.cmd.Process.Pid)) }
 
 // alive asks the kernel.
 func alive(pid string) bool {
@@ -224,11 +224,11 @@ func alive(pid string) bool {
 	return state != 'Z' && state != 'X'
 }
 
-func (q *fakeProcess) verbose(config *runtimeapi.ContainerConfig) map[string]string {
-	if q.silent {
+func (q *Process) verbose(config *runtimeapi.ContainerConfig) map[string]string {
+	if q.Silent {
 		return nil
 	}
-	handler := q.handler
+	handler := q.Handler
 	if handler == "" {
 		handler = crinode.RuncType
 	}
@@ -239,30 +239,30 @@ func (q *fakeProcess) verbose(config *runtimeapi.ContainerConfig) map[string]str
 	return map[string]string{"info": string(b)}
 }
 
-// owned is what ofContainer is for processes of containers.
-func (f *fakeRuntime) owned(pid int, container string) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if c := f.containers[container]; c != nil && c.process != nil && c.process.cmd.Process.Pid == pid {
+// Owned is what ofContainer is for processes of containers.
+func (f *Runtime) Owned(pid int, container string) error {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
+	if c := f.Containers[container]; c != nil && c.Process != nil && c.Process.cmd.Process.Pid == pid {
 		return nil
 	}
 	return fmt.Errorf("process %d is none of container %s", pid, container)
 }
 
-// living returns the containers whose processes are alive, with what they do.
-func (f *fakeRuntime) living() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+// Living returns the containers whose processes are alive, with what they do.
+func (f *Runtime) Living() string {
+	f.Mu.Lock()
+	defer f.Mu.Unlock()
 	var out []string
-	for _, c := range f.containers {
-		if c.process == nil || !c.process.alive() {
+	for _, c := range f.Containers {
+		if c.Process == nil || !c.Process.alive() {
 			continue
 		}
-		name := nameOf(c.status)
-		if gate.Waiting(c.process.cmd.Process.Pid) {
+		name := NameOf(c.Status)
+		if gate.Waiting(c.Process.cmd.Process.Pid) {
 			name += " waits"
 		}
 		out = append(out, name)
 	}
-	return joined(out)
+	return Joined(out)
 }

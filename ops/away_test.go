@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
 // A runtime that is away for a moment when a restart reads a container's state does not end the
@@ -24,8 +25,8 @@ func TestRuntimeAwayAtARead(t *testing.T) {
 		n := newNode(t, podOptions{})
 		n.runTidied()
 		var mu sync.Mutex
-		n.rt.set(func(f *fakeRuntime) {
-			f.before = func(call string) error {
+		n.rt.Set(func(f *fakenode.Runtime) {
+			f.Before = func(call string) error {
 				if !strings.HasPrefix(call, "ContainerStatus") {
 					return nil
 				}
@@ -43,7 +44,7 @@ func TestRuntimeAwayAtARead(t *testing.T) {
 		if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 			t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 		}
-		if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.sees() != want {
+		if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.sees() != want {
 			t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), want)
 		}
 		mu.Lock()
