@@ -279,7 +279,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 		{
 			name: "the start fails twice", script: func(f *fakenode.Runtime) { failStarts(f, 9) },
 			method: opsv1.MethodGate,
-			want: "FAILED, app FAILED StartFailed",
+			want:   "FAILED, app FAILED StartFailed",
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; " +
 				"StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
 		},
