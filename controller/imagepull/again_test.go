@@ -4,6 +4,7 @@
 package imagepull_test
 
 import (
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
 	jobspec "github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // A node joins at the moment at which a job begins again. The job chooses it.
@@ -62,6 +64,48 @@ func TestListWaitsForChildThatBeginsAgain(t *testing.T) {
 		}
 		if s := b.getList("list").Status; s.Completed != 0 || s.CompletionTime != nil {
 			t.Errorf("status %+v", s)
+		}
+	})
+}
+
+// A controller that starts does not report again the failures that another one has seen, and does
+// report those that follow. A pull that somebody has cancelled by hand stays cancelled.
+func TestFailuresAcrossRestart(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("first", &simNode{takes: time.Second, outcome: "Timeout"})
+		b.add("second", &simNode{takes: time.Hour})
+		b.add("third", &simNode{takes: time.Minute, outcome: "Timeout"})
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3)}})
+		b.until("at work", "job", time.Minute,
+			func(j *job) bool { return j.Status.Failed == 1 && b.fleet.flying("uid-job") == 2 })
+		uid := b.fleet.last("second").GetUid()
+		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "second"}, uid, "", "by hand"); err != nil {
+			t.Fatal(err)
+		}
+		b.until("half failed", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 2 })
+		b.restart()
+		j := b.until("completed", "job", 2*time.Minute, completed)
+		b.want(j, "True NodesFailed", "3/0/0/3")
+		told := b.told()
+		for name, n := range b.fleet.begun() {
+			if count := strings.Count(told, "PullImageFailed: node "+name); count != 1 || n != 1 {
+				t.Errorf("%s: %d pulls, %d events:\n%s", name, n, count, told)
+			}
+		}
+	})
+}
+
+// A node whose clock is far behind is not told to pull again and again.
+func TestNeverAndClockBehind(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("node", &simNode{takes: time.Second, ahead: -30 * time.Hour})
+		b.create("job", spec{ImagePullJobTemplate: template{
+			CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		b.until("done", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
+		time.Sleep(10 * time.Hour)
+		synctest.Wait()
+		if n := b.fleet.begun()["node"]; n != 1 {
+			t.Errorf("%d pulls", n)
 		}
 	})
 }

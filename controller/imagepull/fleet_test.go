@@ -50,6 +50,7 @@ type simNode struct {
 	silent  bool          // it does not answer
 	refused bool          // nothing listens
 	busy    int           // so many commands are refused
+	loses   int           // so many answers to commands to pull are lost
 	lacks   bool          // its pulls wait for credentials to be given again
 	full    string        // "" or why it pins nothing
 	fast    string        // "" or why it keeps no speed limit
@@ -131,6 +132,16 @@ func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode
 	return node, ctx.Err()
 }
 
+func (f *fleet) loses(node *simNode) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if node.loses == 0 {
+		return false
+	}
+	node.loses--
+	return true
+}
+
 // delay is how long a command takes.
 func (f *fleet) delay(node *simNode, pull bool) time.Duration {
 	f.mu.Lock()
@@ -180,6 +191,12 @@ func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*
 	node, err := f.node(ctx, n, "Pull")
 	if err != nil {
 		return nil, err
+	}
+	if f.loses(node) {
+		_, _ = f.pull(node, n, r)
+		sleep(ctx, 5*time.Second)
+		return nil, &nodes.Error{Node: n, Method: "Pull", Silent: true,
+			Err: status.Error(codes.DeadlineExceeded, "context deadline exceeded")}
 	}
 	return late(ctx, f, n, f.delay(node, true), func() (*opsv1.PullOperation, error) { return f.pull(node, n, r) })
 }

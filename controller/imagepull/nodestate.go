@@ -96,6 +96,14 @@ func (n *nodeState) reached() {
 	n.away, n.since, n.tries, n.untaken = command.Trouble{}, time.Time{}, 0, false
 }
 
+// answered notes that the node has answered a probe. A node that did not take a command has to do
+// that before it counts as reached.
+func (n *nodeState) answered() {
+	if n.away = (command.Trouble{}); !n.untaken {
+		n.reached()
+	}
+}
+
 // standing says how far a node is that is not done.
 func (n *nodeState) standing() string {
 	switch {

@@ -142,6 +142,22 @@ func TestSilentNodeGivesItsPlace(t *testing.T) {
 	}
 }
 
+// A node whose answer to the command is lost counts as pulling.
+func TestAnswerLost(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(3, time.Minute)
+		for name := range b.fleet.begun() {
+			b.fleet.change(name, func(n *simNode) { n.loses = 1 })
+		}
+		b.create("job", spec{})
+		j := b.until("completed", "job", 10*time.Minute, completed)
+		b.want(j, "True Succeeded", "3/0/3/0")
+		if peak := b.fleet.peak["uid-job"]; peak != 1 {
+			t.Errorf("%d nodes pulled at once", peak)
+		}
+	})
+}
+
 // A node that the job lets go while it is silent, and chooses again, keeps its pin: what told it to
 // forget the job ends.
 func TestChosenAgain(t *testing.T) {

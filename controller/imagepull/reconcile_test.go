@@ -433,6 +433,9 @@ func TestDeadline(t *testing.T) {
 			t.Errorf("status %+v", j.Status)
 		}
 		// The status says which nodes those are and how far they were.
+		if len(j.Status.SkippedNodes) != 0 {
+			t.Errorf("skipped nodes of a job that has ended: %+v", j.Status.SkippedNodes)
+		}
 		why := meta.FindStatusCondition(j.Status.Conditions, "Succeeded").Message
 		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 ||
 			strings.Join(r[0].Nodes, " ") != "away slow" ||

@@ -189,8 +189,15 @@ func (t *table) beginNext(n *nodeState, now time.Time) {
 	t.begin(n, now)
 }
 
-// fail gives a node up, with the reason in one word and the message for people.
+// fail gives a node up, with the reason in one word and the message for people, and reports that.
 func (t *table) fail(n *nodeState, reason, message string) {
+	t.giveUp(n, reason, message)
+	t.reported.failed(n.name(), reason, message)
+	t.log.WithFields(logrus.Fields{"node": n.name(), "reason": reason}).Warn("no image on the node: " + message)
+}
+
+// giveUp is fail for a node that was given up before: by another controller, which has reported it.
+func (t *table) giveUp(n *nodeState, reason, message string) {
 	if t.counts[failed] == 0 {
 		t.throttle.Urge()
 	}
@@ -198,8 +205,6 @@ func (t *table) fail(n *nodeState, reason, message string) {
 	mark(&n.lingering, &t.lingering, false)
 	t.setPhase(n, failed)
 	n.reason, n.message = reason, message
-	t.reported.failed(n.name(), reason, message)
-	t.log.WithFields(logrus.Fields{"node": n.name(), "reason": reason}).Warn("no image on the node: " + message)
 }
 
 // unreached notes that the node could not be commanded, and decides when to try again.
@@ -305,45 +310,43 @@ func (t *table) adopt(n *nodeState, f command.Found, now time.Time) {
 	case op == nil && f.Pinned:
 		t.succeed(n, nil, now)
 	case op == nil:
-		if n.away = (command.Trouble{}); !n.untaken { // else it has to take the command first
-			n.reached()
-		}
+		n.answered()
 		t.setPhase(n, pending)
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
-		t.succeed(n, op, now)
+		since := now
+		if finish := op.GetFinishTime().AsTime(); finish.Before(now) {
+			since = now.Add(finish.Sub(now)) // by the clock of now
+		}
+		t.succeed(n, op, since)
 	case op.GetFinishTime() == nil:
 		n.round = f.Round
 		t.begin(n, now)
 	// The clocks of the node and of the API server may differ. Begun is for a job that another
 	// controller goes on with.
 	case stale, op.GetFinishTime().AsTime().Before(t.spec.Begun),
-		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && pull.OverdueText(op) == "":
+		pull.CancelledByController(op) && pull.OverdueText(op) == "":
+		n.answered()
 		n.round++ // the job has begun again since
 		t.setPhase(n, pending)
 	default:
 		n.reached()
 		n.op = op
-		t.reported.count = maxFailureEvents // the controller that saw the failure has reported it
 		reason, message := op.GetReason(), op.GetMessage()
 		if text := pull.OverdueText(op); text != "" {
 			reason, message = pull.ReasonOverdue, text
 		}
-		t.fail(n, reason, message)
+		t.giveUp(n, reason, message)
 		n.retryAt = now.Add(retryMin)
 	}
 }
 
-// succeed notes that the node has the image.
-func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, now time.Time) {
+// succeed notes that the node has the image, since a time.
+func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, since time.Time) {
 	n.reached()
 	mark(&n.verifying, &t.verifying, false)
 	n.op, n.retries = op, 0
 	t.setFraction(n, 1)
 	t.setPhase(n, succeeded)
-	since := now
-	if finish := op.GetFinishTime(); finish != nil && finish.AsTime().Before(now) {
-		since = now.Add(finish.AsTime().Sub(now)) // by the clock of now
-	}
 	n.retryAt = since.Add(t.spec.RenewEvery())
 }
 
@@ -351,7 +354,7 @@ func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	switch {
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
-		t.succeed(n, op, now)
+		t.succeed(n, op, now) // and not when the node says: its clock may be behind
 	case pull.CancelledByController(op):
 		// This controller has cancelled it, for a change that another one has overtaken.
 		n.round++
@@ -394,6 +397,7 @@ func (t *table) yield(n *nodeState, err error, why command.Trouble, since, now t
 		if n.untaken = true; n.since.IsZero() {
 			n.since = since
 		}
+		mark(&n.lingering, &t.lingering, why.Lost)
 		t.setPhase(n, unknown)
 		t.unreached(n, why, now)
 	}

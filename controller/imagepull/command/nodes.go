@@ -52,6 +52,8 @@ type Trouble struct {
 	Reason, Message string
 	// Final says that trying again is of no use for now.
 	Final bool
+	// Lost says that the node did not answer, and may have taken the command.
+	Lost bool
 }
 
 // TroubleOf reads an error of [Client].
@@ -70,7 +72,7 @@ func TroubleOf(err error) Trouble {
 		t.Reason = ReasonNoProxy
 		t.Message = "nothing listens at " + nodeError.Node.Address + ": install cri-proxy on the node, or start it"
 	case nodeError.Silent:
-		t.Reason = reasonUnreachable
+		t.Reason, t.Lost = reasonUnreachable, true
 	case c == codes.Unimplemented:
 		t.Reason, t.Final = reasonOutdated, true
 	case c == codes.PermissionDenied || c == codes.Unauthenticated:

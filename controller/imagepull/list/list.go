@@ -351,6 +351,6 @@ func (r *Reconciler) wrote(object string) {
 
 func (r *Reconciler) event(list *v1beta1.ImageListPullJob, kind, reason, text string) {
 	if r.Recorder != nil {
-		r.Recorder.Eventf(list, nil, kind, reason, eventAction, "%s", text[:min(len(text), objects.NoteMax)])
+		r.Recorder.Eventf(list, nil, kind, reason, eventAction, "%s", objects.Clip(text, objects.NoteMax))
 	}
 }

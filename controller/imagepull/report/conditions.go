@@ -87,7 +87,7 @@ func End(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason string
 	default:
 		reason, message = Succeeded, fmt.Sprintf("all %d nodes have the image", s.Desired)
 	}
-	s.Active, s.Skipped, s.SlowestNodes = 0, 0, nil
+	s.Active, s.Skipped, s.SlowestNodes, s.SkippedNodes = 0, 0, nil, nil
 	succeeded := reason == Succeeded || reason == DeadlineExceeded && s.Failed == 0 && s.Desired > 0
 	SetCondition(s, v1beta1.ConditionComplete, true, reason, message)
 	SetCondition(s, v1beta1.ConditionSucceeded, succeeded, reason, message)
