@@ -43,10 +43,12 @@ type nodeState struct {
 	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
 	// before the node has been probed.
 	unverified bool
-	// lingering says that the node pulled when the job was changed, and may still be pulling what
-	// the job no longer wants. It counts as pulling until a probe has cancelled that, or the node
-	// has been silent for silenceTimeout.
+	// lingering says that the node may be pulling though it is not active: the job was changed, or
+	// the answer to the command is missing. It counts as pulling until a probe has been answered,
+	// or the node has been silent for silenceTimeout.
 	lingering bool
+	// adopted says that the node pulled already when the call to it began.
+	adopted bool
 	// staleFailures says that the failures which the node reports are from before the job began
 	// again.
 	staleFailures bool

@@ -158,6 +158,24 @@ func TestAnswerLost(t *testing.T) {
 	})
 }
 
+// A node that pulls, and refuses to be told to pull again, counts as pulling.
+func TestToldAgain(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(2, time.Minute)
+		b.create("job", spec{})
+		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
+		for name, n := range b.fleet.begun() {
+			b.fleet.change(name, func(node *simNode) { node.busy = n })
+		}
+		b.edit("job", func(j *job) { j.Spec.PullSecrets = []string{"key"} })
+		j := b.until("completed", "job", 10*time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if peak := b.fleet.peak["uid-job"]; peak != 1 {
+			t.Errorf("%d nodes pulled at once", peak)
+		}
+	})
+}
+
 // A node that the job lets go while it is silent, and chooses again, keeps its pin: what told it to
 // forget the job ends.
 func TestChosenAgain(t *testing.T) {

@@ -186,6 +186,7 @@ func (t *table) beginNext(n *nodeState, now time.Time) {
 		mark(&n.verifying, &t.verifying, n.phase == succeeded)
 		n.round++
 	}
+	n.adopted = false
 	t.begin(n, now)
 }
 
@@ -257,7 +258,8 @@ func (t *table) arrange(n *nodeState, now time.Time) {
 	t.schedule.remove(n)
 	switch {
 	case n.call != nil:
-	case n.phase == active: // a probe has found it so
+	case n.phase == active: // a probe has found it so, or its call was interrupted
+		n.adopted = true
 		t.schedule.adopted = append(t.schedule.adopted, n)
 	case n.phase == succeeded || n.gaveUp():
 		switch {
@@ -397,7 +399,7 @@ func (t *table) yield(n *nodeState, err error, why command.Trouble, since, now t
 		if n.untaken = true; n.since.IsZero() {
 			n.since = since
 		}
-		mark(&n.lingering, &t.lingering, why.Lost)
+		mark(&n.lingering, &t.lingering, why.Lost || n.adopted)
 		t.setPhase(n, unknown)
 		t.unreached(n, why, now)
 	}
