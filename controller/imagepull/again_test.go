@@ -4,6 +4,7 @@
 package imagepull_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -106,6 +107,25 @@ func TestNeverAndClockBehind(t *testing.T) {
 		synctest.Wait()
 		if n := b.fleet.begun()["node"]; n != 1 {
 			t.Errorf("%d pulls", n)
+		}
+	})
+}
+
+// Of each image that a job is about, ten failed nodes have an Event of their own.
+func TestFailureEventsOfEachImage(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("keeper", &simNode{takes: time.Hour})
+		for i := range 12 {
+			b.add(fmt.Sprintf("poor-%d", i), &simNode{takes: time.Second, outcome: "Timeout"})
+		}
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(13)}})
+		for _, want := range []int{10, 20} {
+			b.until("failed", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 12 })
+			if n := strings.Count(b.told(), "PullImageFailed"); n != want {
+				t.Errorf("%d events, want %d", n, want)
+			}
+			b.edit("job", func(j *job) { j.Spec.Image = "nginx:2" })
+			b.until("at work", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 0 })
 		}
 	})
 }

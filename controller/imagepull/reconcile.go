@@ -138,9 +138,9 @@ func (r *Reconciler) memoryOf(job *v1beta1.ImagePullJob) *memory {
 	return w
 }
 
-func (w *memory) close() {
-	if w != nil && w.state != nil {
-		w.state.close()
+func (m *memory) close() {
+	if m != nil && m.state != nil {
+		m.state.close()
 	}
 }
 

@@ -112,7 +112,7 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 	t.nodes, t.byName, t.older = nodes, byName, t.older || newWork
 	if newWork || newParams || newSecrets {
 		t.throttle.Reset()
-		t.reported.retries = nil
+		t.reported.retries, t.reported.count = nil, 0
 	}
 	t.arrangeAll(now)
 	return gone
