@@ -119,12 +119,12 @@ func TestFailureEventsOfEachImage(t *testing.T) {
 			b.add(fmt.Sprintf("poor-%d", i), &simNode{takes: time.Second, outcome: "Timeout"})
 		}
 		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(13)}})
-		for _, want := range []int{10, 20} {
+		for i, want := range []int{10, 20} {
 			b.until("failed", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 12 })
 			if n := strings.Count(b.told(), "PullImageFailed"); n != want {
 				t.Errorf("%d events, want %d", n, want)
 			}
-			b.edit("job", func(j *job) { j.Spec.Image = "nginx:2" })
+			b.edit("job", func(j *job) { j.Spec.Image = fmt.Sprint("nginx:", i) })
 			b.until("at work", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 0 })
 		}
 	})
