@@ -68,8 +68,9 @@ func newJobState(r *Reconciler, s *spec.Spec, m *memory, resume, again bool) *jo
 		table: newTable(s, r.Metrics, log, time.Now()),
 	}
 	j.table.older = resume
-	j.table.setSpec(s, resume, time.Now())
+	j.table.setSpec(s, resume)
 	j.takeBack()
+	j.table.arrangeAll(time.Now())
 	for _, n := range j.table.nodes {
 		n.staleFailures = again
 	}
@@ -78,8 +79,9 @@ func newJobState(r *Reconciler, s *spec.Spec, m *memory, resume, again bool) *jo
 
 // apply takes up a job and nodes that have changed.
 func (j *jobState) apply(s *spec.Spec, now time.Time) {
-	gone := j.table.setSpec(s, false, now)
+	gone := j.table.setSpec(s, false)
 	j.takeBack()
+	j.table.arrangeAll(now)
 	// A node that was deleted does not answer, and there is no harm in asking.
 	j.cleanUp(gone, true, opsv1.CancelCodeNotChosen, func() {})
 }

@@ -176,6 +176,26 @@ func TestToldAgain(t *testing.T) {
 	})
 }
 
+// The same holds for a node that the job lets go, and chooses again, while the node is not ready.
+func TestNodeThatIsNotReadyGivesItsPlace(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(2, time.Hour)
+		b.create("job", spec{ImagePullJobTemplate: template{Selector: names("node-0")}})
+		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
+		b.fleet.change("node-0", func(n *simNode) { n.silent = true })
+		b.node("node-0", ready("Unknown"))
+		b.edit("job", func(j *job) { j.Spec.Selector = names("none") })
+		time.Sleep(5 * time.Second)
+		b.edit("job", func(j *job) { j.Spec.Selector = names("node-0", "node-1") })
+		time.Sleep(silenceTimeout / 2)
+		synctest.Wait()
+		if n := len(b.fleet.pulling("node-1")); n != 0 {
+			t.Errorf("%d nodes pull beside the one that is silent", n)
+		}
+		b.until("on the other node", "job", silenceTimeout, func(*job) bool { return len(b.fleet.pulling("node-1")) == 1 })
+	})
+}
+
 // A node that the job lets go while it is silent, and chooses again, keeps its pin: what told it to
 // forget the job ends.
 func TestChosenAgain(t *testing.T) {

@@ -66,8 +66,8 @@ func newTable(s *spec.Spec, m *Metrics, log logrus.FieldLogger, now time.Time) *
 }
 
 // setSpec takes up a spec that may have changed, and returns the nodes that the job no longer
-// chooses. With unverified, new nodes may already be pulling.
-func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*nodeState) {
+// chooses. With unverified, new nodes may already be pulling. arrangeAll has to follow.
+func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
 	newWork, newParams, newSecrets := s.Work != t.spec.Work, s.Params != t.spec.Params, !s.SameSecrets(t.spec)
 	t.spec = s
 	nodes, byName := make(nodeStates, 0, len(s.Nodes)), make(map[string]*nodeState, len(s.Nodes))
@@ -114,7 +114,6 @@ func (t *table) setSpec(s *spec.Spec, unverified bool, now time.Time) (gone []*n
 		t.throttle.Reset()
 		t.reported.retries, t.reported.count = nil, 0
 	}
-	t.arrangeAll(now)
 	return gone
 }
 
