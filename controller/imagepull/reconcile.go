@@ -7,10 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -79,87 +77,6 @@ type Reconciler struct {
 
 	mu       sync.Mutex
 	memories map[types.NamespacedName]*memory
-}
-
-// memory is what the reconciler keeps of a job from one reconcile to the next. A controller that
-// starts finds it out again. One worker at a time reconciles a job.
-type memory struct {
-	uid   types.UID
-	state *jobState // nil when the job is not at work
-	inbox inbox
-	// cleanups are the nodes that are being told to forget the job, by name.
-	cleanups map[string]*cleanup
-	// matched says that no node or pod has changed since the spec of state was matched with the
-	// nodes.
-	matched atomic.Bool
-	written objects.Freshness
-	// cleanedUp is closed when the nodes have been told that the job is deleted; nil until the
-	// controller begins to tell them.
-	cleanedUp chan struct{}
-	// invalid is the mistake in the spec that an Event has reported.
-	invalid string
-}
-
-func (r *Reconciler) prepare() {
-	r.workers, r.memories = crew.New(r.Metrics.workers()), map[types.NamespacedName]*memory{}
-	r.tracker = nodes.NewPullTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.pulling})
-}
-
-// gather is how long to collect news of a job.
-func (r *Reconciler) gather(req reconcile.Request) time.Duration {
-	r.mu.Lock()
-	w := r.memories[req.NamespacedName]
-	r.mu.Unlock()
-	if w == nil {
-		return 0
-	}
-	return w.inbox.gather()
-}
-
-// rematch has the next reconcile of a job find out which nodes the job chooses.
-func (r *Reconciler) rematch(key types.NamespacedName) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if w := r.memories[key]; w != nil {
-		w.matched.Store(false)
-	}
-}
-
-func (r *Reconciler) memoryOf(job *v1beta1.ImagePullJob) *memory {
-	key := client.ObjectKeyFromObject(job)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	w := r.memories[key]
-	if w == nil || w.uid != job.UID {
-		w.close()
-		w = &memory{uid: job.UID}
-		r.memories[key] = w
-	}
-	return w
-}
-
-func (m *memory) close() {
-	if m != nil && m.state != nil {
-		m.state.close()
-	}
-}
-
-func (r *Reconciler) forget(key types.NamespacedName) {
-	r.mu.Lock()
-	w := r.memories[key]
-	delete(r.memories, key)
-	r.mu.Unlock()
-	w.close()
-}
-
-// forgetAll forgets all jobs and ends the calls to nodes: the jobs are somebody else's.
-func (r *Reconciler) forgetAll() {
-	r.mu.Lock()
-	keys := slices.Collect(maps.Keys(r.memories))
-	r.mu.Unlock()
-	for _, key := range keys {
-		r.forget(key)
-	}
 }
 
 // Reconcile takes one job as far as possible and says when to look again.
@@ -381,74 +298,6 @@ func (p *pass) status() *v1beta1.ImagePullJobStatus {
 	p.observe(next)
 	t.setRunning(next)
 	return next
-}
-
-// complete ends a job.
-func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, late bool) (time.Duration, error) {
-	j := p.memory.state
-	reason := report.End(next, late, p.now)
-	if late {
-		report.SetLateFailures(next, j.table.nodes.lateFailures())
-	}
-	if err := p.writeStatus(ctx, next); err != nil {
-		return 0, err
-	}
-	j.writeEvents(p.r.Recorder, p.job)
-	j.close()
-	if late {
-		j.cleanUpAll(false, opsv1.CancelCodeDeadline, func() {})
-	}
-	p.memory.state = nil
-	message := meta.FindStatusCondition(next.Conditions, v1beta1.ConditionComplete).Message
-	kind, what := corev1.EventTypeNormal, report.EventCompleted
-	if meta.IsStatusConditionFalse(next.Conditions, v1beta1.ConditionSucceeded) {
-		kind, what = corev1.EventTypeWarning, eventIncomplete
-	}
-	p.event(kind, what, message)
-	p.r.Metrics.completed(reason)
-	p.log.WithFields(logrus.Fields{"nodes": next.Desired, "failed": next.Failed, "reason": reason}).
-		Info("job completed")
-	return p.ended(ctx)
-}
-
-// ended takes the finalizers off a job that has ended, and deletes the job when
-// ttlSecondsAfterFinished has passed.
-func (p *pass) ended(ctx context.Context) (time.Duration, error) {
-	// If the controller were uninstalled, a finalizer would keep the job's namespace for ever, for
-	// the sake of pins that end by themselves.
-	if err := p.removeFinalizers(ctx); err != nil {
-		return 0, err
-	}
-	if p.job.Status.ObservedWork != "" { // else it was another controller's
-		next := p.job.Status.DeepCopy()
-		next.ObservedGeneration = p.job.Generation // what was changed since does not begin it again
-		if err := p.writeStatus(ctx, next); err != nil {
-			return 0, err
-		}
-	}
-	over := expiry(p.job)
-	if over.IsZero() {
-		return 0, nil
-	}
-	if wait := over.Sub(p.now); wait > 0 {
-		return wait, nil
-	}
-	p.log.Info("deleting the job: ttlSecondsAfterFinished has passed")
-	// A job that somebody has edited meanwhile may begin again.
-	err := p.r.Client.Delete(ctx, p.job, client.Preconditions{UID: &p.job.UID, ResourceVersion: &p.job.ResourceVersion})
-	if err == nil {
-		p.r.Metrics.Wrote("job")
-	}
-	return 0, client.IgnoreNotFound(err)
-}
-
-// expiry is when ttlSecondsAfterFinished of a job that has ended passes; zero: never.
-func expiry(job *v1beta1.ImagePullJob) time.Time {
-	ttl := job.Spec.CompletionPolicy.TTLSecondsAfterFinished
-	if ttl == nil {
-		return time.Time{}
-	}
-	return job.Status.CompletionTime.Add(time.Duration(*ttl) * time.Second)
 }
 
 // patch writes the change of metadata since before, if there is one, unless somebody else has

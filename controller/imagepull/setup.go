@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -21,7 +22,9 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
@@ -53,6 +56,12 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 			RateLimiter:             retry.RateLimiter(),
 		}).
 		Complete(apierror.Tell(r, newJob, m.GetClient(), r.Recorder))
+}
+
+// prepare makes what a reconcile needs.
+func (r *Reconciler) prepare() {
+	r.workers, r.memories = crew.New(r.Metrics.workers()), map[types.NamespacedName]*memory{}
+	r.tracker = nodes.NewPullTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.pulling})
 }
 
 // deletions see a job as it was when it was deleted.
