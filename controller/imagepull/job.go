@@ -11,16 +11,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // jobState is one job at work: the table of its nodes, and the calls to them. The job's reconcile
 // owns it; what the calls bring is in the inbox.
 type jobState struct {
-	workers *crew.Crew
+	workers *workerpool.Pool
 	tracker *nodes.Tracker[*opsv1.PullOperation]
 	log     logrus.FieldLogger
 	command *command.Client

@@ -25,7 +25,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/command"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
@@ -33,6 +32,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 const (
@@ -71,7 +71,7 @@ type Reconciler struct {
 	Gate *kruise.Gate
 
 	// workers carry out what outlasts a reconcile.
-	workers *crew.Crew
+	workers *workerpool.Pool
 	// tracker follows the pulls, and wakes the reconciler for a job.
 	tracker *nodes.Tracker[*opsv1.PullOperation]
 

@@ -22,10 +22,10 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // gatherInterval is how long events of nodes and pods are collected: they come in crowds.
@@ -60,7 +60,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 
 // prepare makes what a reconcile needs.
 func (r *Reconciler) prepare() {
-	r.workers, r.memories = crew.New(r.Metrics.workers()), map[types.NamespacedName]*memory{}
+	r.workers, r.memories = workerpool.New(r.Metrics.workers()), map[types.NamespacedName]*memory{}
 	r.tracker = nodes.NewPullTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.pulling})
 }
 

@@ -22,8 +22,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 const (
@@ -99,7 +99,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return r.again(strangerEvery), nil
 	}
 	var info *opsv1.NodeInfoResponse
-	crew.Away(ctx, func() { info, err = r.Nodes.NodeInfo(ctx, where) })
+	workerpool.Away(ctx, func() { info, err = r.Nodes.NodeInfo(ctx, where) })
 	if ctx.Err() != nil {
 		return reconcile.Result{}, ctx.Err()
 	}

@@ -18,8 +18,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 const (
@@ -33,11 +33,11 @@ const (
 
 // SetupWithManager adds the reconciler to a manager: it then asks each node, again and again.
 func (r *Reconciler) SetupWithManager(m manager.Manager) error {
-	hands := crew.New(nil)
-	if err := m.Add(hands); err != nil {
+	pool := workerpool.New(nil)
+	if err := m.Add(pool); err != nil {
 		return err
 	}
-	spread := crew.NewSpread(r, hands, workers)
+	spread := workerpool.NewSpread(r, pool, workers)
 	return builder.ControllerManagedBy(m).
 		Named("nodecondition").
 		Watches(&corev1.Node{}, r.changes()).

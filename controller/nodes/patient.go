@@ -9,7 +9,7 @@ import (
 	"sync"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // maxSuspects bounds how many silent nodes [Patient] remembers. A node that it forgets is called
@@ -77,7 +77,7 @@ func patiently[T any](ctx context.Context, p *Patient, n Node, call func() (T, e
 	if err := p.begin(n); err != nil {
 		return answer, err
 	}
-	crew.Away(ctx, func() { answer, err = call() })
+	workerpool.Away(ctx, func() { answer, err = call() })
 	p.end(ctx, n, err)
 	return answer, err
 }

@@ -23,9 +23,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // hanging answers for one node; the others swallow every call, as one does whose kernel hangs, and
@@ -129,8 +129,8 @@ func TestHungNodes(t *testing.T) {
 	// Without a recorder: the bed's holds 1,000 events, and then whoever writes one waits for ever.
 	r := &recreate.Reconciler{Client: b.client, APIReader: b.client, Nodes: nodes.NewPatient(h), Log: log}
 	tracker := r.Prepare(h, 16)
-	hands := crew.New(nil)
-	spread := crew.NewSpread(r, hands, workers)
+	pool := workerpool.New(nil)
+	spread := workerpool.NewSpread(r, pool, workers)
 	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](
 		50*time.Millisecond, 30*time.Second))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -138,7 +138,7 @@ func TestHungNodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = hands.Start(ctx) })
+	wg.Go(func() { _ = pool.Start(ctx) })
 	wg.Go(func() { _ = tracker.Start(ctx) })
 	for range workers {
 		wg.Go(func() {

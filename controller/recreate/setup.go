@@ -20,9 +20,9 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // maxWatches bounds the streams to nodes. The reconciler polls the operations beyond it.
@@ -36,12 +36,12 @@ const podNameIndex = "spec.podName"
 func (r *Reconciler) SetupWithManager(ctx context.Context, m manager.Manager, workers int) error {
 	r.tracker = r.newTracker(r.Nodes, maxWatches)
 	r.Nodes = nodes.NewPatient(r.Nodes) // not for the tracker: a stream is how a silent node is found to be back
-	hands := crew.New(nil)
-	if err := m.Add(hands); err != nil {
+	pool := workerpool.New(nil)
+	if err := m.Add(pool); err != nil {
 		return err
 	}
 	newRequest := func() client.Object { return &appsv1alpha1.ContainerRecreateRequest{} }
-	spread := crew.NewSpread(apierror.Tell(r, newRequest, m.GetClient(), r.Recorder), hands, workers)
+	spread := workerpool.NewSpread(apierror.Tell(r, newRequest, m.GetClient(), r.Recorder), pool, workers)
 	r.Gate.OnClose(r.standDown)
 	if err := m.Add(r.tracker); err != nil {
 		return err

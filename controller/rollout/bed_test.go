@@ -362,8 +362,8 @@ func (b *bed) start() {
 		b.work(ctx, &wg, q, &follow.Reconciler{Client: c, Recorder: b, Log: log, Kind: kind})
 	}
 	b.work(ctx, &wg, b.gates, &gates.Reconciler{Client: c, APIReader: b.api, Log: log})
-	crew, tracker := b.r.crew, b.r.tracker
-	wg.Go(func() { _ = crew.Start(ctx) })
+	pool, tracker := b.r.workers, b.r.tracker
+	wg.Go(func() { _ = pool.Start(ctx) })
 	if err := tracker.Source().Start(ctx, b.queue); err != nil {
 		b.t.Fatal(err)
 	}

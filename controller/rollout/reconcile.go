@@ -24,7 +24,6 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
@@ -36,6 +35,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts,verbs=get;list;watch;create;patch;delete
@@ -71,7 +71,7 @@ type Reconciler struct {
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew    *crew.Crew
+	workers *workerpool.Pool
 	driver  *nodeops.Driver
 	tracker *nodes.Tracker[*opsv1.Operation]
 
@@ -82,8 +82,8 @@ type Reconciler struct {
 }
 
 func (r *Reconciler) prepare() {
-	r.crew, r.works = crew.New(r.Metrics.Crew()), map[types.NamespacedName]*work{}
-	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew,
+	r.workers, r.works = workerpool.New(r.Metrics.Workers()), map[types.NamespacedName]*work{}
+	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Workers: r.workers,
 		Port: cmp.Or(r.NodePort, nodes.DefaultPort)}
 	r.tracker = nodes.NewTracker(r.Nodes, nodes.TrackerOptions{Gather: r.gather, Following: r.Metrics.Following})
 }

@@ -54,7 +54,7 @@ func (w *work) gather() time.Duration {
 // and talks to nodes, with the given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
-	if err := m.Add(r.crew); err != nil {
+	if err := m.Add(r.workers); err != nil {
 		return err
 	}
 	if err := m.Add(r.tracker); err != nil {

@@ -17,7 +17,6 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
@@ -28,6 +27,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/workerpool"
 )
 
 // Driver commands nodes for the pods of rollouts.
@@ -35,9 +35,9 @@ type Driver struct {
 	Nodes Nodes
 	// Client reads from the cache and asks the API server. Live reads past the cache, which has no
 	// secrets.
-	Client client.Client
-	Live   client.Reader
-	Crew   *crew.Crew
+	Client  client.Client
+	Live    client.Reader
+	Workers *workerpool.Pool
 	// Port is for nodes without an address of their own in an annotation.
 	Port int
 }
@@ -211,7 +211,7 @@ func (d *Driver) orFind(
 
 // takeBack tells a node to take back an upgrade.
 func (d *Driver) takeBack(node nodes.Node, uid, why string) {
-	d.Crew.Do(func(ctx context.Context) {
+	d.Workers.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := d.Nodes.AbortUpgrade(ctx, node, uid, why)
 			if t := troubleOf(err); err == nil || t.final || t.stale || !retry.Sleep(ctx, backOff(tries)) {

@@ -67,7 +67,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 		close(done)
 		return done
 	}
-	s.Driver.Crew.Do(func(ctx context.Context) {
+	s.Driver.Workers.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
 		defer cancel()
 		for tries := 0; len(left) > 0 && (tries == 0 || retry.Sleep(ctx, backOff(tries-1))); tries++ {

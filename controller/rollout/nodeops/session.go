@@ -160,7 +160,7 @@ func (s *Session) Commit(i *Item) {
 	w.mu.Unlock()
 	answers := i.Ops.AnswersOf(w)
 	images, change := answers.All(i.Status.Images), s.Change(i, t.uid, answers)
-	s.Driver.Crew.Do(func(ctx context.Context) {
+	s.Driver.Workers.Do(func(ctx context.Context) {
 		if w.commitUntil(ctx, t, func(ctx context.Context) (*opsv1.Operation, error) {
 			if err := s.Driver.recheck(ctx, i, change, answers); err != nil {
 				return nil, err

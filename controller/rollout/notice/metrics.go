@@ -69,8 +69,8 @@ func (m *Metrics) Following(n int) {
 	}
 }
 
-// Crew is for who talks to nodes.
-func (m *Metrics) Crew() prometheus.Gauge {
+// Workers counts the goroutines that wait for nodes.
+func (m *Metrics) Workers() prometheus.Gauge {
 	if m == nil {
 		return nil
 	}

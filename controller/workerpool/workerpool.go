@@ -1,8 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package crew owns goroutines that outlive the reconcile which started them.
-package crew
+// Package workerpool owns goroutines that outlive the reconcile which started them.
+package workerpool
 
 import (
 	"context"
@@ -11,36 +11,36 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Crew owns goroutines. It is a manager.Runnable.
-type Crew struct {
+// Pool owns goroutines. It is a manager.Runnable.
+type Pool struct {
 	work    chan func(context.Context)
 	ended   chan struct{}
 	working prometheus.Gauge
 }
 
-// New returns a crew whose goroutines begin with Start. working counts the goroutines; it may be
+// New returns a pool whose goroutines begin with Start. working counts the goroutines; it may be
 // nil.
-func New(working prometheus.Gauge) *Crew {
+func New(working prometheus.Gauge) *Pool {
 	if working == nil {
 		working = prometheus.NewGauge(prometheus.GaugeOpts{Name: "unregistered"})
 	}
-	return &Crew{work: make(chan func(context.Context)), ended: make(chan struct{}), working: working}
+	return &Pool{work: make(chan func(context.Context)), ended: make(chan struct{}), working: working}
 }
 
 // Start runs the functions given to Do, until ctx is done and all of them have returned. It returns
 // nil.
-func (c *Crew) Start(ctx context.Context) error {
+func (p *Pool) Start(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer close(c.ended)
+	defer close(p.ended)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case f := <-c.work:
-			c.working.Inc()
+		case f := <-p.work:
+			p.working.Inc()
 			wg.Go(func() {
-				defer c.working.Dec()
+				defer p.working.Dec()
 				f(ctx)
 			})
 		}
@@ -48,9 +48,9 @@ func (c *Crew) Start(ctx context.Context) error {
 }
 
 // Do runs f in a goroutine as soon as Start runs. After Start has returned, Do drops f.
-func (c *Crew) Do(f func(context.Context)) {
+func (p *Pool) Do(f func(context.Context)) {
 	select {
-	case c.work <- f:
-	case <-c.ended:
+	case p.work <- f:
+	case <-p.ended:
 	}
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package crew
+package workerpool
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 // has happened meanwhile.
 type Spread struct {
 	inner reconcile.Reconciler
-	crew  *Crew
+	pool  *Pool
 	slots chan struct{}
 
 	mu    sync.Mutex
@@ -33,10 +33,10 @@ type spreadRun struct {
 	err         error
 }
 
-// NewSpread returns a Spread around inner. The crew must be started, and [Spread.Start] must be a
+// NewSpread returns a Spread around inner. The pool must be started, and [Spread.Start] must be a
 // source of the controller.
-func NewSpread(inner reconcile.Reconciler, c *Crew, atOnce int) *Spread {
-	return &Spread{inner: inner, crew: c, slots: make(chan struct{}, atOnce), runs: map[reconcile.Request]*spreadRun{}}
+func NewSpread(inner reconcile.Reconciler, p *Pool, atOnce int) *Spread {
+	return &Spread{inner: inner, pool: p, slots: make(chan struct{}, atOnce), runs: map[reconcile.Request]*spreadRun{}}
 }
 
 // Start implements source.Source: it delivers results through the controller's queue.
@@ -65,7 +65,7 @@ func (s *Spread) Reconcile(_ context.Context, req reconcile.Request) (reconcile.
 	run = &spreadRun{}
 	s.runs[req] = run
 	s.mu.Unlock()
-	s.crew.Do(func(ctx context.Context) { s.carryOut(ctx, req, run) })
+	s.pool.Do(func(ctx context.Context) { s.carryOut(ctx, req, run) })
 	return reconcile.Result{}, nil
 }
 
