@@ -192,7 +192,9 @@ func TestNodeThatIsNotReadyGivesItsPlace(t *testing.T) {
 		if n := len(b.fleet.pulling("node-1")); n != 0 {
 			t.Errorf("%d nodes pull beside the one that is silent", n)
 		}
-		b.until("on the other node", "job", silenceTimeout, func(*job) bool { return len(b.fleet.pulling("node-1")) == 1 })
+		b.until("on the other node", "job", silenceTimeout, func(*job) bool {
+			return len(b.fleet.pulling("node-1")) == 1
+		})
 	})
 }
 
