@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -70,11 +69,7 @@ func start(t *testing.T, controller bool) *cluster {
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(scratch)) })
 	program := filepath.Join(scratch, "cri-proxy")
-	build := exec.CommandContext(t.Context(), "go", "build", "-race", "-tags", "failpoint", "-o", program,
-		"github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("building cri-proxy: %v\n%s", err, out)
-	}
+	must(t, testbed.BuildWithFailpoints(t.Context(), program))
 	c := &cluster{scratch: scratch, controller: controller, calls: &callLog{path: filepath.Join(scratch, "calls.json")}}
 	c.bed, err = testbed.Start(t.Context(), testbed.Options{
 		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: t.Failed,
