@@ -262,10 +262,13 @@ func (c component) build(ctx context.Context, module, store, goVersion string, l
 	}
 	key = append(key, fmt.Sprintf("%v", c), goVersion)
 	dir := filepath.Join(store, c.dir+"-"+hash(key...))
+	if err := c.removeUnfinished(store); err != nil {
+		return "", fmt.Errorf("component %s: %w", c.dir, err)
+	}
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	unlock, err := lockFile(ctx, filepath.Join(store, "."+c.dir+".lock"))
+	unlock, err := lockFile(ctx, c.lock(store))
 	if err != nil {
 		return "", err
 	}
@@ -273,7 +276,7 @@ func (c component) build(ctx context.Context, module, store, goVersion string, l
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil // built while we waited
 	}
-	tmp, err := os.MkdirTemp(store, ".tmp-"+c.dir+"-")
+	tmp, err := os.MkdirTemp(store, c.unfinished())
 	if err != nil {
 		return "", err
 	}
@@ -311,11 +314,12 @@ func (c component) compile(ctx context.Context, module, out, pkg string, subcomm
 	if c.tags != "" {
 		args = append(args, "-tags", c.tags)
 	}
-	cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
-	cmd.Dir = module
-	// GOFLAGS of the caller must not touch the checked-in module files.
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly -buildvcs=false", "GOWORK=off", "CGO_ENABLED=1")
-	if msg, err := cmd.CombinedOutput(); err != nil {
+	// GOFLAGS of the caller must not touch the checked-in module files. The working directory of a
+	// build that is killed is removed with the directory of its programs.
+	env := []string{
+		"GOFLAGS=-mod=readonly -buildvcs=false", "GOWORK=off", "CGO_ENABLED=1", "GOTMPDIR=" + filepath.Dir(out),
+	}
+	if msg, err := goCommand(ctx, module, env, append(args, pkg)...); err != nil {
 		return fmt.Errorf("build %s of component %s: %w\n%s", filepath.Base(out), c.dir, err, msg)
 	}
 	return nil
@@ -417,9 +421,7 @@ func buildProduct(ctx context.Context, source, command, dst string, flags ...str
 	defer unlock()
 	args := slices.Concat([]string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}, flags,
 		[]string{"./cmd/" + command})
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = source
-	if out, err := cmd.CombinedOutput(); err != nil {
+	if out, err := goCommand(ctx, source, nil, args...); err != nil {
 		return fmt.Errorf("build %s from %s: %w\n%s", command, source, err, out)
 	}
 	return copyFile(filepath.Join(dir, command), dst)

@@ -215,11 +215,9 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 
 func (m *imageMaker) compile(ctx context.Context, name, version string) ([]byte, error) {
 	out := filepath.Join(m.work, name)
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-ldflags", "-s -w -X main.version="+version,
-		"-o", out, "./test/images/"+name)
-	cmd.Dir = m.source
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if msg, err := cmd.CombinedOutput(); err != nil {
+	msg, err := goCommand(ctx, m.source, []string{"CGO_ENABLED=0"}, "build", "-buildvcs=false",
+		"-ldflags", "-s -w -X main.version="+version, "-o", out, "./test/images/"+name)
+	if err != nil {
 		return nil, fmt.Errorf("build %s: %w\n%s", name, err, msg)
 	}
 	return os.ReadFile(out)

@@ -12,8 +12,12 @@ import (
 	"go.uber.org/goleak"
 )
 
-// helperEnv makes the test binary start a bed and wait to be killed, see TestSweepAfterKill.
-const helperEnv = "TESTBED_HELPER"
+// helperEnv makes the test binary do something and wait to be killed: start a bed, see
+// TestSweepAfterKill, or with the value helperGo run the go command.
+const (
+	helperEnv = "TESTBED_HELPER"
+	helperGo  = "go"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(helperEnv) != "" {
@@ -26,9 +30,13 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// helper starts a bed with a running pod and prints its ID.
+// helper runs the go command, or starts a bed with a running pod and prints its ID.
 func helper() error {
 	ctx := context.Background()
+	if os.Getenv(helperEnv) == helperGo {
+		_, err := goCommand(ctx, "", nil, "build")
+		return err
+	}
 	b, err := Start(ctx, Options{Mode: ModeNode, Direct: true, Log: os.Stderr})
 	if err != nil {
 		return err
