@@ -12,6 +12,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -36,7 +38,7 @@ type bubble struct {
 type bubbleNode struct {
 	t      *testing.T
 	rt     *fakenode.Runtime
-	engine *Engine
+	engine *engine
 }
 
 func newBubble(t *testing.T) *bubble { return &bubble{t: t, annotations: map[string]string{}} }
@@ -48,7 +50,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		log.SetOutput(io.Discard)
 		n := &bubbleNode{t: t, rt: fakenode.New()}
 		var err error
-		n.engine, err = Open(t.Context(), Options{StateDir: dir, Conn: fakenode.Direct(n.rt), View: view.New(),
+		n.engine, err = open(Options{StateDir: dir, Conn: fakenode.Direct(n.rt), View: view.New(),
 			Log: log, LegacyLogDir: dir})
 		if err != nil {
 			t.Fatal(err)
@@ -97,7 +99,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 // restart restarts app and returns the operation once it has ended.
 func (n *bubbleNode) restart(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.Operation {
 	n.t.Helper()
-	o, err := n.engine.submit(restartRequest(uid, edit...), nil, podRef())
+	o, err := n.engine.Submit(operation.RestartCommand(restartRequest(uid, edit...), nil), podRef())
 	if err != nil {
 		n.t.Fatal(err)
 	}

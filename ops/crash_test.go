@@ -18,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
 
@@ -303,12 +304,12 @@ func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node
 	if s.edit != nil {
 		s.edit(req)
 	}
-	pod, err := n.api.precheck(t.Context(), req) // what Restart does, without its calls being counted
+	pod, err := n.api.Precheck(t.Context(), req) // what Restart does, without its calls being counted
 	n.must(err)
 	mu.Lock()
 	accepted = true
 	mu.Unlock()
-	_, err = n.engine.submit(req, nil, pod)
+	_, err = n.engine.Submit(operation.RestartCommand(req, nil), pod)
 	n.must(err)
 	return n
 }
@@ -422,7 +423,7 @@ func (s scenario) comesTo(t *testing.T, n *node, crashed <-chan struct{}) bool {
 	t.Helper()
 	late := time.NewTimer(waitLong)
 	defer late.Stop()
-	o := n.engine.operations.lookup("op")
+	o := n.engine.Lookup("op")
 	for {
 		op, changed := o.Watch()
 		if op.GetFinishTime() != nil {

@@ -67,81 +67,77 @@ type Engine struct {
 	log        logrus.FieldLogger
 	metrics    *metrics
 	tracer     trace.Tracer // nil: off
-
-	// lateCreate is [crinode.LateCreate], but for tests that count calls.
-	lateCreate time.Duration
 }
 
-// Open reads the journal in the state directory and makes the view show what
-// unfinished operations need, without asking the runtime: kubelet may be served as soon as it
-// returns. [Engine.Run] finishes those operations.
-//
-// Errors: state directory not writable, held by another process, or unreadable.
+// Open is [OpenNode] and [New].
 func Open(_ context.Context, o Options) (*Engine, error) {
-	o.Log = o.Log.WithField("component", "ops")
-	disk, err := openStore(o.StateDir, o.Log)
+	node, disk, err := OpenNode(o)
 	if err != nil {
 		return nil, err
 	}
-	all := newOperations(disk, o.Log)
-	node := nodeOf(o, disk, all.active)
+	return New(node, disk, o)
+}
+
+// OpenNode opens the files in the state directory, and returns them with what operations share.
+//
+// Errors: state directory not writable, held by another process, or unreadable.
+func OpenNode(o Options) (*swap.Node, *store.Store, error) {
+	log := o.Log.WithField("component", "ops")
+	journal, err := store.OpenJournal(o.StateDir, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	records, err := store.OpenRecords(o.StateDir, log)
+	if err != nil {
+		return nil, nil, errors.Join(err, journal.Close())
+	}
+	conn := crinode.Bound(o.Conn)
+	rt, images := runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
+	overrides, err := store.OpenOverrides(journal, images, log)
+	if err != nil {
+		return nil, nil, errors.Join(err, records.Close(), journal.Close())
+	}
+	node := &swap.Node{
+		Client: &crinode.Client{Runtime: rt, Log: log},
+		View:   o.View, Records: records, Overrides: overrides, Hooks: hooks.NewRunner(rt), Pods: o.Pods,
+		Switchover: switchover.NewProber(switchover.Options{
+			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
+		}),
+		Waiters: operation.NewWaiters(), Tokens: lost.NewTokens(), LateCreate: crinode.LateCreate,
+		LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
+	}
+	node.Images = &imagechange.Node{
+		Runtime: node.Client, Service: images, Puller: o.Images, Overrides: overrides, RequestOf: node.RequestOf,
+	}
+	node.Rooms = &room.Node{Runtime: node.Client, Switchover: node.Switchover}
+	node.Lost = lost.New(lost.Options{
+		Node: node.Client, View: o.View, Records: records, Switchover: node.Switchover, Tokens: node.Tokens,
+		Pods: o.Pods, LogLinks: node.LogLinks, Log: log,
+	})
+	return node, &store.Store{Journal: journal, Records: records, Overrides: overrides, Boot: store.BootID()}, nil
+}
+
+// New reads the journal and makes the view show what unfinished operations need, without asking the
+// runtime: kubelet may be served as soon as it returns. [Engine.Run] finishes those operations. The
+// engine owns the files: New closes them if it returns an error.
+func New(node *swap.Node, disk *store.Store, o Options) (*Engine, error) {
+	all := newOperations(disk, node.Log)
+	node.Active, node.Rooms.Active = all.active, all.active
 	e := &Engine{
-		node: node, disk: disk, operations: all, tidier: &tidier{node: node, log: o.Log}, log: o.Log,
-		tracer: o.Tracer, lateCreate: crinode.LateCreate,
+		node: node, disk: disk, operations: all, tidier: &tidier{node: node, log: node.Log}, log: node.Log,
+		tracer: o.Tracer,
 	}
-	disk.Records.EachStarted(o.View.SetStarted)
-	disk.Records.EachHeld(o.View.HoldProbesUntil)
-	o.View.Guard()
-	node.Overrides, err = store.OpenOverrides(disk.Journal, node.Images.Service, o.Log)
-	if err == nil {
-		disk.Overrides, node.Images.Overrides = node.Overrides, node.Overrides
-		e.metrics, err = newMetrics(o.Registerer, e)
-	}
-	if err == nil {
-		err = (&recovery{node: node, disk: disk, log: o.Log, operations: all}).recover()
+	disk.Records.EachStarted(node.View.SetStarted)
+	disk.Records.EachHeld(node.View.HoldProbesUntil)
+	node.View.Guard()
+	var err error
+	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
+		err = (&recovery{node: node, disk: disk, log: node.Log, operations: all}).recover()
 	}
 	if err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
 	return e, nil
-}
-
-// openStore opens the files in the state directory. The overrides, which the journal has, are still
-// to be opened.
-func openStore(dir string, log logrus.FieldLogger) (*store.Store, error) {
-	journal, err := store.OpenJournal(dir, log)
-	if err != nil {
-		return nil, err
-	}
-	records, err := store.OpenRecords(dir, log)
-	if err != nil {
-		return nil, errors.Join(err, journal.Close())
-	}
-	return &store.Store{Journal: journal, Records: records, Boot: store.BootID()}, nil
-}
-
-// nodeOf returns what operations share. It has no overrides yet.
-func nodeOf(o Options, disk *store.Store, active func() []*operation.Operation) *swap.Node {
-	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
-	node := &swap.Node{
-		Client: &crinode.Client{Runtime: rt, Log: o.Log},
-		View:   o.View, Records: disk.Records, Hooks: hooks.NewRunner(rt), Pods: o.Pods,
-		Switchover: switchover.NewProber(switchover.Options{
-			StateDir: o.StateDir, Runtime: rt, Log: o.Log, Best: o.Method, CDISpecDir: o.CDISpecDir,
-		}),
-		Waiters: operation.NewWaiters(), Tokens: lost.NewTokens(), Active: active,
-		LogLinks: cmp.Or(o.LegacyLogDir, "/var/log/containers"),
-	}
-	node.Images = &imagechange.Node{
-		Runtime: node.Client, Service: runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)), Puller: o.Images,
-		RequestOf: node.RequestOf,
-	}
-	node.Rooms = &room.Node{Runtime: node.Client, Switchover: node.Switchover, Active: active}
-	node.Lost = lost.New(lost.Options{
-		Node: node.Client, View: o.View, Records: disk.Records, Switchover: node.Switchover, Tokens: node.Tokens,
-		Pods: o.Pods, LogLinks: node.LogLinks, Log: o.Log,
-	})
-	return node
 }
 
 // Judge implements [interceptors.Judge].
@@ -190,7 +186,7 @@ func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 		e.node.Switchover.Probe(ctx)
 		e.tidier.tidy(ctx, wg)
 	}
-	if crinode.Sleep(ctx, e.lateCreate) == nil && e.tidier.tidy(ctx, wg) {
+	if crinode.Sleep(ctx, e.node.LateCreate) == nil && e.tidier.tidy(ctx, wg) {
 		e.node.View.Unguard()
 	}
 	e.node.Tokens.Close()

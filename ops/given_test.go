@@ -37,7 +37,7 @@ func TestEnvironmentsAreBounded(t *testing.T) {
 		{name: "too many", given: many(7, 2<<20-100), says: "one command"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := validateEnvironments(tc.given)
+			err := ValidateEnvironments(tc.given)
 			if (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("got %v", err)
 			}

@@ -82,7 +82,7 @@ func TestRestartGoesFirst(t *testing.T) {
 			n.prepared("up", first(func(c *opsv1.ContainerUpgrade) { c.Name, c.Image = "web", "web:v2" }))
 			n.restarts("person")
 			n.until("person", opsv1.Phase_PHASE_SUCCEEDED)
-			if op := n.engine.operations.lookup("up").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PREPARED {
+			if op := n.engine.Lookup("up").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PREPARED {
 				t.Errorf("the upgrade is %s", op.GetPhase())
 			}
 		})
@@ -92,7 +92,7 @@ func TestRestartGoesFirst(t *testing.T) {
 			n.armed("up")
 			n.restarts("person")
 			synctest.Wait()
-			if op := n.engine.operations.lookup("person").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
+			if op := n.engine.Lookup("person").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
 				t.Errorf("the restart is %s", op.GetPhase())
 			}
 			n.patched = true

@@ -49,10 +49,10 @@ func TestOperationsStayFew(t *testing.T) {
 			}
 			previous = op.GetContainers()[0].GetIncumbentId()
 		}
-		if got := len(n.engine.operations.list()); got > maxFinished+1 {
-			t.Errorf("%d operations are kept, at most %d finished ones should be", got, maxFinished)
+		if got := len(n.engine.List()); got > MaxFinished+1 {
+			t.Errorf("%d operations are kept, at most %d finished ones should be", got, MaxFinished)
 		}
-		if n.engine.operations.lookup(uidOf(0)) != nil || n.engine.operations.lookup("op-0") == nil {
+		if n.engine.Lookup(uidOf(0)) != nil || n.engine.Lookup("op-0") == nil {
 			t.Error("the oldest is kept, or a new one is not")
 		}
 		if got := n.engine.node.Records.Len(); got != 2 {
@@ -72,12 +72,12 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		time.Sleep(keepFinished)
-		if n.engine.operations.lookup("op") == nil {
+		time.Sleep(KeepFinished)
+		if n.engine.Lookup("op") == nil {
 			t.Error("forgotten before its time")
 		}
-		time.Sleep(forgetEvery + time.Second)
-		if n.engine.operations.lookup("op") != nil {
+		time.Sleep(ForgetEvery + time.Second)
+		if n.engine.Lookup("op") != nil {
 			t.Error("the operation is kept")
 		}
 		if got := n.engine.node.Records.Len(); got != 0 {
@@ -94,7 +94,7 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 
 // A journal that is full stays as large as it is: new operations take the room of old ones.
 func TestJournalStaysSmall(t *testing.T) {
-	const total = maxFinished + 1000
+	const total = MaxFinished + 1000
 	dir := t.TempDir()
 	j, err := store.OpenJournal(dir, logrus.New())
 	if err != nil {
@@ -108,7 +108,7 @@ func TestJournalStaysSmall(t *testing.T) {
 		if err := j.Put(uidOf(i), r, nil); err != nil {
 			t.Fatal(err)
 		}
-		if old := i - maxFinished; old > 0 {
+		if old := i - MaxFinished; old > 0 {
 			if err := j.Remove([]string{uidOf(old)}); err != nil {
 				t.Fatal(err)
 			}
@@ -118,7 +118,7 @@ func TestJournalStaysSmall(t *testing.T) {
 		}
 	}
 	t.Logf("journal.db by operations: %v", sizes)
-	if sizes[total] > sizes[maxFinished] || sizes[total] > 16<<20 {
+	if sizes[total] > sizes[MaxFinished] || sizes[total] > 16<<20 {
 		t.Errorf("journal.db by operations: %v", sizes)
 	}
 }
@@ -177,11 +177,11 @@ func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 }
 
 // fullEngine is an engine that keeps as many finished operations as it may.
-func fullEngine(b *testing.B, dir string) *Engine {
+func fullEngine(b *testing.B, dir string) *engine {
 	b.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	e, err := Open(b.Context(), Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(),
+	e, err := open(Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(),
 		Log: log, LegacyLogDir: b.TempDir()})
 	if err != nil {
 		b.Fatal(err)
@@ -193,16 +193,14 @@ func fullEngine(b *testing.B, dir string) *Engine {
 }
 
 // fill gives the engine as many finished operations as it may keep, the oldest first.
-func (e *Engine) fill(t testing.TB) {
+func (e *engine) fill(t testing.TB) {
 	t.Helper()
-	for i := range maxFinished {
-		o := finishedOperation(t, i, time.Now().Add(time.Duration(i-maxFinished)*time.Millisecond), e.disk)
+	for i := range MaxFinished {
+		o := finishedOperation(t, i, time.Now().Add(time.Duration(i-MaxFinished)*time.Millisecond), e.disk)
 		if err := o.Save(); err != nil {
 			t.Fatal(err)
 		}
-		e.operations.mu.Lock()
-		e.operations.all[o.UID()] = o
-		e.operations.mu.Unlock()
+		e.Add(o)
 	}
 }
 
@@ -212,10 +210,7 @@ func BenchmarkFullJournal(b *testing.B) {
 	b.Run("expire", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
-			e.operations.mu.Lock()
-			err := e.operations.expireLocked(time.Now())
-			e.operations.mu.Unlock()
-			if err != nil {
+			if err := e.Expire(); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -223,7 +218,7 @@ func BenchmarkFullJournal(b *testing.B) {
 	b.Run("list", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
-			if n := len(e.operations.list()); n != maxFinished {
+			if n := len(e.List()); n != MaxFinished {
 				b.Fatalf("%d operations", n)
 			}
 		}
@@ -254,13 +249,13 @@ func BenchmarkFullJournal(b *testing.B) {
 			var before, after runtime.MemStats
 			runtime.GC()
 			runtime.ReadMemStats(&before)
-			kept := make([]*operation.Operation, maxFinished)
+			kept := make([]*operation.Operation, MaxFinished)
 			for i := range kept {
 				kept[i] = finishedOperation(b, i, time.Now(), &store.Store{})
 			}
 			runtime.GC()
 			runtime.ReadMemStats(&after)
-			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/maxFinished, "bytes/operation")
+			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/MaxFinished, "bytes/operation")
 			runtime.KeepAlive(kept)
 		}
 	})

@@ -4,7 +4,6 @@
 package ops
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"io/fs"
@@ -62,8 +61,8 @@ func journalWith(t testing.TB, records map[string]*store.Record) string {
 	return dir
 }
 
-func openEngine(dir string, v *view.View) (*Engine, error) {
-	return Open(context.Background(),
+func openEngine(dir string, v *view.View) (*engine, error) {
+	return open(
 		Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: v, Log: quiet()})
 }
 
@@ -103,7 +102,7 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 	var got []string
-	for _, o := range e.operations.waiting {
+	for _, o := range e.Waiting() {
 		got = append(got, o.UID())
 	}
 	if s := strings.Join(got, " "); s != "b c a" {
@@ -129,9 +128,9 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if e.operations.lookup("op") != nil || e.operations.lookup("good") == nil ||
-				len(e.operations.waiting) != 1 {
-				t.Errorf("operations: %v", e.operations.list())
+			if e.Lookup("op") != nil || e.Lookup("good") == nil ||
+				len(e.Waiting()) != 1 {
+				t.Errorf("operations: %v", e.List())
 			}
 			err = e.disk.Journal.View(func(tx *bolt.Tx) error {
 				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).
@@ -154,8 +153,8 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(e.operations.waiting) != 1 || !v.Active() {
-			t.Errorf("%d operations wait", len(e.operations.waiting))
+		if len(e.Waiting()) != 1 || !v.Active() {
+			t.Errorf("%d operations wait", len(e.Waiting()))
 		}
 		if err := e.Close(); err != nil {
 			t.Error(err)
@@ -197,14 +196,14 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if e.node.Records.Request("c") != nil || len(e.node.Records.IDs()) != 0 {
 		t.Error("records without a file")
 	}
-	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil ||
+	if _, err := e.Submit(operation.RestartCommand(restartRequest("op"), nil), podRef()); err == nil ||
 		!strings.Contains(err.Error(), "nothing was done") {
 		t.Errorf("got %v", err)
 	}
 	if err := os.RemoveAll(filepath.Join(dir, "journal.db")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.submit(restartRequest("op"), nil, podRef()); err != nil {
+	if _, err := e.Submit(operation.RestartCommand(restartRequest("op"), nil), podRef()); err != nil {
 		t.Errorf("the file can be had now, but: %v", err)
 	}
 	if err := e.Close(); err != nil {
@@ -256,20 +255,10 @@ func FuzzJournal(f *testing.F) {
 		if err != nil {
 			return
 		}
-		e := &Engine{
-			node: &swap.Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
-				Lost: lost.New(lost.Options{})},
-			log: quiet(), disk: &store.Store{}, operations: newOperations(&store.Store{}, quiet()),
-		}
-		found := recovery{node: e.node, disk: e.disk, log: e.log, operations: e.operations}
-		if found.revive("op", r) != nil {
-			return
-		}
-		for _, o := range e.operations.all {
+		node := &swap.Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
+			Lost: lost.New(lost.Options{})}
+		if o := Revive(node, quiet(), "op", r); o != nil {
 			_ = verdict(o.Snapshot())
-			for i := range o.Records() {
-				e.container(o, i)
-			}
 		}
 	})
 }
@@ -287,7 +276,7 @@ func FuzzRestartRequest(f *testing.F) {
 		if proto.Unmarshal(b, req) != nil {
 			return
 		}
-		if validateRestart(req, remote) != nil {
+		if ValidateRestart(req, remote) != nil {
 			return
 		}
 		c := operation.Command{Restart: req}

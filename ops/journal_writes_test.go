@@ -25,7 +25,7 @@ import (
 )
 
 // journalWrites returns how many transactions the journal's file has had. Each waits for the disk.
-func journalWrites(t *testing.T, e *Engine) (n int) {
+func journalWrites(t *testing.T, e *engine) (n int) {
 	t.Helper()
 	err := e.disk.Journal.View(func(tx *bolt.Tx) error { n = tx.ID(); return nil })
 	if err != nil {
@@ -165,7 +165,7 @@ func TestProcessEndsBeforeTheStop(t *testing.T) {
 				if err := n.checkView(); err != nil {
 					t.Error(err)
 				}
-				if err := n.engine.operations.lookup("op").Cancel("enough"); err == nil {
+				if err := n.engine.Lookup("op").Cancel("enough"); err == nil {
 					t.Error("cancelled past the point of no return")
 				}
 				end := n.relist()
@@ -282,14 +282,14 @@ func TestCrashAtTheEnd(t *testing.T) {
 			n := newNode(t, podOptions{})
 			crashed, state := make(chan struct{}), ""
 			ends, d := 0, n.daemon // the containers end one after the other
-			d.engine.log.(*logrus.Entry).Logger.AddHook(hook(func(line string) {
+			d.engine.node.Log.(*logrus.Entry).Logger.AddHook(hook(func(line string) {
 				if line != "container restart ended" {
 					return
 				}
 				if ends++; ends != tc.at {
 					return
 				}
-				if d.engine.operations.lookup("op").Finished() ||
+				if d.engine.Lookup("op").Finished() ||
 					!d.view.Claimed(view.Slot{PodUID: podUID, Container: tc.slot}) {
 					t.Error("the operation has ended, or its slot is free, before both can be")
 				}
@@ -309,7 +309,7 @@ func TestCrashAtTheEnd(t *testing.T) {
 			if got := endOf(t, n.engine.disk.Journal, "op"); got != tc.found {
 				t.Errorf("the journal has %s, want %s", got, tc.found)
 			}
-			if n.engine.operations.lookup("op").Finished() != (tc.found != "unfinished") {
+			if n.engine.Lookup("op").Finished() != (tc.found != "unfinished") {
 				t.Error("the next process does not go by the journal")
 			}
 			if n.view.Active() || n.sees() != before {

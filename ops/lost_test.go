@@ -383,7 +383,7 @@ func TestLateCreationsAreHidden(t *testing.T) {
 	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
 		t.Errorf("kubelet sees %s", got)
 	}
-	n.engine.lateCreate = time.Millisecond
+	n.engine.node.LateCreate = time.Millisecond
 	n.run()
 	n.log.await(t, "removed a staged container that no operation knows")
 	if got := n.rt.State(); got != "app/0 RUNNING, web/0 RUNNING" {
@@ -585,7 +585,7 @@ func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 			return nil
 		}
 	})
-	n.engine.lateCreate = time.Millisecond
+	n.engine.node.LateCreate = time.Millisecond
 	n.run()
 	n.awaitTidy()
 	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.State() != got {

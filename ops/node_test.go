@@ -18,8 +18,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -31,7 +33,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
-	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/swap"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 	"github.com/cri-proxy/cri-proxy/test/fakenode"
@@ -46,10 +49,30 @@ const podUID = "11111111-2222-3333-4444-555555555555"
 
 func podRef() *opsv1.PodRef { return &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: podUID} }
 
+// engine is an engine with what it works on.
+type engine struct {
+	*Engine
+	node *swap.Node
+	disk *store.Store
+}
+
+// open is [ops.Open].
+func open(o Options) (*engine, error) {
+	node, disk, err := OpenNode(o)
+	if err != nil {
+		return nil, err
+	}
+	e, err := New(node, disk, o)
+	if err != nil {
+		return nil, err
+	}
+	return &engine{Engine: e, node: node, disk: disk}, nil
+}
+
 // daemon is one run of cri-proxy on the node: the engine behind a real proxy that kubelet calls.
 type daemon struct {
 	view    *view.View
-	engine  *Engine
+	engine  *engine
 	api     *Server
 	kubelet runtimeapi.RuntimeServiceClient
 	leash   *leash
@@ -73,7 +96,7 @@ type node struct {
 	*daemon
 	daemons []*daemon
 	sandbox string
-	method  string
+	pod     podOptions
 	room    *fakeRoom // nil: the processes' own cgroups, which are none of a pod
 }
 
@@ -81,15 +104,17 @@ type node struct {
 type podOptions struct {
 	annotations map[string]string // of app
 	mounts      []*runtimeapi.Mount
-	hidden      bool      // app is made behind the proxy's back, as before its installation
-	processes   bool      // the containers have real ones
-	method      string    // the best that is allowed
+	hidden      bool   // app is made behind the proxy's back, as before its installation
+	processes   bool   // the containers have real ones
+	method      string // the best that is allowed
+	metrics     prometheus.Registerer
+	tracer      trace.Tracer
 	room        *fakeRoom // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: fakenode.New(), method: o.method, room: o.room}
+	n := &node{t: t, dir: t.TempDir(), rt: fakenode.New(), pod: o, room: o.room}
 	if o.processes {
 		fakenode.NewProcesses(t, n.rt, n.dir)
 	}
@@ -127,8 +152,9 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	d.leash = &leash{ClientConnInterface: up.Conn()}
-	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log,
-		LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.method})
+	d.engine, err = open(Options{StateDir: state, Conn: d.leash, View: d.view, Log: log,
+		LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.pod.method, Registerer: n.pod.metrics,
+		Tracer: n.pod.tracer})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,10 +164,10 @@ func (n *node) boot(state string) {
 	if n.room != nil {
 		d.engine.node.Switchover.FindPod = n.room.find
 	}
-	d.engine.lateCreate = time.Hour // tests count calls
+	d.engine.node.LateCreate = time.Hour // tests count calls
 	d.engine.node.Switchover.GateTimeout = waitLong
 	unsynced(d.engine.disk.Journal) // no power is cut here; copies of the file are made by this process
-	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	d.api = NewServer(d.engine.Engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up,
 		proxy.Options{
 			Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(),
@@ -360,7 +386,7 @@ func (n *node) finish(uid string) *opsv1.Operation {
 // until waits for a state of an operation.
 func (n *node) until(uid string, is func(*opsv1.Operation) bool) *opsv1.Operation {
 	n.t.Helper()
-	o := n.engine.operations.lookup(uid)
+	o := n.engine.Lookup(uid)
 	if o == nil {
 		n.t.Fatalf("no operation %s", uid)
 	}
@@ -478,7 +504,7 @@ func (n *node) copyState() string {
 
 // copyState copies the files of the engine's state as they are at one moment, even if something is
 // being written.
-func (e *Engine) copyState(from, to string) error {
+func (e *engine) copyState(from, to string) error {
 	boot, err := os.ReadFile(filepath.Join(from, "records.boot"))
 	if err == nil {
 		err = os.WriteFile(filepath.Join(to, "records.boot"), boot, 0o600)
@@ -579,13 +605,6 @@ func (s *signals) await(t testing.TB, part string) {
 	case <-time.After(waitLong):
 		t.Errorf("no log line with %q", part)
 	}
-}
-
-// submit accepts a restart that is not checked before.
-func (e *Engine) submit(
-	req *opsv1.RestartRequest, given operation.Environments, pod *opsv1.PodRef,
-) (*operation.Operation, error) {
-	return e.operations.accept(operation.RestartCommand(req, given), pod)
 }
 
 // Buckets of journal.db; see package store.

@@ -210,10 +210,7 @@ func TestJournalBreaks(t *testing.T) {
 
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewPedanticRegistry()
-	n := newNode(t, podOptions{})
-	m, err := newMetrics(reg, n.engine)
-	n.must(err)
-	n.engine.metrics = m
+	n := newNode(t, podOptions{metrics: reg})
 	n.run()
 	n.restart("good")
 	n.finish("good")
@@ -256,7 +253,9 @@ func TestMetrics(t *testing.T) {
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	if _, err := newMetrics(reg, n.engine); err == nil {
+	_, err = Open(t.Context(), Options{StateDir: t.TempDir(), Conn: fakenode.Direct(n.rt), View: view.New(),
+		Log: quiet(), Registerer: reg})
+	if err == nil {
 		t.Error("registered twice")
 	}
 }
@@ -265,8 +264,9 @@ func TestMetrics(t *testing.T) {
 // containers.
 func TestTraces(t *testing.T) {
 	spans := tracetest.NewInMemoryExporter()
-	n := newNode(t, podOptions{})
-	n.engine.tracer = sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans)).Tracer("test")
+	n := newNode(t, podOptions{
+		tracer: sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans)).Tracer("test"),
+	})
 	n.run()
 	n.restart("traced")
 	op := n.finish("traced")
@@ -364,7 +364,7 @@ func TestCancel(t *testing.T) {
 			n.restart("op", tc.edit)
 			<-reached
 			answered := make(chan error, 1)
-			o := n.engine.operations.lookup("op")
+			o := n.engine.Lookup("op")
 			go func() {
 				_, err := n.api.CancelOperation(context.Background(),
 					&opsv1.CancelOperationRequest{Uid: "op", Reason: "changed my mind"})
@@ -456,7 +456,7 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 					r.Containers[0].ExpectedContainerId = "containerd://" + first
 				}
 			})
-			if op := n.engine.operations.lookup("second").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
+			if op := n.engine.Lookup("second").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
 				t.Errorf("the second is %s", op.GetPhase())
 			}
 			release()
@@ -641,17 +641,17 @@ func TestRestartIsRefused(t *testing.T) {
 			if reason != tc.reason {
 				t.Errorf("reason is %q, want %q", reason, tc.reason)
 			}
-			if n.engine.operations.lookup("op") != nil {
+			if n.engine.Lookup("op") != nil {
 				t.Error("it is in the journal all the same")
 			}
 		})
 	}
 	t.Run("too many", func(t *testing.T) {
 		n := newNode(t, podOptions{})
-		for i := range maxActive {
-			n.engine.operations.all[strings.Repeat("x", i+1)] = operation.New(
-				operation.Command{Restart: &opsv1.RestartRequest{}},
-				nil, nil)
+		for i := range MaxActive {
+			n.engine.Add(operation.New(operation.Command{
+				Restart: &opsv1.RestartRequest{Uid: strings.Repeat("x", i+1)},
+			}, nil, nil))
 		}
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
 		if status.Code(err) != codes.ResourceExhausted {
@@ -660,9 +660,7 @@ func TestRestartIsRefused(t *testing.T) {
 	})
 	t.Run("closed", func(t *testing.T) {
 		n := newNode(t, podOptions{})
-		n.engine.operations.mu.Lock()
-		n.engine.operations.closed = true
-		n.engine.operations.mu.Unlock()
+		n.engine.StopAccepting()
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v", err)
@@ -678,9 +676,9 @@ func TestFinishedOperationsExpire(t *testing.T) {
 	n.finish("old")
 	n.restart("new")
 	n.finish("new")
-	o := n.engine.operations.lookup("old")
+	o := n.engine.Lookup("old")
 	o.Change(func(op *opsv1.Operation) {
-		op.FinishTime = timestamppb.New(time.Now().Add(-keepFinished - time.Second))
+		op.FinishTime = timestamppb.New(time.Now().Add(-KeepFinished - time.Second))
 	})
 	n.restart("latest")
 	n.finish("latest")

@@ -311,7 +311,7 @@ func TestCancelOfStartFirst(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
 			n.runTidied()
 			n.during(tc.at, func() {
-				o := n.engine.operations.lookup("op")
+				o := n.engine.Lookup("op")
 				if err := o.Cancel("enough"); (err == nil) != strings.HasPrefix(tc.want, "CANCELLED") {
 					t.Errorf("cancel is answered %v", err)
 				}
@@ -350,7 +350,7 @@ func TestCancelIsWritten(t *testing.T) {
 			crashed := make(chan struct{})
 			d := n.daemon
 			n.during(tc.at, func() {
-				if err := d.engine.operations.lookup("op").Cancel("enough"); err != nil {
+				if err := d.engine.Lookup("op").Cancel("enough"); err != nil {
 					t.Error(err)
 				}
 				state = n.crash()

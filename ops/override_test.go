@@ -98,7 +98,7 @@ func TestRestartWithImageIsRefused(t *testing.T) {
 	}{
 		"both": {&opsv1.ContainerRestart{Image: "a", RevertImage: true}, codes.InvalidArgument,
 			"exclude each other"},
-		"long": {&opsv1.ContainerRestart{Image: strings.Repeat("a", maxImage+1)}, codes.InvalidArgument,
+		"long": {&opsv1.ContainerRestart{Image: strings.Repeat("a", MaxImage+1)}, codes.InvalidArgument,
 			"longer than"},
 		"policy":  {&opsv1.ContainerRestart{Image: "a", PullPolicy: 99}, codes.InvalidArgument, "unknown pull policy"},
 		"no pull": {&opsv1.ContainerRestart{Image: "a"}, codes.FailedPrecondition, "this node pulls no images"},
@@ -125,7 +125,7 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 			Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: password}},
 		}
 	}
-	o, err := e.submit(request("hunter2"), nil, podRef())
+	o, err := e.Submit(operation.RestartCommand(request("hunter2"), nil), podRef())
 	if err != nil {
 		t.Fatal(err)
 	}

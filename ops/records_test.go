@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 
 	"github.com/sirupsen/logrus"
@@ -41,7 +40,7 @@ func TestRecordsAreTidied(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.engine.node.Records.Created("gone", nil)
 	n.engine.node.Records.Updated("gone too", nil)
-	n.engine.tidier.tidy(t.Context(), &sync.WaitGroup{})
+	n.engine.Tidy(t.Context())
 	if n.engine.node.Records.Len() != 2 || len(n.engine.node.Records.IDs()) != 2 {
 		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.node.Records.IDs())
 	}
@@ -62,7 +61,7 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if _, err := e.submit(restartRequest("op"), operation.Environments{"app": environmentOf(1)}, podRef()); err == nil {
+	if _, err := e.Submit(operation.RestartCommand(restartRequest("op"), operation.Environments{"app": environmentOf(1)}), podRef()); err == nil {
 		t.Fatal("accepted without a journal")
 	}
 	if e.node.Records.Environment("op", "app") != nil {
@@ -79,7 +78,7 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, uid := range []string{"waits", "a/b", "ended"} {
-		o, err := e.submit(restartRequest(uid), operation.Environments{"app": environmentOf(1)}, podRef())
+		o, err := e.Submit(operation.RestartCommand(restartRequest(uid), operation.Environments{"app": environmentOf(1)}), podRef())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -199,7 +199,7 @@ func TestStartIsCorrected(t *testing.T) {
 	if at.Before(stopped) || at.After(time.Now()) {
 		t.Errorf("kubelet is told %s, the old one was stopped after %s", at, stopped)
 	}
-	op := n.engine.operations.lookup("op").Snapshot()
+	op := n.engine.Lookup("op").Snapshot()
 	if got := op.GetContainers()[0].GetStartTime().AsTime(); !got.Equal(at) {
 		t.Errorf("the operation tells %s, kubelet is told %s", got, at)
 	}

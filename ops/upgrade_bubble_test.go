@@ -99,7 +99,7 @@ type upNode struct {
 // upProcess is one run of cri-proxy.
 type upProcess struct {
 	state   string
-	engine  *Engine
+	engine  *engine
 	view    *view.View
 	api     *Server
 	kubelet runtimeapi.RuntimeServiceClient
@@ -157,7 +157,7 @@ func (n *upNode) boot(state string) {
 		leash: &leash{ClientConnInterface: fakenode.Direct(n.rt)}}
 	log.AddHook(p.log)
 	var err error
-	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
+	p.engine, err = open(Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
 		LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
 	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
@@ -165,7 +165,7 @@ func (n *upNode) boot(state string) {
 	p.engine.node.Images.Service, p.engine.node.Images.Overrides = n.images, overrides
 	p.engine.node.Overrides, p.engine.disk.Overrides = overrides, overrides
 	unsynced(p.engine.disk.Journal)
-	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	p.api = NewServer(p.engine.Engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
 		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine,
 		Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
@@ -413,7 +413,7 @@ func (n *upNode) commit(uid string) {
 // until waits for one of the phases, or for the end.
 func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
 	n.t.Helper()
-	o := n.engine.operations.lookup(uid)
+	o := n.engine.Lookup(uid)
 	if o == nil {
 		n.t.Fatalf("no operation %s", uid)
 	}

@@ -168,9 +168,9 @@ func TestUpgradeAtTheGate(t *testing.T) {
 }
 
 // commitRequest commits an upgrade as a caller does who knows that what was prepared still holds.
-func (e *Engine) commitRequest(uid string) *opsv1.CommitUpgradeRequest {
+func (e *engine) commitRequest(uid string) *opsv1.CommitUpgradeRequest {
 	req := &opsv1.CommitUpgradeRequest{Uid: uid}
-	if o := e.operations.lookup(uid); o != nil {
+	if o := e.Lookup(uid); o != nil {
 		for _, c := range o.Request().GetContainers() {
 			req.Environments = append(req.Environments, &opsv1.ContainerEnvironment{Name: c.GetName()})
 		}

@@ -452,7 +452,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 	t.Run("the process dies before the rest is taken back", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", webToo, first(runBeside))
-			o := n.engine.operations.lookup("op")
+			o := n.engine.Lookup("op")
 			_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 				rec.Step, c.Phase = store.StepDone, opsv1.Phase_PHASE_FAILED
 				c.Reason, c.Message = opsv1.ReasonNewContainerExited, "it ended"
@@ -484,7 +484,7 @@ func (n *upNode) neverIn(uid string, phase opsv1.Phase, edit ...func(*opsv1.Prep
 
 // phases collects the phases of an operation until it ends.
 func (n *upNode) phases(uid string) (seen func() string) {
-	o := n.engine.operations.lookup(uid)
+	o := n.engine.Lookup(uid)
 	done := make(chan string, 1)
 	go func() {
 		var all []string
@@ -698,7 +698,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 			if lines := strings.Join(n.log.lines, "\n"); strings.Contains(lines, secret) {
 				t.Errorf("logged: %s", lines)
 			}
-			if op := n.engine.operations.lookup("op").Snapshot(); strings.Contains(op.String(), secret) {
+			if op := n.engine.Lookup("op").Snapshot(); strings.Contains(op.String(), secret) {
 				t.Errorf("operation: %v", op)
 			}
 		}
@@ -709,7 +709,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 		n.reboot(n.crash())
 		synctest.Wait()
 		clean()
-		op := n.engine.operations.lookup("op").Snapshot()
+		op := n.engine.Lookup("op").Snapshot()
 		if got := op.GetContainers()[0].GetPull().GetReason(); got != opsv1.ReasonCredentialsNeeded {
 			t.Errorf("operation: %v", op)
 		}
@@ -725,7 +725,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 		n.must(n.sync(t.Context(), "app", "app:v2"))
 		n.ends("op", succeeded, upgraded)
 		clean()
-		if c, _, _ := n.engine.operations.lookup("op").Credentials(); len(c) > 0 {
+		if c, _, _ := n.engine.Lookup("op").Credentials(); len(c) > 0 {
 			t.Error("the credentials are still in memory")
 		}
 	})
@@ -783,7 +783,7 @@ func TestUpgradeWithoutAJournal(t *testing.T) {
 			if got, want := n.rt.State(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
-			op := n.engine.operations.lookup("op").Snapshot()
+			op := n.engine.Lookup("op").Snapshot()
 			if op.GetContainers()[0].GetReason() != opsv1.ReasonJournalError {
 				t.Errorf("operation: %v", op)
 			}

@@ -110,7 +110,7 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 				if got := n.sees(); got != tc.sees {
 					t.Errorf("kubelet sees %s, want %s", got, tc.sees)
 				}
-				n.engine.lateCreate = 1
+				n.engine.node.LateCreate = 1
 				n.run()
 				// until all has been tidied up
 				for late := time.Now().Add(waitLong); n.view.Guarded(); time.Sleep(time.Millisecond) {
@@ -198,9 +198,9 @@ func TestOpenTakesUpGoldenRecords(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			o := e.operations.lookup("golden")
-			if o == nil || o.IsLeftAlone() || len(e.operations.waiting) != 1 {
-				t.Fatalf("operations: %v", e.operations.list())
+			o := e.Lookup("golden")
+			if o == nil || o.IsLeftAlone() || len(e.Waiting()) != 1 {
+				t.Fatalf("operations: %v", e.List())
 			}
 			at := o.Records()[0].Step
 			if claimed, want := v.Claimed(appSlot), at != store.StepNone && at != store.StepDone; claimed != want {

@@ -45,6 +45,9 @@ type Node struct {
 	Rooms  *room.Node
 	// LogLinks is where kubelet keeps a symlink per container log for log shippers.
 	LogLinks string
+	// LateCreate is how long after its call was cut off, or after the end of the process that made
+	// the call, a CreateContainer may still bring a container about.
+	LateCreate time.Duration
 	Metrics  Metrics
 }
 

@@ -277,10 +277,9 @@ func (s *Stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainer
 	return resp.GetContainerId(), err
 }
 
-// removeLate removes the container of a create that was cut off, if it comes about within
-// [crinode.LateCreate].
+// removeLate waits for the container of a create that was cut off, for as long as it may come about.
 func (s *Stager) removeLate(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, crinode.LateCreate)
+	ctx, cancel := context.WithTimeout(ctx, s.c.Node.LateCreate)
 	defer cancel()
 	for crinode.Sleep(ctx, 500*time.Millisecond) == nil {
 		rec := s.c.Record()
