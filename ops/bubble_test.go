@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -12,8 +12,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/ops/operation"
-
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -22,8 +20,10 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
@@ -50,7 +50,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		log.SetOutput(io.Discard)
 		n := &bubbleNode{t: t, rt: fakenode.New()}
 		var err error
-		n.engine, err = open(Options{StateDir: dir, Conn: fakenode.Direct(n.rt), View: view.New(),
+		n.engine, err = open(ops.Options{StateDir: dir, Conn: fakenode.Direct(n.rt), View: view.New(),
 			Log: log, LegacyLogDir: dir})
 		if err != nil {
 			t.Fatal(err)

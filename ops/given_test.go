@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"fmt"
@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
@@ -37,7 +38,7 @@ func TestEnvironmentsAreBounded(t *testing.T) {
 		{name: "too many", given: many(7, 2<<20-100), says: "one command"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := ValidateEnvironments(tc.given)
+			err := ops.ValidateEnvironments(tc.given)
 			if (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("got %v", err)
 			}

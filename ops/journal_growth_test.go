@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -21,6 +21,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/test/fakenode"
@@ -49,8 +50,8 @@ func TestOperationsStayFew(t *testing.T) {
 			}
 			previous = op.GetContainers()[0].GetIncumbentId()
 		}
-		if got := len(n.engine.List()); got > MaxFinished+1 {
-			t.Errorf("%d operations are kept, at most %d finished ones should be", got, MaxFinished)
+		if got := len(n.engine.List()); got > ops.MaxFinished+1 {
+			t.Errorf("%d operations are kept, at most %d finished ones should be", got, ops.MaxFinished)
 		}
 		if n.engine.Lookup(uidOf(0)) != nil || n.engine.Lookup("op-0") == nil {
 			t.Error("the oldest is kept, or a new one is not")
@@ -72,11 +73,11 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		time.Sleep(KeepFinished)
+		time.Sleep(ops.KeepFinished)
 		if n.engine.Lookup("op") == nil {
 			t.Error("forgotten before its time")
 		}
-		time.Sleep(ForgetEvery + time.Second)
+		time.Sleep(ops.ForgetEvery + time.Second)
 		if n.engine.Lookup("op") != nil {
 			t.Error("the operation is kept")
 		}
@@ -94,7 +95,7 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 
 // A journal that is full stays as large as it is: new operations take the room of old ones.
 func TestJournalStaysSmall(t *testing.T) {
-	const total = MaxFinished + 1000
+	const total = ops.MaxFinished + 1000
 	dir := t.TempDir()
 	j, err := store.OpenJournal(dir, logrus.New())
 	if err != nil {
@@ -108,7 +109,7 @@ func TestJournalStaysSmall(t *testing.T) {
 		if err := j.Put(uidOf(i), r, nil); err != nil {
 			t.Fatal(err)
 		}
-		if old := i - MaxFinished; old > 0 {
+		if old := i - ops.MaxFinished; old > 0 {
 			if err := j.Remove([]string{uidOf(old)}); err != nil {
 				t.Fatal(err)
 			}
@@ -118,7 +119,7 @@ func TestJournalStaysSmall(t *testing.T) {
 		}
 	}
 	t.Logf("journal.db by operations: %v", sizes)
-	if sizes[total] > sizes[MaxFinished] || sizes[total] > 16<<20 {
+	if sizes[total] > sizes[ops.MaxFinished] || sizes[total] > 16<<20 {
 		t.Errorf("journal.db by operations: %v", sizes)
 	}
 }
@@ -181,7 +182,7 @@ func fullEngine(b *testing.B, dir string) *engine {
 	b.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	e, err := open(Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(),
+	e, err := open(ops.Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(),
 		Log: log, LegacyLogDir: b.TempDir()})
 	if err != nil {
 		b.Fatal(err)
@@ -195,8 +196,8 @@ func fullEngine(b *testing.B, dir string) *engine {
 // fill gives the engine as many finished operations as it may keep, the oldest first.
 func (e *engine) fill(t testing.TB) {
 	t.Helper()
-	for i := range MaxFinished {
-		o := finishedOperation(t, i, time.Now().Add(time.Duration(i-MaxFinished)*time.Millisecond), e.disk)
+	for i := range ops.MaxFinished {
+		o := finishedOperation(t, i, time.Now().Add(time.Duration(i-ops.MaxFinished)*time.Millisecond), e.disk)
 		if err := o.Save(); err != nil {
 			t.Fatal(err)
 		}
@@ -218,7 +219,7 @@ func BenchmarkFullJournal(b *testing.B) {
 	b.Run("list", func(b *testing.B) {
 		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
-			if n := len(e.List()); n != MaxFinished {
+			if n := len(e.List()); n != ops.MaxFinished {
 				b.Fatalf("%d operations", n)
 			}
 		}
@@ -233,8 +234,8 @@ func BenchmarkFullJournal(b *testing.B) {
 		log := logrus.New()
 		log.SetOutput(io.Discard)
 		for b.Loop() {
-			e, err := Open(context.Background(),
-				Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(), Log: log,
+			e, err := ops.Open(context.Background(),
+				ops.Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: view.New(), Log: log,
 					LegacyLogDir: dir})
 			if err != nil {
 				b.Fatal(err)
@@ -249,13 +250,13 @@ func BenchmarkFullJournal(b *testing.B) {
 			var before, after runtime.MemStats
 			runtime.GC()
 			runtime.ReadMemStats(&before)
-			kept := make([]*operation.Operation, MaxFinished)
+			kept := make([]*operation.Operation, ops.MaxFinished)
 			for i := range kept {
 				kept[i] = finishedOperation(b, i, time.Now(), &store.Store{})
 			}
 			runtime.GC()
 			runtime.ReadMemStats(&after)
-			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/MaxFinished, "bytes/operation")
+			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/ops.MaxFinished, "bytes/operation")
 			runtime.KeepAlive(kept)
 		}
 	})

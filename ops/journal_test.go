@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"encoding/json"
@@ -20,6 +20,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/lost"
@@ -63,7 +64,7 @@ func journalWith(t testing.TB, records map[string]*store.Record) string {
 
 func openEngine(dir string, v *view.View) (*engine, error) {
 	return open(
-		Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: v, Log: quiet()})
+		ops.Options{StateDir: dir, Conn: fakenode.Direct(fakenode.New()), View: v, Log: quiet()})
 }
 
 // What the view shows as soon as the journal has been read, by step.
@@ -257,7 +258,7 @@ func FuzzJournal(f *testing.F) {
 		}
 		node := &swap.Node{Client: &crinode.Client{Log: quiet()}, View: view.New(), Tokens: lost.NewTokens(),
 			Lost: lost.New(lost.Options{})}
-		if o := Revive(node, quiet(), "op", r); o != nil {
+		if o := ops.Revive(node, quiet(), "op", r); o != nil {
 			_ = verdict(o.Snapshot())
 		}
 	})
@@ -276,7 +277,7 @@ func FuzzRestartRequest(f *testing.F) {
 		if proto.Unmarshal(b, req) != nil {
 			return
 		}
-		if ValidateRestart(req, remote) != nil {
+		if ops.ValidateRestart(req, remote) != nil {
 			return
 		}
 		c := operation.Command{Restart: req}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -32,6 +32,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 	"github.com/cri-proxy/cri-proxy/ops/swap"
@@ -51,18 +52,18 @@ func podRef() *opsv1.PodRef { return &opsv1.PodRef{Namespace: "default", Name: "
 
 // engine is an engine with what it works on.
 type engine struct {
-	*Engine
+	*ops.Engine
 	node *swap.Node
 	disk *store.Store
 }
 
 // open is [ops.Open].
-func open(o Options) (*engine, error) {
-	node, disk, err := OpenNode(o)
+func open(o ops.Options) (*engine, error) {
+	node, disk, err := ops.OpenNode(o)
 	if err != nil {
 		return nil, err
 	}
-	e, err := New(node, disk, o)
+	e, err := ops.New(node, disk, o)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +74,7 @@ func open(o Options) (*engine, error) {
 type daemon struct {
 	view    *view.View
 	engine  *engine
-	api     *Server
+	api     *ops.Server
 	kubelet runtimeapi.RuntimeServiceClient
 	leash   *leash
 	server  *proxy.Server
@@ -152,7 +153,7 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	d.leash = &leash{ClientConnInterface: up.Conn()}
-	d.engine, err = open(Options{StateDir: state, Conn: d.leash, View: d.view, Log: log,
+	d.engine, err = open(ops.Options{StateDir: state, Conn: d.leash, View: d.view, Log: log,
 		LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.pod.method, Registerer: n.pod.metrics,
 		Tracer: n.pod.tracer})
 	if err != nil {
@@ -167,7 +168,8 @@ func (n *node) boot(state string) {
 	d.engine.node.LateCreate = time.Hour // tests count calls
 	d.engine.node.Switchover.GateTimeout = waitLong
 	unsynced(d.engine.disk.Journal) // no power is cut here; copies of the file are made by this process
-	d.api = NewServer(d.engine.Engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	d.api = ops.NewServer(d.engine.Engine,
+		func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up,
 		proxy.Options{
 			Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(),

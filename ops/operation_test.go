@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -24,6 +24,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/test/fakenode"
 )
@@ -253,7 +254,7 @@ func TestMetrics(t *testing.T) {
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	_, err = Open(t.Context(), Options{StateDir: t.TempDir(), Conn: fakenode.Direct(n.rt), View: view.New(),
+	_, err = ops.Open(t.Context(), ops.Options{StateDir: t.TempDir(), Conn: fakenode.Direct(n.rt), View: view.New(),
 		Log: quiet(), Registerer: reg})
 	if err == nil {
 		t.Error("registered twice")
@@ -648,7 +649,7 @@ func TestRestartIsRefused(t *testing.T) {
 	}
 	t.Run("too many", func(t *testing.T) {
 		n := newNode(t, podOptions{})
-		for i := range MaxActive {
+		for i := range ops.MaxActive {
 			n.engine.Add(operation.New(operation.Command{
 				Restart: &opsv1.RestartRequest{Uid: strings.Repeat("x", i+1)},
 			}, nil, nil))
@@ -678,7 +679,7 @@ func TestFinishedOperationsExpire(t *testing.T) {
 	n.finish("new")
 	o := n.engine.Lookup("old")
 	o.Change(func(op *opsv1.Operation) {
-		op.FinishTime = timestamppb.New(time.Now().Add(-KeepFinished - time.Second))
+		op.FinishTime = timestamppb.New(time.Now().Add(-ops.KeepFinished - time.Second))
 	})
 	n.restart("latest")
 	n.finish("latest")

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -17,6 +17,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
@@ -98,7 +99,7 @@ func TestRestartWithImageIsRefused(t *testing.T) {
 	}{
 		"both": {&opsv1.ContainerRestart{Image: "a", RevertImage: true}, codes.InvalidArgument,
 			"exclude each other"},
-		"long": {&opsv1.ContainerRestart{Image: strings.Repeat("a", MaxImage+1)}, codes.InvalidArgument,
+		"long": {&opsv1.ContainerRestart{Image: strings.Repeat("a", ops.MaxImage+1)}, codes.InvalidArgument,
 			"longer than"},
 		"policy":  {&opsv1.ContainerRestart{Image: "a", PullPolicy: 99}, codes.InvalidArgument, "unknown pull policy"},
 		"no pull": {&opsv1.ContainerRestart{Image: "a"}, codes.FailedPrecondition, "this node pulls no images"},

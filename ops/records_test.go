@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"errors"
@@ -61,7 +61,8 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if _, err := e.Submit(operation.RestartCommand(restartRequest("op"), operation.Environments{"app": environmentOf(1)}), podRef()); err == nil {
+	given := operation.Environments{"app": environmentOf(1)}
+	if _, err := e.Submit(operation.RestartCommand(restartRequest("op"), given), podRef()); err == nil {
 		t.Fatal("accepted without a journal")
 	}
 	if e.node.Records.Environment("op", "app") != nil {
@@ -78,7 +79,8 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, uid := range []string{"waits", "a/b", "ended"} {
-		o, err := e.Submit(operation.RestartCommand(restartRequest(uid), operation.Environments{"app": environmentOf(1)}), podRef())
+		given := operation.Environments{"app": environmentOf(1)}
+		o, err := e.Submit(operation.RestartCommand(restartRequest(uid), given), podRef())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops"
 )
 
 func httpHook(scheme string, port int32) *opsv1.Hook {
@@ -62,7 +63,7 @@ func TestRequestsAreChecked(t *testing.T) {
 		{name: "no containers", edit: func(r *opsv1.RestartRequest) { r.Containers = nil },
 			want: "containers is empty"},
 		{name: "many containers", edit: func(r *opsv1.RestartRequest) {
-			for i := range MaxContainers {
+			for i := range ops.MaxContainers {
 				r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: fmt.Sprint("c", i)})
 			}
 		}, want: "65 containers are too many"},
@@ -92,7 +93,7 @@ func TestRequestsAreChecked(t *testing.T) {
 			want: "exec.command must have between 1 and 256 words"},
 		{name: "exec with too many words", edit: preStop(execHook(make([]string, 257)...)),
 			want: "exec.command must have between 1 and 256 words"},
-		{name: "huge hook", edit: preStop(execHook(long(MaxHookBytes))), want: "the hook is too large"},
+		{name: "huge hook", edit: preStop(execHook(long(ops.MaxHookBytes))), want: "the hook is too large"},
 		{name: "port 0", edit: preStop(httpHook("", 0)), want: "http_get.port must be between 1 and 65535"},
 		{name: "port 65536", edit: preStop(httpHook("", 65536)), want: "http_get.port must be between 1 and 65535"},
 		{name: "odd scheme", edit: preStop(httpHook("ftp", 80)), want: "http_get.scheme must be HTTP or HTTPS"},
@@ -107,7 +108,7 @@ func TestRequestsAreChecked(t *testing.T) {
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
 			req := restartRequest("op", tc.edit)
-			err := ValidateRestart(req, tc.remote)
+			err := ops.ValidateRestart(req, tc.remote)
 			if tc.want == "" {
 				if err != nil {
 					t.Error(err)
@@ -219,14 +220,14 @@ func TestCommandsOverTheSocket(t *testing.T) {
 			t.Errorf("%s of an unknown operation: %v", name, err)
 		}
 	}
-	for _, limit := range []int32{-1, ListDefault + 1} {
+	for _, limit := range []int32{-1, ops.ListDefault + 1} {
 		if _, err := client.ListOperations(t.Context(), &opsv1.ListOperationsRequest{Limit: limit}); status.Code(
 			err) != codes.InvalidArgument {
 			t.Errorf("limit %d: %v", limit, err)
 		}
 	}
 	if _, err := client.CancelOperation(t.Context(),
-		&opsv1.CancelOperationRequest{Uid: "op", Reason: strings.Repeat("a", MaxHookBytes+1)}); status.Code(
+		&opsv1.CancelOperationRequest{Uid: "op", Reason: strings.Repeat("a", ops.MaxHookBytes+1)}); status.Code(
 		err) != codes.InvalidArgument {
 		t.Errorf("a long reason: %v", err)
 	}

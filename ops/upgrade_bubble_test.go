@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package ops_test
 
 import (
 	"context"
@@ -27,6 +27,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
+	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/imagechange"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
@@ -101,7 +102,7 @@ type upProcess struct {
 	state   string
 	engine  *engine
 	view    *view.View
-	api     *Server
+	api     *ops.Server
 	kubelet runtimeapi.RuntimeServiceClient
 	leash   *leash
 	log     *signals
@@ -157,7 +158,7 @@ func (n *upNode) boot(state string) {
 		leash: &leash{ClientConnInterface: fakenode.Direct(n.rt)}}
 	log.AddHook(p.log)
 	var err error
-	p.engine, err = open(Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
+	p.engine, err = open(ops.Options{StateDir: state, Conn: p.leash, View: p.view, Log: log,
 		LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
 	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
@@ -165,7 +166,8 @@ func (n *upNode) boot(state string) {
 	p.engine.node.Images.Service, p.engine.node.Images.Overrides = n.images, overrides
 	p.engine.node.Overrides, p.engine.disk.Overrides = overrides, overrides
 	unsynced(p.engine.disk.Journal)
-	p.api = NewServer(p.engine.Engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	p.api = ops.NewServer(p.engine.Engine,
+		func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
 		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine,
 		Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,

@@ -277,7 +277,8 @@ func (s *Stager) createOnce(ctx context.Context, req *runtimeapi.CreateContainer
 	return resp.GetContainerId(), err
 }
 
-// removeLate waits for the container of a create that was cut off, for as long as it may come about.
+// removeLate waits for the container of a create that was cut off, for as long as it may come
+// about.
 func (s *Stager) removeLate(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, s.c.Node.LateCreate)
 	defer cancel()
