@@ -31,6 +31,7 @@ type driver struct {
 
 var _ swap.Kind = (*driver)(nil)
 
+// New returns the kind of an image update, for its work on one container.
 func New(c *swap.Container) swap.Kind {
 	d := &driver{c: c, slot: &slotHolder{c}, kubelet: newKubelet(c.Old.Hurry)}
 	d.adopter = &adopter{c: c, d: d}

@@ -20,6 +20,7 @@ type driver struct {
 
 var _ swap.Kind = (*driver)(nil)
 
+// New returns the kind of a restart, for its work on one container.
 func New(c *swap.Container) swap.Kind {
 	d := &driver{c: c}
 	d.join = newJoin(d)

@@ -225,6 +225,7 @@ func (d *driver) joined() {
 	d.c.Log.Info("kubelet stops the container too: its stop joins the restart")
 }
 
+// JoinedWarning is the warning of a restart that a stop of kubelet's has joined.
 const JoinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a " +
 	"failed probe perhaps: " +
 	"its stop became part of the restart"

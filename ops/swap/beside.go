@@ -98,8 +98,8 @@ func (s *Switcher) tellEnd(ctx context.Context) {
 		return
 	}
 	ended := time.Unix(0, old.GetFinishedAt())
-	if s.c.Old.Exit.Over() {
-		ended = s.c.Old.Exit.At()
+	if s.c.Old.Exit.Over() && s.c.Old.Exit.At().Before(ended) {
+		ended = s.c.Old.Exit.At() // each of the two may have noticed the end late
 	}
 	how := fmt.Sprintf("exit code %d", old.GetExitCode())
 	if old.GetReason() != "" {

@@ -91,6 +91,7 @@ func New(node *Node, o *operation.Operation, i int, kind func(*Container) Kind) 
 	return c
 }
 
+// Record returns a copy of the journal's part.
 func (c *Container) Record() store.Container { return c.Handle.Record() }
 
 // Write is [operation.Container.Write], and a failpoint.
@@ -118,6 +119,7 @@ func (c *Container) Failpoint(name string) { failpoint.Reach(c.kind.Name() + "."
 // Show changes the public state only.
 func (c *Container) Show(f func(c *opsv1.ContainerOperation)) { c.Handle.Show(f) }
 
+// Warn logs a warning and adds it to the public state.
 func (c *Container) Warn(format string, args ...any) {
 	msg := fmt.Sprintf(format, args...)
 	c.Log.Warn(msg)
@@ -226,6 +228,7 @@ func (c *Container) Overlaps() bool {
 	return c.Spec.GetOrder() == opsv1.Order_ORDER_START_FIRST && !c.stopFirst
 }
 
+// Status returns a copy of the public state.
 func (c *Container) Status() *opsv1.ContainerOperation { return c.Handle.Status() }
 
 // AskKubelet says why a stop is for another reason than the operation's, as far as kubelet tells;

@@ -37,7 +37,7 @@ type Incumbent struct {
 // exited; kubelet may wait for that.
 const exitTimeout = 15 * time.Second
 
-// watchIncumbent finds out whether the incumbent runs and watches its process where that says
+// Watch finds out whether the incumbent runs and watches its process where that says
 // something.
 func (i *Incumbent) Watch(ctx context.Context) (running bool, err error) {
 	rec := i.c.Record()
@@ -85,7 +85,7 @@ func (i *Incumbent) Grace() time.Duration {
 	return crinode.DefaultGrace
 }
 
-// inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
+// inspect is inspect of the incumbent, which waits for a runtime that is away.
 func (i *Incumbent) inspect(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
 	id := i.c.Record().Incumbent
 	err = i.c.Node.Retry(ctx, func() (err error) {
@@ -137,7 +137,7 @@ func (i *Incumbent) awaitExited(ctx context.Context, stopErr error) error {
 	}
 }
 
-// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there
+// isGone reports whether the incumbent's process has ended, by the kernel's word where there
 // is one: the runtime's comes later.
 func (i *Incumbent) isGone(ctx context.Context) (bool, error) {
 	if i.Exit.Over() {
@@ -207,7 +207,7 @@ func (i *Incumbent) Load(ctx context.Context) error {
 	return nil
 }
 
-// incumbentStopped asks until the runtime answers, or ctx ends.
+// hasStopped asks until the runtime answers, or ctx ends.
 func (i *Incumbent) hasStopped(ctx context.Context) (bool, error) {
 	for {
 		runs, err := i.runs(ctx)
@@ -220,7 +220,7 @@ func (i *Incumbent) hasStopped(ctx context.Context) (bool, error) {
 	}
 }
 
-// incumbentRuns reports whether the incumbent is still running; false if it is gone.
+// runs reports whether the incumbent is still running; false if it is gone.
 func (i *Incumbent) runs(ctx context.Context) (bool, error) {
 	st, err := i.c.Node.Runtime.ContainerStatus(ctx,
 		&runtimeapi.ContainerStatusRequest{ContainerId: i.c.Record().Incumbent})

@@ -48,7 +48,7 @@ type Node struct {
 	// LateCreate is how long after its call was cut off, or after the end of the process that made
 	// the call, a CreateContainer may still bring a container about.
 	LateCreate time.Duration
-	Metrics  Metrics
+	Metrics    Metrics
 }
 
 // Metrics are what operations on containers count.

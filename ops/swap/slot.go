@@ -49,6 +49,7 @@ func (c *Container) DropSlot() {
 	c.Claim = nil
 }
 
+// CancelledOutcome is how the container's part of an operation ends that was cancelled.
 func (c *Container) CancelledOutcome() *operation.Outcome {
 	msg := c.Op.Snapshot().GetMessage()
 	if msg == "" {

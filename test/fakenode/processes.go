@@ -48,6 +48,7 @@ type Processes struct {
 	Overlaps []string            // applications that began beside another of their slot
 }
 
+// Process is that of a container.
 type Process struct {
 	cmd    *exec.Cmd
 	reaped chan struct{}
@@ -207,7 +208,7 @@ func (q *Process) kill() {
 	<-q.reaped
 	for _, child := range strings.Fields(string(children)) {
 		for alive(child) {
-			time.Sleep(time.Millisecond) // it has been killed, and is nobody's to wait for
+			time.Sleep(time.Millisecond) //nolint:forbidigo // it has been killed, and is nobody's to wait for
 		}
 	}
 }

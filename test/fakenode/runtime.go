@@ -50,6 +50,7 @@ type Runtime struct {
 	Processes *Processes // nil: containers have none
 }
 
+// Sandbox is a pod's.
 type Sandbox struct {
 	id     string
 	Ready  bool
@@ -65,6 +66,7 @@ func (s *Sandbox) state() runtimeapi.PodSandboxState {
 	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 }
 
+// Container is a container of a pod, with what the runtime knows of it.
 type Container struct {
 	Status   *runtimeapi.ContainerStatus
 	sandbox  string
@@ -77,6 +79,7 @@ type Container struct {
 	Process  *Process      // since its start
 }
 
+// New returns a runtime without sandboxes. [Runtime.Serve] or [Direct] let clients call it.
 func New() *Runtime {
 	return &Runtime{Sandboxes: map[string]*Sandbox{}, Containers: map[string]*Container{},
 		names: map[string]string{}}
@@ -188,6 +191,7 @@ func (f *Runtime) allowed(timeout int64, kubelet bool) int64 {
 	return timeout
 }
 
+// NameOf returns name/attempt of a container.
 func NameOf(s interface {
 	GetMetadata() *runtimeapi.ContainerMetadata
 }) string {
@@ -203,6 +207,7 @@ func Mutating(calls []string) []string {
 	})
 }
 
+// TakeCalls returns the calls since it was called before.
 func (f *Runtime) TakeCalls() []string {
 	f.Mu.Lock()
 	defer f.Mu.Unlock()
@@ -211,6 +216,7 @@ func (f *Runtime) TakeCalls() []string {
 	return c
 }
 
+// Set changes the fields of the runtime while nobody reads them.
 func (f *Runtime) Set(change func(f *Runtime)) {
 	f.Mu.Lock()
 	defer f.Mu.Unlock()
@@ -248,6 +254,7 @@ func (f *Runtime) Get(t testing.TB, name string) *Container {
 	return nil
 }
 
+// ID returns the ID of the container with that name/attempt, which must exist.
 func (f *Runtime) ID(t testing.TB, name string) string { return f.Get(t, name).Status.GetId() }
 
 // Exit ends a container by itself.
@@ -290,20 +297,24 @@ func (f *Runtime) State() string {
 	return Joined(out)
 }
 
+// Joined returns the words in order, with commas.
 func Joined(out []string) string {
 	slices.Sort(out)
 	return strings.Join(out, ", ")
 }
 
+// UnknownContainer is the error for an ID that no container has.
 func UnknownContainer(id string) error {
 	return status.Errorf(codes.NotFound, "an error occurred when try to find container %q: not found", id)
 }
 
+// Version implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
 	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2",
 		RuntimeApiVersion: "v1"}, nil
 }
 
+// Status implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
 	f.Mu.Lock()
 	defer f.Mu.Unlock()
@@ -314,6 +325,7 @@ func (f *Runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeap
 		nil
 }
 
+// RunPodSandbox implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) RunPodSandbox(
 	_ context.Context, r *runtimeapi.RunPodSandboxRequest,
 ) (*runtimeapi.RunPodSandboxResponse, error) {
@@ -325,6 +337,7 @@ func (f *Runtime) RunPodSandbox(
 	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, nil
 }
 
+// StopPodSandbox implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) StopPodSandbox(
 	_ context.Context, r *runtimeapi.StopPodSandboxRequest,
 ) (*runtimeapi.StopPodSandboxResponse, error) {
@@ -341,6 +354,7 @@ func (f *Runtime) StopPodSandbox(
 	return &runtimeapi.StopPodSandboxResponse{}, nil
 }
 
+// RemovePodSandbox implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) RemovePodSandbox(
 	_ context.Context, r *runtimeapi.RemovePodSandboxRequest,
 ) (*runtimeapi.RemovePodSandboxResponse, error) {
@@ -355,6 +369,7 @@ func (f *Runtime) RemovePodSandbox(
 	return &runtimeapi.RemovePodSandboxResponse{}, nil
 }
 
+// ListPodSandbox implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) ListPodSandbox(
 	_ context.Context, r *runtimeapi.ListPodSandboxRequest,
 ) (*runtimeapi.ListPodSandboxResponse, error) {
@@ -371,6 +386,7 @@ func (f *Runtime) ListPodSandbox(
 	return resp, nil
 }
 
+// PodSandboxStatus implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) PodSandboxStatus(
 	_ context.Context, r *runtimeapi.PodSandboxStatusRequest,
 ) (*runtimeapi.PodSandboxStatusResponse, error) {
@@ -405,6 +421,7 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
+// CreateContainer implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) CreateContainer(
 	_ context.Context, r *runtimeapi.CreateContainerRequest,
 ) (*runtimeapi.CreateContainerResponse, error) {
@@ -445,6 +462,7 @@ func (f *Runtime) CreateContainer(
 	return &runtimeapi.CreateContainerResponse{ContainerId: id}, nil
 }
 
+// StartContainer implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) StartContainer(
 	ctx context.Context, r *runtimeapi.StartContainerRequest,
 ) (*runtimeapi.StartContainerResponse, error) {
@@ -474,6 +492,7 @@ func (f *Runtime) StartContainer(
 	return &runtimeapi.StartContainerResponse{}, nil
 }
 
+// StopContainer implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) StopContainer(
 	ctx context.Context, r *runtimeapi.StopContainerRequest,
 ) (*runtimeapi.StopContainerResponse, error) {
@@ -517,6 +536,7 @@ func (f *Runtime) StopContainer(
 	return &runtimeapi.StopContainerResponse{}, nil
 }
 
+// RemoveContainer implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) RemoveContainer(
 	_ context.Context, r *runtimeapi.RemoveContainerRequest,
 ) (*runtimeapi.RemoveContainerResponse, error) {
@@ -538,6 +558,7 @@ func (f *Runtime) Remove(c *Container) {
 	delete(f.names, c.reserved)
 }
 
+// ListContainers implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) ListContainers(
 	_ context.Context, r *runtimeapi.ListContainersRequest,
 ) (*runtimeapi.ListContainersResponse, error) {
@@ -560,6 +581,7 @@ func (f *Runtime) ListContainers(
 	return resp, nil
 }
 
+// ContainerStatus implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) ContainerStatus(
 	_ context.Context, r *runtimeapi.ContainerStatusRequest,
 ) (*runtimeapi.ContainerStatusResponse, error) {
@@ -582,6 +604,7 @@ func (f *Runtime) ContainerStatus(
 	return resp, nil
 }
 
+// ExecSync implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) ExecSync(
 	ctx context.Context, r *runtimeapi.ExecSyncRequest,
 ) (*runtimeapi.ExecSyncResponse, error) {
@@ -603,6 +626,7 @@ func (f *Runtime) ExecSync(
 	return exec(ctx, r)
 }
 
+// UpdateContainerResources implements [runtimeapi.RuntimeServiceServer].
 func (f *Runtime) UpdateContainerResources(
 	_ context.Context, r *runtimeapi.UpdateContainerResourcesRequest,
 ) (*runtimeapi.UpdateContainerResourcesResponse, error) {
