@@ -164,7 +164,7 @@ test-unit: ## tests that need nothing but Go and gcc, with the race detector
 	@go test -race -timeout 10m $$(go list ./... | grep -vE '$(REAL)')
 
 .PHONY: test-real
-test-real: ## all tests on real components in one run, about 20 minutes; needs root
+test-real: ## all tests on real components in one run, about 25 minutes; needs root
 	@TESTBED=1 go test -race -count=1 -p 2 -parallel 3 -timeout $(E2E_TIMEOUT) $(REAL_PACKAGES)
 
 # The two halves of test-real, for people. Pulls, which measure bytes and rates, run alone here.
